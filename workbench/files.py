@@ -1,0 +1,270 @@
+"""Files: identity, byte ranges, and atomic writing.
+
+Owns every `open` of stored bytes and every file written. No handle outlives a call: a `Span` is a value that pickles
+and threads, and each read repeats the identity check, so a file that changed underneath raises FileChangedError and
+never yields other bytes. Only regular files are read (a FIFO or a device is refused before its first byte).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from workbench.errors import CorruptFileError, FileChangedError, MissingFileError, UnknownFormatError, UnsupportedError, WriteError
+
+Identity = tuple[int, int, int, int]  # dev, ino, size, mtime_ns
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """One file as it was when opened.
+
+    Attributes:
+        url: absolute local path.
+        identity: (device, inode, size in bytes, modification time in ns); checked at every read.
+    """
+
+    url: str
+    identity: Identity = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        return self.identity[2]
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.url)
+
+
+def file_ref(path: str | os.PathLike[str]) -> FileRef:
+    """The file at `path`, after proving that it is a regular one.
+
+    Raises:
+        MissingFileError: nothing there, or a link that leads nowhere.
+        UnknownFormatError: a folder, FIFO, socket or device.
+    """
+    text = os.path.abspath(os.fspath(path))
+    with _opened(text) as fd:
+        return FileRef(text, _identity(fd))
+
+
+def _identity(fd: int) -> Identity:
+    info = os.fstat(fd)
+    return (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise MissingFileError("there is no such file", path=path, hint="check the path; relative ones start at the working directory") from error
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise MissingFileError("there is no such file", path=path) from error
+        if error.errno == errno.ELOOP:
+            raise MissingFileError("the link leads back to itself", path=path) from error
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.EISDIR):
+            raise UnknownFormatError("not a regular file", path=path) from error
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise UnsupportedError("this file may not be read by this user", path=path) from error
+        raise
+    except ValueError as error:  # a NUL byte in the path
+        raise MissingFileError("there is no such file", path=path) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UnknownFormatError("not a regular file: a checkpoint is a file or a folder of files", path=path)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Reader(Protocol):
+    """Random access to the bytes of one span, valid inside its `with`."""
+
+    def readinto(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` from byte `start` of the span."""
+
+
+class Storage(Protocol):
+    """Bytes that can be read by position: a Span, or a Span seen through a decompressor."""
+
+    nbytes: int
+
+    def open(self) -> Any:
+        """A context manager that yields a Reader."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """`nbytes` bytes at `start` of one file; the only thing that reads stored bytes.
+
+    `check` is proved at each open, before the first byte: an archive's local header, read late so that listing stays cheap.
+    """
+
+    file: FileRef
+    start: int
+    nbytes: int
+    check: Callable[[Callable[[int, int], bytes]], None] | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[_FileReader]:
+        with _opened(self.file.url) as fd:
+            if _identity(fd) != self.file.identity:
+                raise FileChangedError("the file changed after it was opened", path=self.file.url, hint="open it again")
+            reader = _FileReader(fd, self)
+            if self.check is not None:
+                self.check(lambda start, count: os.pread(fd, count, start))
+            yield reader
+
+    def read(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes `start` to `stop` of the span."""
+        return read_span(self, start, stop)
+
+
+def read_span(storage: Storage, start: int = 0, stop: int | None = None) -> bytes:
+    stop = storage.nbytes if stop is None else min(stop, storage.nbytes)
+    buffer = bytearray(max(0, stop - start))
+    if buffer:
+        with storage.open() as reader:
+            reader.readinto(memoryview(buffer), start)
+    return bytes(buffer)
+
+
+class _FileReader:
+    def __init__(self, fd: int, span: Span) -> None:
+        self._fd = fd
+        self._span = span
+
+    def readinto(self, buffer: memoryview, start: int) -> None:
+        span, done, total = self._span, 0, buffer.nbytes
+        if start < 0 or start + total > span.nbytes:
+            raise CorruptFileError(f"bytes {start} to {start + total} of a range of {span.nbytes}", path=span.file.url, offset=span.start)
+        while done < total:
+            got = os.preadv(self._fd, [buffer[done : done + _CHUNK]], span.start + start + done)
+            if got == 0:
+                raise CorruptFileError("the file ends before its own index says", path=span.file.url, offset=span.start + start + done)
+            done += got
+
+
+def checksum(storage: Storage) -> int:
+    """CRC-32 of all bytes, in blocks of 1 MiB."""
+    crc, buffer = 0, bytearray(min(_CHUNK, storage.nbytes))
+    with storage.open() as reader:
+        for start in range(0, storage.nbytes, _CHUNK):
+            view = memoryview(buffer)[: min(_CHUNK, storage.nbytes - start)]
+            reader.readinto(view, start)
+            crc = zlib.crc32(view, crc)
+    return crc
+
+
+def contained(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> str:
+    """The real path of `path`, proved to lie under `folder` or under the model cache that `folder` belongs to.
+
+    Hub caches keep `snapshots/<revision>/name` as links to `blobs/<hash>` two levels up; those stay inside the model's own root.
+
+    Raises:
+        UnsupportedError: the path leaves the folder.
+    """
+    root = os.path.realpath(folder)
+    parent = os.path.dirname(root)
+    if os.path.basename(parent) == "snapshots" and os.path.isdir(os.path.join(os.path.dirname(parent), "blobs")):
+        root = os.path.dirname(parent)
+    real = os.path.realpath(path)
+    if os.path.commonpath([root, real]) != root:
+        raise UnsupportedError("the file named lies outside the checkpoint's own folder, and is not read", path=os.fspath(path), hint=f"it leads to {real}")
+    return real
+
+
+class Output:
+    """A temporary file being written at chosen offsets; threads may write disjoint ranges at once."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self.path = path
+
+    def write(self, data: Any, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while view.nbytes:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
+
+    def reserve(self, nbytes: int) -> None:
+        """Claim the room now, so that a full disk is told before the work and not after it."""
+        if nbytes:
+            try:
+                os.posix_fallocate(self._fd, 0, nbytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                os.ftruncate(self._fd, nbytes)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, verify: Callable[[str], None] | None = None) -> Iterator[Output]:
+    """Write `path` as a whole or not at all.
+
+    A temporary file beside the target is written, flushed to the disk, read back by `verify` (from the disk where the
+    system lets go of its cached copy), and only then renamed over the target. A link is followed; the mode of a file that
+    stood there is kept. On any error the temporary file is removed and what stood there is untouched, so saving over a
+    file that is still open or mapped is safe.
+
+    Raises:
+        WriteError: no such folder, no permission, disk full.
+    """
+    target = os.path.realpath(path)
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f".{name[:100]}.{os.urandom(6).hex()}.tmp")
+    try:
+        if os.path.isdir(target):
+            raise WriteError("a folder of that name stands here", path=target)
+        mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else None
+        if mode is not None and not os.access(target, os.W_OK):
+            raise WriteError("the file that stands here is read-only", path=target)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        raise WriteError(f"cannot write here: {error.strerror}", path=target, hint=_write_hint(error)) from error
+    try:
+        try:
+            if mode is not None:
+                os.fchmod(fd, mode)
+            yield Output(fd, temporary)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        if verify is not None:
+            verify(temporary)
+        os.replace(temporary, target)
+        _sync_folder(folder)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and not isinstance(error, WriteError) and error.errno is not None:
+            raise WriteError(f"the write failed: {error.strerror}; nothing was changed", path=target, hint=_write_hint(error)) from error
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_hint(error: OSError) -> str | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some room or choose another disk"
+    if error.errno == errno.ENOENT:
+        return "make the folder first"
+    return "choose a folder you may write to" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None

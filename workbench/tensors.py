@@ -1,0 +1,482 @@
+"""Tensors that have not been read: what they are (TensorSpec) and where they come from (a source).
+
+    Stored    a view of stored bytes in a file
+    Live      a tensor of this process, viewed and not copied
+    Derived   one slot of a Block: the deferred result of a kernel over other tensors
+
+A LazyTensor is read by flat logical range, so a tensor streams whatever its shape or strides. Kernels are module-level
+functions named by string, so Blocks pickle. torch is imported only when values are read; specs, `raw` and `peek` need none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench import dtypes
+from workbench.dtypes import DType
+from workbench.errors import BudgetError, CorruptFileError, SpecMismatchError, located
+from workbench.files import Reader, Span, Storage, read_span
+
+if TYPE_CHECKING:
+    import torch
+
+HOT_NBYTES = 1 << 20  # a chunk that stays in a core's cache
+_EXTENT_NBYTES = 8 << 20  # gaps are read through while a strided box spans no more than this
+_RUN_NBYTES = 512  # shorter runs are not worth a read of their own
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Logical element type and shape. `layout` is torch's word; `quantizer` describes a torch-quantized tensor."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    layout: str = "strided"
+    quantizer: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A strided view of stored elements; `offset` and `strides` count elements."""
+
+    storage: Storage
+    offset: int
+    strides: tuple[int, ...]
+    byteorder: str = "little"
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """A tensor of this process. Two of them are equal when they view the same memory in the same way."""
+
+    tensor: torch.Tensor
+
+    @property
+    def storage_key(self) -> tuple[Any, ...]:
+        storage = self.tensor.untyped_storage()
+        return (str(self.tensor.device), storage.data_ptr() or id(self.tensor), storage.nbytes())
+
+    def _key(self) -> tuple[Any, ...]:
+        if self.tensor.layout is not _torch().strided:
+            return (id(self.tensor),)
+        return (*self.storage_key, self.tensor.storage_offset(), self.tensor.stride())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Live) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
+Reads = Literal["elements", "rows", "scan", "full"]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A deferred kernel call, with one declared result per slot.
+
+    The kernel is ``(params, whole, blocks, at) -> sequence of torch.Tensor``:
+        reads="elements": `blocks` are equal flat ranges of the rowed inputs, `at` their flat start; results are flat and as long.
+        reads="rows": `blocks` are the same rows (along dim 0) of each rowed input, `at` the first row; results are those rows.
+        reads="scan": `blocks` are iterators of (flat start, flat chunk); results are whole, and small.
+        reads="full": `blocks` are whole tensors; refused where `peak` bytes pass the budget.
+    `whole` inputs are always given entire. Identity is equality: one Block is one computation.
+    """
+
+    op: str
+    params: dict[str, Any]
+    rowed: tuple[LazyTensor, ...]
+    specs: tuple[TensorSpec, ...]
+    reads: Reads = "elements"
+    whole: tuple[LazyTensor, ...] = ()
+    peak: int = 0
+
+
+@dataclass(frozen=True)
+class Derived:
+    block: Block
+    slot: int
+
+
+Source = Stored | Live | Derived
+
+
+@dataclass
+class Memo:
+    """Results shared inside one pass: whole ones are kept, those of the current step are replaced by the next step's."""
+
+    max_nbytes: int | None = None
+    kept: dict[Block, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    step: dict[tuple[Block, int, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor by description; its values are read on request.
+
+    Attributes:
+        locked: why the values may not be read (their own bytes are in doubt), or None.
+        requires_grad: as the file recorded it.
+    """
+
+    spec: TensorSpec
+    source: Source
+    requires_grad: bool = False
+    locked: str | None = None
+
+    @property
+    def dtype(self) -> DType:
+        return self.spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.spec.shape)
+
+    @property
+    def numel(self) -> int:
+        return self.spec.numel
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether reading in logical order walks memory in order, without gaps."""
+        if isinstance(self.source, Stored):
+            return _is_row_major(self.shape, self.source.strides)
+        if isinstance(self.source, Live):
+            return self.spec.layout != "strided" or self.source.tensor.is_contiguous()
+        return all(tensor.is_contiguous for tensor in self.source.block.rowed)
+
+    @property
+    def offset(self) -> int | None:
+        """Byte offset of the first element in its file, where the bytes lie there as they are."""
+        source = self.source
+        if isinstance(source, Stored) and isinstance(source.storage, Span):
+            return source.storage.start + source.offset * self.dtype.itemsize
+        return None
+
+    def load(self) -> torch.Tensor:
+        """The whole tensor, with the strides it was stored with where that wastes no memory.
+
+        Raises:
+            CorruptFileError: the values are locked. FileChangedError: the file is no longer the one opened.
+        """
+        self._require_unlocked()
+        if isinstance(self.source, Live):
+            return self.source.tensor.detach()
+        if isinstance(self.source, Stored):
+            return _load_stored(self.spec, self.source)
+        memo = Memo()
+        if self.source.block.reads in ("scan", "full"):
+            return _whole(self.source, memo)
+        import torch
+
+        out = torch.empty(self.shape, dtype=dtypes.to_torch(self.dtype))
+        flat = out.view(-1)
+        for start, chunk in self.chunks():
+            flat[start : start + chunk.numel()] = chunk
+        return out
+
+    def read(self, start: int, stop: int, memo: Memo | None = None) -> torch.Tensor:
+        """Logical elements `start` to `stop`, flat. Quantized tensors give their stored integers."""
+        self._require_unlocked()
+        if isinstance(self.source, Stored):
+            with self.source.storage.open() as reader:
+                return _read_stored(reader, self.spec, self.source, start, stop)
+        if isinstance(self.source, Live):
+            return _read_live(self.source.tensor, start, stop)
+        return _read_derived(self, self.source, start, stop, memo or Memo())
+
+    def chunks(self, max_nbytes: int = HOT_NBYTES, memo: Memo | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """Every element once, in logical order, as (flat start, flat tensor of at most max(max_nbytes, one row) bytes)."""
+        memo = memo or Memo()
+        step = max(1, max_nbytes // self.dtype.itemsize)
+        if (row := _row_numel(self)) > 1:
+            step = max(row, step // row * row)
+        self._require_unlocked()
+        with ExitStack() as stack:
+            source = self.source
+            reader = stack.enter_context(source.storage.open()) if isinstance(source, Stored) and self.numel else None
+            for start in range(0, self.numel, step):
+                stop = min(start + step, self.numel)
+                if reader is not None and isinstance(source, Stored):
+                    yield start, _read_stored(reader, self.spec, source, start, stop)
+                else:
+                    memo.step.clear()
+                    yield start, self.read(start, stop, memo)
+
+    def raw(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Stored bytes of a contiguous tensor, as they lie in the file; no torch.
+
+        Raises:
+            SpecMismatchError: the tensor is not contiguous in a file.
+        """
+        self._require_unlocked()
+        if not (isinstance(self.source, Stored) and self.is_contiguous):
+            raise SpecMismatchError("raw bytes exist only for tensors stored contiguously", hint="use load()")
+        first = self.source.offset * self.dtype.itemsize
+        return read_span(self.source.storage, first + start, first + (self.nbytes if stop is None else min(stop, self.nbytes)))
+
+    def peek(self, count: int = 8) -> list[Any]:
+        """The first elements as Python numbers; needs no torch for tensors that lie in a file."""
+        self._require_unlocked()
+        count = min(count, self.numel)
+        if not isinstance(self.source, Stored):
+            values: list[Any] = self.read(0, count).tolist() if count else []
+            return values
+        source, itemsize, out = self.source, self.dtype.itemsize, []
+        if not count:
+            return []
+        with located(), source.storage.open() as reader:
+            for index in itertools.islice(itertools.product(*map(range, self.shape)), count):
+                buffer = bytearray(itemsize)
+                reader.readinto(memoryview(buffer), (source.offset + sum(i * s for i, s in zip(index, source.strides, strict=True))) * itemsize)
+                out += dtypes.decode(self.dtype, bytes(buffer), source.byteorder)
+        return out
+
+    def _require_unlocked(self) -> None:
+        if self.locked is not None:
+            raise CorruptFileError(f"the values are locked: {self.locked}", hint="shape and dtype are as the file says; the bytes behind them are in doubt")
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.dtype} {list(self.shape)})"
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    if 0 in shape:
+        return True
+    return all(n == 1 or s == e for n, s, e in zip(shape, strides, row_major(shape), strict=True))
+
+
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last that a strided view touches, both included."""
+    if 0 in shape:
+        return 0
+    total = 1
+    for n, s in zip(shape, strides, strict=True):
+        total += (n - 1) * s
+    return total
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
+def _new_buffer(nbytes: int) -> tuple[torch.Tensor, memoryview]:
+    buffer = _torch().empty(nbytes, dtype=_torch().uint8)
+    return buffer, memoryview(buffer.numpy()).cast("B")
+
+
+def _load_stored(spec: TensorSpec, source: Stored) -> torch.Tensor:
+    span = extent(spec.shape, source.strides)
+    itemsize = spec.dtype.itemsize
+    with source.storage.open() as reader:
+        if spec.numel and span > max(2 * spec.numel, _EXTENT_NBYTES // itemsize):
+            return _read_stored(reader, spec, source, 0, spec.numel).view(spec.shape)
+        buffer, view = _new_buffer(span * itemsize)
+        if span:
+            reader.readinto(view, source.offset * itemsize)
+    return dtypes.view_as(buffer, spec.dtype, source.byteorder).as_strided(spec.shape, source.strides)
+
+
+def _read_stored(reader: Reader, spec: TensorSpec, source: Stored, start: int, stop: int) -> torch.Tensor:
+    itemsize = spec.dtype.itemsize
+    if _is_row_major(spec.shape, source.strides):
+        buffer, view = _new_buffer((stop - start) * itemsize)
+        if stop > start:
+            reader.readinto(view, (source.offset + start) * itemsize)
+        return dtypes.view_as(buffer, spec.dtype, source.byteorder)
+    pieces = []
+    for prefix, low, high in _boxes(spec.shape, start, stop):
+        depth = len(prefix)
+        at = source.offset + sum(i * s for i, s in zip(prefix, source.strides, strict=False)) + low * source.strides[depth]
+        box = (high - low, *spec.shape[depth + 1 :])
+        pieces.append(_read_box(reader, spec.dtype, source.byteorder, box, source.strides[depth:], at).reshape(-1))
+    return pieces[0] if len(pieces) == 1 else _torch().cat(pieces)
+
+
+def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Cut a flat logical range into boxes ``tensor[prefix][low:high]``, in order."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield (), start, stop
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner
+    if first > last:  # inside one row
+        yield from (((last, *p), a, b) for p, a, b in _boxes(shape[1:], start - last * inner, stop - last * inner))
+        return
+    if start < first * inner:
+        yield from (((first - 1, *p), a, b) for p, a, b in _boxes(shape[1:], start - (first - 1) * inner, inner))
+    if first < last:
+        yield (), first, last
+    if last * inner < stop:
+        yield from (((last, *p), a, b) for p, a, b in _boxes(shape[1:], 0, stop - last * inner))
+
+
+def _read_box(reader: Reader, dt: DType, byteorder: str, shape: Sequence[int], strides: Sequence[int], at: int) -> torch.Tensor:
+    """A strided box as a tensor of that shape, reading runs and skipping wide gaps.
+
+    Memory: at most twice the box, or 8 MiB.
+    """
+    strides = [0 if n == 1 else s for n, s in zip(shape, strides, strict=True)]
+    itemsize = dt.itemsize
+    span = extent(shape, strides)
+    if span * itemsize <= max(_EXTENT_NBYTES, 2 * math.prod(shape) * itemsize):
+        buffer, view = _new_buffer(span * itemsize)
+        reader.readinto(view, at * itemsize)
+        return dtypes.view_as(buffer, dt, byteorder).as_strided(tuple(shape), tuple(strides))
+    order = sorted(range(len(shape)), key=lambda i: strides[i])
+    count = 0
+    while count < len(order) and _dense(shape, strides, order[: count + 1]):
+        count += 1
+    inner, outer = order[:count], order[count:]
+    run = extent([shape[i] for i in inner], [strides[i] for i in inner])
+    if run * itemsize >= _RUN_NBYTES:
+        rows = math.prod(shape[i] for i in outer)
+        buffer, view = _new_buffer(rows * run * itemsize)
+        steps = (range(0, shape[i] * strides[i], strides[i]) if strides[i] else [0] * shape[i] for i in outer)
+        for row, offsets in enumerate(itertools.product(*steps)):
+            reader.readinto(view[row * run * itemsize : (row + 1) * run * itemsize], (at + sum(offsets)) * itemsize)
+        new_strides = list(strides)
+        for i, stride in zip(outer, row_major([shape[i] for i in outer]), strict=True):
+            new_strides[i] = stride * run
+        return dtypes.view_as(buffer, dt, byteorder).as_strided(tuple(shape), tuple(new_strides))
+    widest = order[-1]
+    half = shape[widest] // 2
+    parts = [(0, half), (half, shape[widest])]
+    boxes = [
+        _read_box(reader, dt, byteorder, [*shape[:widest], high - low, *shape[widest + 1 :]], strides, at + low * strides[widest]).contiguous()
+        for low, high in parts
+    ]
+    return _torch().cat(boxes, dim=widest)
+
+
+def _dense(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]) -> bool:
+    sizes = [shape[i] for i in dims]
+    return extent(sizes, [strides[i] for i in dims]) <= 2 * math.prod(sizes)
+
+
+def _read_live(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    tensor = _plain_values(tensor.detach())
+    if tensor.is_contiguous():
+        return tensor.view(-1)[start:stop].cpu()
+    pieces = [tensor[prefix][low:high].cpu().reshape(-1) for prefix, low, high in _boxes(tuple(tensor.shape), start, stop)]
+    return _torch().cat(pieces) if pieces else tensor.new_empty(0).cpu()
+
+
+def kernel(op: str) -> Callable[..., Sequence[torch.Tensor]]:
+    """The module-level kernel that ``module:function`` names, inside this package only."""
+    module, _, name = op.partition(":")
+    if not module.startswith("workbench."):
+        raise SpecMismatchError(f"{op!r} names no kernel of this library")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _row_numel(tensor: LazyTensor) -> int:
+    """Elements that must be read together: the longest row of any block in the chain above the stored bytes."""
+    if not isinstance(tensor.source, Derived) or tensor.source.block.reads not in ("elements", "rows"):
+        return 1
+    block = tensor.source.block
+    own = math.prod(tensor.shape[1:]) if block.reads == "rows" else 1
+    return max([own, *(_row_numel(t) for t in block.rowed)]) if block.reads == "elements" else own
+
+
+def _read_derived(tensor: LazyTensor, source: Derived, start: int, stop: int, memo: Memo) -> torch.Tensor:
+    block = source.block
+    if block.reads in ("scan", "full"):
+        return _plain_values(_whole(source, memo)).reshape(-1)[start:stop]
+    if block.reads == "elements":
+        return _results(block, start, stop, memo)[source.slot]
+    row = max(1, math.prod(tensor.shape[1:]))
+    first, last = start // row, -(-stop // row)
+    return _results(block, first, last, memo)[source.slot].reshape(-1)[start - first * row : stop - first * row]
+
+
+def _plain_values(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of a tensor of any kind: a sparse one densified, a quantized one as its stored integers."""
+    if tensor.layout is not _torch().strided:
+        return tensor.to_dense()
+    return tensor.int_repr() if tensor.is_quantized else tensor
+
+
+def _whole(source: Derived, memo: Memo) -> torch.Tensor:
+    block = source.block
+    if block not in memo.kept:
+        if memo.max_nbytes is not None and block.peak > memo.max_nbytes:
+            raise BudgetError(
+                f"this step needs {block.peak / 1e6:.0f} MB at once and the budget is {memo.max_nbytes / 1e6:.0f} MB",
+                op=block.op,
+                hint=f"give max_ram_mb={-(-block.peak // 10**6) + 64}",
+            )
+        if block.reads == "full":
+            inputs: list[Any] = [t.load() for t in block.rowed]
+        else:
+            nbytes = HOT_NBYTES if all(t.is_contiguous for t in block.rowed) else strided_nbytes(memo.max_nbytes)
+            inputs = [t.chunks(nbytes, Memo(memo.max_nbytes, memo.kept)) for t in block.rowed]
+        memo.kept[block] = _checked(block, kernel(block.op)(block.params, [_entire(t, memo) for t in block.whole], inputs, 0), [s.shape for s in block.specs])
+    return memo.kept[block][source.slot]
+
+
+def strided_nbytes(max_nbytes: int | None) -> int:
+    """Bytes to read at once from a tensor whose memory order is not its logical order: many runs a read, four copies in the budget."""
+    return max(HOT_NBYTES, min(max_nbytes or 256 << 20, 256 << 20) // 4)
+
+
+def _entire(tensor: LazyTensor, memo: Memo) -> torch.Tensor:
+    return tensor.read(0, tensor.numel, memo).reshape(tensor.shape)
+
+
+def _results(block: Block, first: int, last: int, memo: Memo) -> tuple[torch.Tensor, ...]:
+    key = (block, first, last)
+    if key not in memo.step:
+        inputs = []
+        for t in block.rowed:
+            row = max(1, math.prod(t.shape[1:])) if block.reads == "rows" else 1
+            data = t.read(first * row, last * row, memo)
+            inputs.append(data.reshape(last - first, *t.shape[1:]) if block.reads == "rows" else data)
+        shapes = [(last - first, *(s.shape[1:] if block.reads == "rows" else ())) for s in block.specs]
+        results = kernel(block.op)(block.params, [_entire(t, memo) for t in block.whole], inputs, first)
+        memo.step[key] = _checked(block, results, shapes)
+    return memo.step[key]
+
+
+def _checked(block: Block, results: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
+    if len(results) != len(shapes):
+        raise SpecMismatchError(f"the kernel gave {len(results)} results for {len(shapes)} slots", op=block.op)
+    for result, spec, shape in zip(results, block.specs, shapes, strict=True):
+        if tuple(result.shape) != tuple(shape) or dtypes.from_torch(result.dtype) != spec.dtype:
+            raise SpecMismatchError(f"declared {spec.dtype} {list(shape)}, computed {result.dtype} {list(result.shape)}", op=block.op)
+    return tuple(results)
