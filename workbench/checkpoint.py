@@ -1,0 +1,387 @@
+"""Checkpoint: an immutable mapping from name to LazyTensor, with the tree it came from.
+
+The path in the tree is a tensor's identity; the flat dotted name is for people. Nothing vanishes: where two paths
+flatten alike, later ones get `#2`, `#3` and a finding. Ops build new Checkpoints by `rewrite`; a section of a training
+checkpoint is a Checkpoint of its own, and `with_section` is the only way back into the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, Self
+
+from workbench import tree as trees
+from workbench.errors import SelectionError, TensorNotFoundError
+from workbench.files import FileRef
+from workbench.names import Patterns, join_path, require_names, suggest, unique_name
+from workbench.tensors import LazyTensor
+from workbench.tree import NOTHING, Inert, get, is_mapping, is_module, is_rewritable, items_of, plain, walk, wrapped
+
+Path = tuple[Any, ...]
+Severity = Literal["info", "warning", "danger"]
+Kind = Literal["weights", "ema", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something a reader should know: what, how bad, where, and the cure."""
+
+    kind: str
+    severity: Severity
+    message: str
+    where: dict[str, Any] = field(default_factory=dict)
+    hint: str | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """One state dict inside a training checkpoint, and why it is taken for what it is."""
+
+    path: Path
+    name: str
+    kind: Kind
+    tensors: int
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op in the history of a checkpoint, as a recipe can replay it."""
+
+    op: str
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(Mapping[str, LazyTensor]):
+    """A checkpoint that has been listed and not read. Immutable; every op returns a new one.
+
+    Attributes:
+        tree: containers, plain values and LazyTensor leaves, as the file nests them.
+        name, format: what it is called and which reader listed it.
+        metadata: the container's own text metadata (safetensors ``__metadata__``).
+        restored: alias -> kept name, for names that the file records but does not store.
+        findings: what a reader should know, worst first.
+        source: the file, or None for live objects and results of ops.
+        history: the ops that led here.
+    """
+
+    tree: Any
+    name: str = "checkpoint"
+    format: str = "memory"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    restored: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    source: FileRef | None = None
+    history: tuple[Step, ...] = ()
+    _tensors: dict[str, LazyTensor] = field(init=False, default_factory=dict)
+    _paths: dict[str, Path] = field(init=False, default_factory=dict)
+    _extras: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        found = list(self.findings)
+        stopped = 0
+        counts: dict[str, int] = {}
+        for path, value in walk(self.tree):
+            if isinstance(value, LazyTensor):
+                flat = join_path(path) or "tensor"
+                name = unique_name(flat, self._tensors, counts)
+                if name != flat:
+                    first = self._paths[flat]
+                    found.append(Finding("name collision", "warning", f"{flat!r} names two tensors; the later one is shown as {name!r}", {"tensor": name, "paths": [list(map(str, first)), list(map(str, path))]}))
+                self._tensors[name] = value
+                self._paths[name] = path
+            elif value is NOTHING:
+                stopped += 1
+            elif "_metadata" not in path:
+                self._extras[join_path(path)] = plain(value)
+        if stopped:
+            found.append(Finding("tree cut", "warning", f"{stopped} parts of the tree nest too deep or repeat too often, and are not listed"))
+        order = {"danger": 0, "warning": 1, "info": 2}
+        object.__setattr__(self, "findings", tuple(sorted(_distinct(found), key=lambda f: order[f.severity])))
+
+    # the mapping
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            close = suggest(str(name), self._tensors)
+            raise TensorNotFoundError(f"no tensor is called {name!r}", hint="did you mean " + ", ".join(close) + "?" if close else None) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    # what is in it
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        """Where each name lies in the tree."""
+        return self._paths
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """Every value that is no tensor, by dotted path; objects are shown by name, never built."""
+        return self._extras
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """name -> earlier name of the very same values (tied weights)."""
+        kept: dict[Any, str] = {}
+        ties = {name: first for name, tensor in self.items() if (first := kept.setdefault((tensor.source, tensor.spec), name)) != name and tensor.numel}
+        return {**ties, **self.restored}
+
+    @property
+    def nbytes(self) -> int:
+        """Logical bytes of all tensors, tied ones once."""
+        return sum({(t.source, t.spec): t.nbytes for t in self.values()}.values())
+
+    @property
+    def numel(self) -> int:
+        return sum({(t.source, t.spec): t.numel for t in self.values()}.values())
+
+    @property
+    def dangers(self) -> tuple[str, ...]:
+        """Dotted names that the file would import or call and that are not plain data."""
+        return tuple(dict.fromkeys(f.where["global"] for f in self.findings if f.severity == "danger" and "global" in f.where))
+
+    # sections
+
+    def sections(self) -> tuple[Section, ...]:
+        """The state dicts found in the tree, best candidate for `weights` first."""
+        return self._sections
+
+    @cached_property
+    def _sections(self) -> tuple[Section, ...]:
+        below: dict[Path, list[LazyTensor]] = {}
+        for name, path in self._paths.items():
+            for depth in range(len(path) + 1):
+                below.setdefault(path[:depth], []).append(self._tensors[name])
+        return tuple(sorted(_find_sections(self.tree, below), key=_section_rank))
+
+    def section(self, which: str | Path) -> Checkpoint:
+        """One section as a Checkpoint of its own; `which` is its path or its dotted name.
+
+        Raises:
+            SelectionError: there is no such section; the hint lists those there are.
+        """
+        path = self._resolve(which)
+        try:
+            node = get(self.tree, path)
+        except KeyError:
+            names = ", ".join(s.name or "(root)" for s in self.sections())
+            raise SelectionError(f"there is no section {join_path(path)!r}", hint=f"sections here: {names}") from None
+        if not path:
+            return self
+        return replace(self, tree=node, name=f"{self.name} › {join_path(path)}", restored={}, findings=_kept(self.findings))
+
+    @property
+    def weights_section(self) -> Section:
+        """The section a model would load, with the reason for the choice."""
+        found = self.sections()
+        if not found or found[0].kind == "optimizer":
+            return Section((), "", "weights", len(self), self.nbytes, "the file holds no nested state dict, so all of it is taken")
+        rivals = [s for s in found[1:] if s.kind == found[0].kind and _known_rank(s) == _known_rank(found[0])]
+        if rivals:
+            others = ", ".join(s.name for s in rivals)
+            return replace(found[0], reason=f"{found[0].reason}; largest of several ({others} are others: use section())")
+        return found[0]
+
+    @property
+    def weights(self) -> Checkpoint:
+        """The state dict a model would load; the checkpoint itself where it is one already."""
+        return self.section(self.weights_section.path)
+
+    def with_section(self, path: str | Path, new: Checkpoint) -> Checkpoint:
+        """The whole tree with the section at `path` replaced by `new`."""
+        key = self._resolve(path)
+        if not key:
+            return new
+        self.section(key)  # refuses a path that leads nowhere
+        new_tree = trees.replace(self.tree, {key: lambda k, _: [(k, new.tree)]})
+        return replace(self, tree=new_tree, source=None, restored={}, findings=_kept(self.findings), history=(*self.history, *new.history[len(self.history) :]))
+
+    def _resolve(self, which: str | Path) -> Path:
+        if isinstance(which, tuple):
+            return which
+        return next((s.path for s in self.sections() if s.name == which), tuple(which.split(".")) if which else ())
+
+    # new checkpoints
+
+    def rewrite(self, entries: Iterable[tuple[str, LazyTensor, str]], step: Step) -> Checkpoint:
+        """A Checkpoint in which each old tensor became the (new name, tensor, old name) entries that name it.
+
+        The containers, everything that is no tensor, and `_metadata` (its module names renamed along) are kept. A tensor
+        that no entry names is dropped. A name that lies under its old parent stays there; any other moves to the root.
+        """
+        produced: dict[str, list[tuple[str, LazyTensor]]] = {}
+        taken: dict[str, str] = {}
+        for new, tensor, old in entries:
+            if new in taken:
+                raise SelectionError(f"two tensors would be called {new!r}: {taken[new]!r} and {old!r}", hint="rename one of them first")
+            taken[new] = old
+            produced.setdefault(old, []).append((new, tensor))
+        if all(is_rewritable(self.tree, path) for path in self._paths.values()) and not isinstance(self.tree, LazyTensor):
+            new_tree = self._rewritten_tree(produced)
+        else:  # tensors inside an object that stays inert: only they can be carried on
+            new_tree = {new: tensor for results in produced.values() for new, tensor in results}
+        moved = {old: results[0][0] for old, results in produced.items()}
+        return replace(self, tree=_with_renamed_metadata(new_tree, moved), source=None, restored={}, findings=_kept(self.findings), history=(*self.history, step))
+
+    def _rewritten_tree(self, produced: dict[str, list[tuple[str, LazyTensor]]]) -> Any:
+        hoisted: list[tuple[str, LazyTensor]] = []
+        plan: dict[Path, Any] = {}
+        for old, path in self._paths.items():
+            parent = join_path(path[:-1])
+            pairs: list[tuple[Any, LazyTensor]] = []
+            for new, tensor in produced.get(old, []):
+                if new == old:
+                    pairs.append((path[-1], tensor))
+                elif not path[:-1]:
+                    pairs.append((new, tensor))
+                elif new.startswith(parent + ".") and not isinstance(path[-1], int):
+                    pairs.append((new[len(parent) + 1 :], tensor))
+                else:
+                    hoisted.append((new, tensor))
+            if not (len(pairs) == 1 and pairs[0] == (path[-1], self._tensors[old])):
+                plan[path] = lambda _, node, pairs=pairs: [(key, _rewrapped(node, tensor)) for key, tensor in pairs]
+        new_tree = trees.replace(self.tree, plan) if plan else self.tree
+        if hoisted:
+            if not is_mapping(new_tree):
+                raise SelectionError("names can move only inside a mapping, and the root of this checkpoint is a list")
+            merged = trees.unique_entries([*items_of(new_tree).items(), *hoisted])
+            new_tree = merged if isinstance(new_tree, dict) else replace(new_tree, items=merged)
+        return new_tree
+
+    def select(self, names: Patterns) -> Checkpoint:
+        """Only the tensors that `names` selects; everything that is no tensor is kept."""
+        chosen = set(require_names(names, self))
+        return self.rewrite(((n, t, n) for n, t in self.items() if n in chosen), Step("select", {"names": names if isinstance(names, str) else list(names)}))
+
+    def drop(self, names: Patterns) -> Checkpoint:
+        """All tensors but those that `names` selects."""
+        chosen = set(require_names(names, self))
+        return self.rewrite(((n, t, n) for n, t in self.items() if n not in chosen), Step("drop", {"names": names if isinstance(names, str) else list(names)}))
+
+    def with_findings(self, findings: Iterable[Finding]) -> Self:
+        return replace(self, findings=(*self.findings, *findings))
+
+    # shown
+
+    def __str__(self) -> str:
+        from workbench.render.text import render_checkpoint
+
+        return render_checkpoint(self)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from workbench.render.html import render_checkpoint
+
+        return render_checkpoint(self)
+
+
+def _distinct(findings: Iterable[Finding]) -> list[Finding]:
+    return list({(f.kind, f.message, str(f.where)): f for f in findings}.values())
+
+
+def _kept(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Findings that stay true of a part or of a result; those about names are found anew."""
+    return tuple(f for f in findings if f.kind not in ("name collision", "tree cut"))
+
+
+def _rewrapped(node: Any, tensor: LazyTensor) -> Any:
+    """A new tensor in its old wrapper (Parameter…), which falls away where the new dtype could not carry it."""
+    if wrapped(node) is node or not isinstance(node, Inert):
+        return tensor
+    if not tensor.dtype.is_floating and tensor.dtype.kind != "complex":
+        return tensor
+    return replace(node, args=tuple(_rewrapped(a, tensor) if isinstance(wrapped(a), LazyTensor) else a for a in node.args))
+
+
+# sections
+
+
+_KNOWN_WEIGHTS = ("model_state_dict", "state_dict", "model", "model_state", "net", "network", "module", "weights", "params", "state")
+
+
+def _known_rank(section: Section) -> int:
+    last = str(section.path[-1]) if section.path else ""
+    return _KNOWN_WEIGHTS.index(last) if last in _KNOWN_WEIGHTS else len(_KNOWN_WEIGHTS)
+
+
+def _section_rank(section: Section) -> tuple[Any, ...]:
+    kinds = ("weights", "ema", "optimizer")
+    return (kinds.index(section.kind), _known_rank(section), -section.nbytes)
+
+
+def _find_sections(root: Any, below: Mapping[Path, list[LazyTensor]]) -> Iterator[Section]:
+    """State dicts and optimizers; `below` holds the tensors under each path, as the walk that named them found them."""
+    pending: list[tuple[Path, Any]] = [((), root)]
+    while pending:
+        path, node = pending.pop()
+        held = below.get(path, [])
+        if is_module(node):
+            yield _section(path, held, "weights", f"an object of class {node.dotted}")
+        elif is_mapping(node) and is_mapping(items_of(node).get("state")) and "param_groups" in items_of(node):
+            yield _section(path, held, "optimizer", "it has `state` and `param_groups`")
+        elif is_mapping(node) and held:
+            direct = sum(isinstance(wrapped(child), LazyTensor) for child in items_of(node).values())
+            if direct and 2 * direct >= len(held):
+                last = str(path[-1]).lower() if path else ""
+                kind: Kind = "ema" if any(word in last for word in ("ema", "shadow", "averaged", "swa")) else "weights"
+                yield _section(path, held, kind, f"{direct} tensors directly under {'the root' if not path else repr(join_path(path))}")
+            elif len(path) <= 5:
+                pending += [((*path, key), child) for key, child in reversed(list(items_of(node).items())) if not path or (*path, key) in below]
+
+
+def _section(path: Path, held: list[LazyTensor], kind: Kind, reason: str) -> Section:
+    return Section(path, join_path(path), kind, len(held), sum(t.nbytes for t in held), reason)
+
+
+# _metadata: module name -> {"version": …}, beside a module's state dict
+
+
+def _with_renamed_metadata(node: Any, moved: dict[str, str]) -> Any:
+    if not (isinstance(node, Inert) and isinstance(node.state, dict) and is_mapping(node.state.get("_metadata"))):
+        return node
+    if all(old == new for old, new in moved.items()):
+        return node
+    old_metadata = node.state["_metadata"]
+    renamed = rename_modules(items_of(old_metadata), moved)
+    new_metadata = renamed if isinstance(old_metadata, dict) else replace(old_metadata, items=renamed)
+    return replace(node, state={**node.state, "_metadata": new_metadata})
+
+
+def rename_modules(modules: Mapping[Any, Any], moved: Mapping[str, str]) -> dict[Any, Any]:
+    """Module names renamed as their tensors were, from the evidence of each tensor below them.
+
+    A module with no tensor of its own follows its nearest ancestor; one whose tensors moved apart has no new name and is dropped.
+    """
+    known: dict[str, str | None] = {}
+    for old, new in moved.items():
+        for cut in [-1, *(i for i, c in enumerate(old) if c == ".")]:
+            module, rest = old[: max(cut, 0)], old[cut + 1 :]
+            ends = new == rest or new.endswith("." + rest)
+            home = new[: len(new) - len(rest)].removesuffix(".") if ends else None
+            known[module] = home if known.get(module, home) == home else None
+    out: dict[Any, Any] = {}
+    for module, value in modules.items():
+        ancestor = str(module)
+        while ancestor not in known and ancestor:
+            ancestor = ancestor.rpartition(".")[0]
+        home = known.get(ancestor)
+        if home is not None:
+            rest = str(module)[len(ancestor) :].removeprefix(".")
+            out[".".join(part for part in (home, rest) if part)] = value
+    return out
+
