@@ -1,0 +1,96 @@
+"""Live objects as checkpoints: modules, optimizers, state dicts, nested dicts of tensors. Viewed, not copied."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from workbench.checkpoint import Checkpoint
+from workbench.dtypes import from_torch
+from workbench.errors import UnsupportedError
+from workbench.tensors import Block, Derived, LazyTensor, Live, TensorSpec
+from workbench.tree import Global, Inert
+
+
+def open_object(value: Any, *, snapshot: bool = False) -> Checkpoint:
+    """A checkpoint over a live object.
+
+    Args:
+        value: nn.Module, optimizer or anything with `state_dict()`, or a nested dict or list of tensors.
+        snapshot: copy every tensor now, so that later training does not show through.
+    Raises:
+        UnsupportedError: nothing in it is a tensor container.
+    """
+    name = type(value).__name__
+    if callable(getattr(value, "state_dict", None)):
+        value = value.state_dict()
+    if not isinstance(value, (dict, list, tuple)):
+        raise UnsupportedError(f"a {name} is no path, module, optimizer or container of tensors", hint="give a path, an nn.Module, a state dict, or a nested dict of tensors")
+    try:
+        tree = _to_tree(value, snapshot, {})
+    except RecursionError as error:
+        raise UnsupportedError("the object nests too deeply to be a checkpoint") from error
+    return Checkpoint(tree, name=name if name not in ("dict", "OrderedDict", "list", "tuple") else "live tensors", format="memory")
+
+
+def _to_tree(value: Any, snapshot: bool, memo: dict[int, Any]) -> Any:
+    import torch
+
+    if id(value) in memo:
+        return memo[id(value)][0]
+    made: Any
+    if isinstance(value, torch.Tensor):
+        made = lazy(value.detach().clone() if snapshot else value)
+    elif isinstance(value, dict):
+        made = Inert(Global("collections", "OrderedDict")) if isinstance(value, OrderedDict) else {}
+        memo[id(value)] = (made, value)
+        entries = made if isinstance(made, dict) else made.items
+        entries.update({key: _to_tree(child, snapshot, memo) for key, child in value.items()})
+        if isinstance(made, Inert) and hasattr(value, "_metadata"):
+            made.state = {"_metadata": _to_tree(value._metadata, snapshot, memo)}
+    elif type(value) is list:
+        memo[id(value)] = (made := [], value)
+        made += [_to_tree(child, snapshot, memo) for child in value]
+    elif type(value) in (tuple, torch.Size):
+        made = tuple(_to_tree(child, snapshot, memo) for child in value)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes, complex, set)):
+        made = value
+    elif type(value).__module__ == "numpy" and hasattr(value, "item"):
+        made = lazy(torch.as_tensor(value)) if getattr(value, "shape", ()) else value.item()
+    elif isinstance(value, torch.dtype):
+        made = Global("torch", str(value).removeprefix("torch."))
+    elif callable(getattr(value, "state_dict", None)):
+        made = _to_tree(value.state_dict(), snapshot, memo)
+    else:
+        made = Inert(Global(type(value).__module__, type(value).__qualname__))
+    memo[id(value)] = (made, value)  # holds the value, so that no id is used twice
+    return made
+
+
+def lazy(tensor: Any) -> LazyTensor:
+    """A LazyTensor that views one live tensor; a sparse or quantized one keeps its kind."""
+    layout = str(tensor.layout).removeprefix("torch.")
+    quantizer = str(tensor.qscheme()).removeprefix("torch.") if tensor.is_quantized else None
+    if tensor.device.type == "meta":
+        return LazyTensor(TensorSpec(from_torch(tensor.dtype), tuple(tensor.shape)), Live(tensor), locked="a meta tensor: it has no values")
+    spec = TensorSpec(from_torch(tensor.dtype), tuple(tensor.shape), layout, quantizer)
+    if layout == "strided" and quantizer is None:
+        return LazyTensor(spec, Live(tensor), bool(tensor.requires_grad))
+    if layout != "strided":
+        parts = _sparse_parts(tensor, layout)
+        params: dict[str, Any] = {"layout": layout, "shape": list(spec.shape)}
+        if layout == "sparse_coo":
+            params["coalesced"] = tensor.is_coalesced()
+        return LazyTensor(spec, Derived(Block("workbench.formats.torch_kernels:sparse", params, tuple(map(lazy, parts)), (spec,), "full", peak=2 * sum(p.nbytes for p in parts)), 0))
+    return LazyTensor(spec, Live(tensor))
+
+
+def _sparse_parts(tensor: Any, layout: str) -> tuple[Any, ...]:
+    tensor = tensor.detach()
+    if layout == "sparse_coo":
+        return (tensor._indices(), tensor._values())
+    if layout in ("sparse_csr", "sparse_bsr"):
+        return (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    if layout in ("sparse_csc", "sparse_bsc"):
+        return (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    raise UnsupportedError(f"tensors of layout {layout} are not read yet")

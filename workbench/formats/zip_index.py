@@ -1,0 +1,306 @@
+"""An index of a ZIP archive, read from its end; ambiguity is an error, never a choice.
+
+    end of central directory   50 4b 05 06 · +8 entries on this disk · +10 entries · +12 directory size · +16 directory offset · +20 comment length
+    ZIP64 locator              50 4b 06 07 · +8 offset of the ZIP64 end record, which stands just before it
+    ZIP64 end record           50 4b 06 06 · +4 its size · +24 +32 entries · +40 directory size · +48 directory offset
+    central header  (46 bytes) 50 4b 01 02 · +8 flags · +10 method · +16 CRC · +20 packed · +24 size · +28 name · +30 extra · +32 comment · +42 local header
+    local header    (30 bytes) 50 4b 03 04 · +6 flags · +8 method · +14 CRC · +18 packed · +22 size · +26 name · +28 extra · then the payload
+
+Listing reads the end and the directory alone. A payload's place is predicted from the writer's alignment and proved by the
+next record's; where that does not settle it, the local header is read. Each record's local header is read and compared
+(name, method, flags, sizes) at its first read in any case.
+
+Source: PKWARE APPNOTE 6.3.10; pytorch caffe2/serialize/inline_container.cc for alignment and data descriptors.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from workbench.errors import CorruptFileError, UnsupportedError
+from workbench.files import FileRef, Reader, Span, read_span
+
+_END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
+_MAX_DIRECTORY = 1 << 30
+_ALIGNMENT = 64
+
+
+class Record(NamedTuple):
+    """One file in the archive, as the central directory tells it."""
+
+    name: str
+    raw_name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    header: int  # offset of the local header
+
+
+@dataclass(frozen=True)
+class ZipIndex:
+    """The records of one archive by name, in directory order."""
+
+    file: FileRef
+    records: dict[str, Record]
+    directory: int  # where the records end
+
+    def storage(self, name: str) -> Span | Inflated:
+        """The bytes of one record, seen through inflate where it is packed.
+
+        Raises:
+            CorruptFileError: no such record, or its headers disagree. UnsupportedError: encrypted, or packed by another method.
+        """
+        record = self.records.get(name)
+        if record is None:
+            raise CorruptFileError("the archive has no such record", record=name, path=self.file.url)
+        if record.flags & 0x2041:
+            raise UnsupportedError("the record is encrypted", record=name, path=self.file.url)
+        if record.method not in (0, 8):
+            raise UnsupportedError(f"the record is packed by method {record.method}; stored and deflated ones are read", record=name, path=self.file.url)
+        start = self._predicted(record)
+        if start is None:
+            with Span(self.file, 0, self.file.size).open() as reader:
+                start = _prove(record, lambda at, n: _pread(reader, at, n, self.file.size))
+        check = _Check(record, start)
+        span = Span(self.file, start, record.packed, check)
+        if start + record.packed > self.directory:
+            raise CorruptFileError("the record runs past the archive's end", record=name, path=self.file.url)
+        return span if record.method == 0 else Inflated(span, record.size, record.name)
+
+    def _predicted(self, record: Record) -> int | None:
+        start = -(-(record.header + 30 + len(record.raw_name) + 4) // _ALIGNMENT) * _ALIGNMENT
+        following = self._next.get(record.header)
+        descriptors = (16, 24) if record.flags & 8 else (0,)
+        return start if following is not None and following - start - record.packed in descriptors else None
+
+    @cached_property
+    def _next(self) -> dict[int, int]:
+        starts = sorted(r.header for r in self.records.values())
+        return dict(zip(starts, [*starts[1:], self.directory], strict=True))
+
+
+class _Check(NamedTuple):
+    """The proof, made at each open, that a record's local header tells the directory's story."""
+
+    record: Record
+    start: int
+
+    def __call__(self, pread: Callable[[int, int], bytes]) -> None:
+        if _prove(self.record, pread) != self.start:
+            raise CorruptFileError("the payload does not lie where the archive's layout says", record=self.record.name)
+
+
+def _prove(record: Record, pread: Callable[[int, int], bytes]) -> int:
+    """Where the payload starts, after comparing the local header with the central one."""
+    head = pread(record.header, 30 + len(record.raw_name))
+    if len(head) < 30 or head[:4] != b"PK\x03\x04":
+        raise CorruptFileError("there is no local header where the directory says", record=record.name, offset=record.header)
+    flags, method, crc, packed, size, name_length, extra_length = struct.unpack("<6xHH4xIIIHH", head[:30])
+    if head[30:] != record.raw_name or name_length != len(record.raw_name):
+        raise CorruptFileError("local and central headers name different records", record=record.name, offset=record.header)
+    if method != record.method or flags != record.flags:
+        raise CorruptFileError("local and central headers disagree on method or flags", record=record.name, offset=record.header)
+    streamed = bool(flags & 8)
+    zip64 = packed == 0xFFFFFFFF or size == 0xFFFFFFFF
+    sizes_agree = (packed, size) == (record.packed, record.size) or zip64 or (streamed and (packed, size) == (0, 0))
+    if not sizes_agree or not (crc == record.crc or (streamed and crc == 0)):
+        raise CorruptFileError("local and central headers disagree on size or checksum", record=record.name, offset=record.header)
+    return record.header + 30 + name_length + int(extra_length)
+
+
+def _pread(reader: Reader, at: int, count: int, size: int) -> bytes:
+    buffer = bytearray(max(0, min(count, size - at)))
+    if buffer:
+        reader.readinto(memoryview(buffer), at)
+    return bytes(buffer)
+
+
+@dataclass(frozen=True)
+class Inflated:
+    """A deflated record seen as its plain bytes. Reading forward is one pass; going back starts again."""
+
+    span: Span
+    nbytes: int
+    record: str
+
+    @contextmanager
+    def open(self) -> Iterator[_Inflater]:
+        with self.span.open() as reader:
+            yield _Inflater(self, reader)
+
+
+class _Inflater:
+    def __init__(self, storage: Inflated, reader: Reader) -> None:
+        self._storage = storage
+        self._reader = reader
+        self._restart()
+
+    def _restart(self) -> None:
+        self._engine = zlib.decompressobj(-15)
+        self._read = 0
+        self._at = 0
+        self._pending = b""
+
+    def _next(self, limit: int) -> bytes:
+        """Up to `limit` further plain bytes."""
+        while True:
+            if not self._pending and self._read < self._storage.span.nbytes:
+                self._pending = self._packed()
+            out = self._engine.decompress(self._pending, limit)
+            self._pending = self._engine.unconsumed_tail
+            if out:
+                self._at += len(out)
+                return out
+            if self._engine.eof or (not self._pending and self._read >= self._storage.span.nbytes):
+                raise CorruptFileError("the packed bytes end before the size that the archive states", record=self._storage.record)
+
+    def _packed(self) -> bytes:
+        buffer = bytearray(min(1 << 16, self._storage.span.nbytes - self._read))
+        self._reader.readinto(memoryview(buffer), self._read)
+        self._read += len(buffer)
+        return bytes(buffer)
+
+    def readinto(self, buffer: memoryview, start: int) -> None:
+        if start < self._at:
+            self._restart()
+        while self._at < start:
+            self._next(min(1 << 20, start - self._at))
+        done = 0
+        while done < buffer.nbytes:
+            piece = self._next(min(1 << 20, buffer.nbytes - done))
+            buffer[done : done + len(piece)] = piece
+            done += len(piece)
+
+
+def read_zip_index(file: FileRef) -> ZipIndex:
+    """The index of the archive in `file`.
+
+    Raises:
+        CorruptFileError: no end record, or records that overlap, repeat or contradict each other.
+    Cost: two reads, of the file's last 64 KiB and of the directory.
+    """
+    whole = Span(file, 0, file.size)
+    count, directory_size, directory, end = _find_end(whole)
+    if directory_size > _MAX_DIRECTORY or directory + directory_size != end:
+        raise CorruptFileError(f"the directory is said to lie at {directory} with {directory_size} bytes, and the end record at {end} contradicts it", path=file.url)
+    if count * 46 > directory_size:
+        raise CorruptFileError(f"{count} records cannot fit a directory of {directory_size} bytes", path=file.url)
+    data = whole.read(directory, directory + directory_size)
+    records: dict[str, Record] = {}
+    at = 0
+    for _ in range(count):
+        record, at = _central_record(data, at)
+        if record.name in records:
+            raise CorruptFileError("two records have the same name", record=record.name, path=file.url)
+        records[record.name] = record
+    if at != len(data):
+        raise CorruptFileError("the directory holds more than its records", path=file.url)
+    _require_apart(records, directory, file)
+    return ZipIndex(file, records, directory)
+
+
+def _find_end(whole: Span) -> tuple[int, int, int, int]:
+    """(records, directory size, directory offset, where the directory must end)."""
+    tail_start = max(0, whole.nbytes - 65_557)
+    tail = whole.read(max(0, whole.nbytes - 1024))  # nearly every archive ends without a comment
+    base = max(0, whole.nbytes - 1024)
+    if _END not in tail:
+        tail, base = whole.read(tail_start), tail_start
+    places = [i for i in _finditer(tail, _END) if i + 22 <= len(tail) and i + 22 + struct.unpack_from("<H", tail, i + 20)[0] == len(tail)]
+    if len(places) != 1:
+        raise CorruptFileError("the archive has no end record: the file is cut" if not places else "the archive has two end records", path=whole.file.url)
+    at = places[0]
+    disk, start_disk, here, count, size, offset = struct.unpack_from("<HHHHII", tail, at + 4)
+    end = base + at
+    locator = tail[at - 20 : at] if at >= 20 else whole.read(max(0, end - 20), end)
+    if locator[:4] == _LOCATOR:
+        _, where, disks = struct.unpack("<IQI", locator[4:])
+        record = whole.read(where, where + 56)
+        if record[:4] != _END64 or len(record) < 56 or where + 12 + struct.unpack_from("<Q", record, 4)[0] != end - 20 or disks != 1:
+            raise CorruptFileError("the ZIP64 end record is not where its locator says", path=whole.file.url)
+        disk64, start64, here64, count64, size64, offset64 = struct.unpack_from("<IIQQQQ", record, 16)
+        pairs = ((here, here64, 0xFFFF), (count, count64, 0xFFFF), (size, size64, 0xFFFFFFFF), (offset, offset64, 0xFFFFFFFF))
+        if any(small not in (big, cap) for small, big, cap in pairs) or disk64 or start64:
+            raise CorruptFileError("the two end records contradict each other", path=whole.file.url)
+        here, count, size, offset, end = here64, count64, size64, offset64, where
+    if disk or start_disk or here != count:
+        raise CorruptFileError("the archive is split over several disks, or its counts disagree", path=whole.file.url)
+    return count, size, offset, end
+
+
+def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
+    at = data.find(mark)
+    while at >= 0:
+        yield at
+        at = data.find(mark, at + 1)
+
+
+def _central_record(data: bytes, at: int) -> tuple[Record, int]:
+    if data[at : at + 4] != b"PK\x01\x02" or at + 46 > len(data):
+        raise CorruptFileError("the directory is damaged", offset=at)
+    flags, method, crc, packed, size, n, e, c, disk, header = struct.unpack_from("<8xHH4xIIIHHHH6xI", data, at)
+    raw_name, extra = data[at + 46 : at + 46 + n], data[at + 46 + n : at + 46 + n + e]
+    if at + 46 + n + e + c > len(data):
+        raise CorruptFileError("a directory entry runs past the directory", offset=at)
+    if 0xFFFFFFFF in (packed, size, header):
+        size, packed, header = _zip64(extra, size, packed, header)
+    if disk not in (0, 0xFFFF):
+        raise CorruptFileError("a record lies on another disk", offset=at)
+    try:
+        name = raw_name.decode("utf-8")
+    except UnicodeDecodeError:
+        name = raw_name.decode("cp437")
+    if "\0" in name:
+        raise CorruptFileError("a record's name holds a NUL", record=name, offset=at)
+    if method == 0 and packed != size:
+        raise CorruptFileError(f"a stored record states {packed} packed bytes and {size} plain ones", record=name, offset=at)
+    return Record(name, raw_name, flags, method, crc, packed, size, header), at + 46 + n + e + c
+
+
+def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
+    """The 64-bit fields, in the order that APPNOTE 4.5.3 fixes, for those that did not fit."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        body = extra[at + 4 : at + 4 + length]
+        if kind == 1:
+            values = list(struct.unpack(f"<{len(body) // 8}Q", body[: len(body) // 8 * 8]))
+            wanted = [v == 0xFFFFFFFF for v in (size, packed, header)]
+            if len(values) < sum(wanted):
+                break
+            out = [values.pop(0) if w else v for w, v in zip(wanted, (size, packed, header), strict=True)]
+            return out[0], out[1], out[2]
+        at += 4 + length
+    raise CorruptFileError("a record's 64-bit sizes are missing")
+
+
+def _require_apart(records: dict[str, Record], directory: int, file: FileRef) -> None:
+    end, before = 0, ""
+    for record in sorted(records.values(), key=lambda r: r.header):
+        if record.header < end:
+            raise CorruptFileError(f"the record overlaps {before!r}", record=record.name, path=file.url)
+        end, before = record.header + 30 + len(record.raw_name) + record.packed, record.name
+    if end > directory:
+        raise CorruptFileError("the last record runs into the directory", record=before, path=file.url)
+
+
+def read_record(index: ZipIndex, name: str, limit: int) -> bytes:
+    """A whole record of at most `limit` bytes, packed no tighter than data of its kind packs.
+
+    Raises:
+        UnsupportedError: larger than that: a decompression bomb, or a file too large to list.
+    """
+    storage = index.storage(name)
+    if isinstance(storage, Inflated):
+        limit = min(limit, 64 * storage.span.nbytes + (1 << 20))
+    if storage.nbytes > limit:
+        raise UnsupportedError(f"the record has {storage.nbytes} bytes; at most {limit} are read at once", record=name, path=index.file.url)
+    return read_span(storage)
