@@ -1,0 +1,67 @@
+"""rename: keys, and the module names in `_metadata` that go with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from workbench.checkpoint import Checkpoint, Path, Step
+from workbench.errors import SelectionError
+from workbench.ops.scope import on_section
+
+
+def rename(ckpt: Checkpoint, mapping: Mapping[str, str] | Callable[[str], str], *, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+    """Give tensors new names.
+
+    Args:
+        mapping: old name -> new name, where both may hold one ``*`` that stands for the same text
+            (``{"module.*": "*"}``); whole names win over patterns, earlier patterns over later; or a function from old name to new name.
+    Returns:
+        The same tensors under new names, in the same order; `_metadata` is renamed along.
+    Raises:
+        SelectionError: two tensors would get one name, or a pattern matches nothing.
+    Cost: nothing is read.
+    """
+
+    def pairs(part: Checkpoint) -> dict[str, str]:
+        return {name: mapping(name) for name in part} if callable(mapping) else _renamed(part, mapping)
+
+    target = ckpt if everything else ckpt.section(ckpt.weights_section.path) if section is None else ckpt.section(section)
+    moved = pairs(target)  # a function cannot be written into a recipe; what it did can
+    step = Step("rename", {"mapping": {old: new for old, new in moved.items() if old != new} if callable(mapping) else dict(mapping), "section": section, "everything": everything})
+    return on_section(ckpt, section, everything, step, lambda part: [(moved[name], tensor, name) for name, tensor in part.items()])
+
+
+def strip_prefix(ckpt: Checkpoint, prefix: str, *, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+    """Remove `prefix` from every name that starts with it, as ``module.`` of DataParallel."""
+    return rename(ckpt, {f"{prefix}*": "*"}, section=section, everything=everything)
+
+
+def add_prefix(ckpt: Checkpoint, prefix: str, *, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+    """Put `prefix` before every name."""
+    return rename(ckpt, {"*": f"{prefix}*"}, section=section, everything=everything)
+
+
+def _renamed(part: Checkpoint, mapping: Mapping[str, str]) -> dict[str, str]:
+    patterns = [(_pattern(old), old, new) for old, new in mapping.items() if "*" in old]
+    used: set[str] = set()
+    out: dict[str, str] = {}
+    for name in part:
+        out[name] = mapping.get(name, name)
+        if name in mapping:
+            used.add(name)
+            continue
+        for pattern, old, new in patterns:
+            if found := pattern.fullmatch(name):
+                out[name] = new.replace("*", found[1], 1)
+                used.add(old)
+                break
+    if unused := [old for old in mapping if old not in used]:
+        raise SelectionError(f"no tensor matches {unused[0]!r}", hint=f"names here begin with {', '.join(list(part)[:3])}")
+    return out
+
+
+def _pattern(old: str) -> re.Pattern[str]:
+    if old.count("*") > 1:
+        raise SelectionError(f"{old!r} has more than one *; give a function for more than that")
+    return re.compile(re.escape(old).replace(r"\*", "(.*)"), re.DOTALL)
