@@ -1,0 +1,355 @@
+"""The ONNX target: torch's exporters, kept honest.
+
+The dynamo exporter goes first. The classic one (tracing) steps in only where dynamo failed for another reason than a data-dependent
+branch, which tracing would bake in silently, or did not write the opset asked for. What either wrote is repaired, read back,
+checked, and compared with the model in ONNX Runtime before it takes its place. Exporting happens in a temporary folder beside the target.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import MissingDependencyError, UnsupportedError, WriteError
+from workbench.exporting.advice import Advice, advise, chain_text
+from workbench.exporting.listening import Heard, listening
+from workbench.exporting.onnx_file import Graph, check_file, clashes, put_in_place, read_graph, strip_weight_shapes, weights_to_inputs
+from workbench.exporting.report import Exported
+from workbench.verification.comparison import ParityReport, parity
+from workbench.verification.runners import evaluating, fed_names, running
+from workbench.verification.values import Call, leaves
+from workbench.verification.variations import resized, variations
+
+if TYPE_CHECKING:
+    import torch
+
+    from workbench.exporting.targets import Request
+
+
+_CLASSIC_NEWEST = 20  # the newest opset that torch's classic exporter knows
+
+
+class _Failed(Exception):
+    """This export ends here, for a reason in plain words. Never leaves this module."""
+
+    def __init__(self, advice: Advice, error: str = "") -> None:
+        super().__init__(advice.cause)
+        self.advice, self.error = advice, error
+
+
+def export_onnx(request: Request, path: Path) -> Exported:
+    """One ONNX file from a request; a failure is a value with its cause, and leaves what stood at `path` as it was."""
+    _require_onnx()
+    started = time.perf_counter()
+    export = _Export(request, path)
+    with _workplace(path) as folder, evaluating(request.model):
+        try:
+            done = export.run(folder / path.name)
+        except _Failed as failure:
+            advice = failure.advice
+            done = replace(export.done, files={}, sha256=None, cause=advice.cause, cure=advice.cure, error=failure.error)
+    return replace(done, log=export.log, notes=tuple(export.notes), seconds=time.perf_counter() - started)
+
+
+class _Export:
+    """One export in progress: the request, what is known of the result, and what was heard and noticed."""
+
+    def __init__(self, request: Request, path: Path) -> None:
+        self.request, self.path = request, path
+        self.done = Exported("onnx", str(path), opset_asked=request.opset_version)
+        self.notes: list[str] = []
+        self.log = ""
+
+    def run(self, made: Path) -> Exported:
+        exporter = self._make(made)
+        removed = strip_weight_shapes(made)
+        if removed:
+            self.notes.append(f"{removed} shape entries that repeat weights were removed, for ONNX Runtime's quantizer trips over them.")
+        graph = read_graph(made)
+        self.done = replace(self.done, exporter=exporter, opset=graph.opset, inputs=graph.inputs, outputs=graph.outputs)
+        self._judge_graph(made, graph)
+        if self.request.check:
+            self._prove(made, graph, exporter)
+        else:
+            self.notes.append("The file was not checked and not compared with the model, as asked.")
+        if not self.request.export_params:
+            self._leave_out_weights(made)
+        sizes, digest = put_in_place(made, self.path)
+        beside = self.path.with_name(self.path.name + ".data")
+        if beside.name not in sizes and beside.exists():
+            self.notes.append(f"{beside.name} stands beside it from an earlier export and does not belong to this file.")
+        return replace(self.done, files=sizes, sha256=digest)
+
+    def _make(self, made: Path) -> str:
+        """Write the graph by the first exporter that can; returns its name."""
+        asked = self.request.opset_version
+        refusal: BaseException | None = None
+        try:
+            self._heard(lambda: _dynamo(self.request, made))
+            wrote = read_graph(made).opset
+            if asked is None or wrote == asked:
+                return "dynamo"
+            why = f"wrote opset {wrote} where {asked} was asked"
+        except Exception as error:  # torch's exporters raise everything under the sun, and run a stranger's forward
+            refusal = error
+            if advise(error).tracing_hides_it:
+                raise _Failed(advise(error), chain_text(error)) from error
+            why = f"failed ({advise(error).cause})"
+        if not _classic_can(self.request):
+            raise _Failed(_without_classic(refusal, asked), chain_text(refusal) if refusal else "")
+        try:
+            _empty(made.parent)
+            self._heard(lambda: _classic(self.request, made))
+        except Exception as error:  # as above
+            advice = advise(refusal or error)
+            texts = [f"dynamo: {chain_text(refusal)}"] if refusal else []
+            raise _Failed(advice, "\n\n".join([*texts, f"classic: {chain_text(error)}"])) from error
+        self.notes.append(f"The dynamo exporter {why}, so the classic exporter made the file, by tracing.")
+        return "classic"
+
+    def _heard(self, export: Any) -> None:
+        heard = Heard()
+        try:
+            with listening(heard):
+                export()
+        finally:
+            self.log = "\n".join(text for text in (self.log, heard.text) if text)
+
+    def _judge_graph(self, made: Path, graph: Graph) -> None:
+        request = self.request
+        if request.opset_version is not None and graph.opset != request.opset_version:
+            cure = "Leave `opset_version` out, or ask for 18 to 20."
+            raise _Failed(Advice(f"opset {request.opset_version} was asked and {graph.opset} was written", cure))
+        shared = clashes(made)
+        if shared:
+            cure = "Choose `input_names` and `output_names` that no parameter has."
+            raise _Failed(Advice(f"the graph calls a value {shared[0]!r} by the name of a weight", cure))
+        fixed = _fixed_axes(request, graph)
+        if fixed:
+            cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
+            raise _Failed(Advice(f"an axis asked to be dynamic is not dynamic in the file: {fixed}", cure))
+
+    def _prove(self, made: Path, graph: Graph, exporter: str) -> None:
+        objection = check_file(made)
+        self.done = replace(self.done, checked=not objection)
+        if objection:
+            raise _Failed(Advice("ONNX's own checker refuses the file", "Try another `opset_version`."), objection)
+        batches = self._batches(graph)
+        if exporter == "classic":
+            self._prove_tracing(batches, graph)
+        try:
+            report = parity(self.request.model, made, list(batches.values()), rtol=self.request.rtol, atol=self.request.atol)
+        except UnsupportedError as error:
+            cure = "Export a float32 copy (`model.float()`), or use `check=False` for a runtime that has what is missing."
+            raise _Failed(Advice(error.message, cure), str(error)) from error
+        report = replace(report, candidate=self.path.name)
+        self.done = replace(self.done, parity=report, tried=tuple(batches))
+        if not report:
+            raise _Failed(_differs(report, exporter))
+
+    def _prove_tracing(self, batches: dict[str, Call], graph: Graph) -> None:
+        """Tracing proves nothing by itself: it needs a second input, and another size where it claims that any will do."""
+        if len(batches) < 2:
+            cause = "the file was made by tracing and could not be tried on a second, different input"
+            raise _Failed(Advice(cause, "Give example inputs whose values may be changed, or make the model exportable by torch.export."))
+        if "resized" not in batches and any(isinstance(size, str) for shape in graph.inputs.values() for size in shape):
+            cause = "the file was made by tracing, and the model itself does not take another size of the axis asked to be dynamic"
+            raise _Failed(Advice(cause, "Leave that axis fixed, or remove what pins it in the model's code."))
+
+    def _batches(self, graph: Graph) -> dict[str, Call]:
+        """The example, other values of its shape, and another size of each dynamic axis, as far as the model itself takes them."""
+        example = self.request.example
+        wanted = dict(variations(example))
+        dynamic = _other_sizes(graph, example)
+        if dynamic:
+            wanted["resized"] = resized(example, dynamic)
+        usable = {"example": example}
+        with running(self.request.model) as runner:
+            finite = _finite(runner(example.fresh()))
+            for name, call in wanted.items():
+                if not _differ(call, example):
+                    continue
+                try:
+                    outputs = runner(call.fresh())
+                except Exception as error:  # the model itself refuses this input: it proves nothing about the file
+                    why = f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
+                    self.notes.append(f"The model does not take the {name} inputs ({why}), so they were not tried.")
+                    continue
+                if finite and not _finite(outputs):
+                    self.notes.append(f"The model gives NaN or infinity on the {name} inputs, so they were not tried.")
+                    continue
+                usable[name] = call
+        return usable
+
+    def _leave_out_weights(self, made: Path) -> None:
+        count = weights_to_inputs(made)
+        for other in made.parent.iterdir():
+            if other != made:
+                other.unlink()
+        self.notes.append(f"{count} weights were left out, as asked: they are inputs of the graph under their own names.")
+        self.done = replace(self.done, inputs=read_graph(made).inputs)
+        objection = check_file(made) if self.request.check else ""
+        if objection:
+            raise _Failed(Advice("ONNX's own checker refuses the file without its weights", "Leave the weights in."), objection)
+
+
+def _dynamo(request: Request, made: Path) -> None:
+    import torch
+
+    example = request.example.fresh()
+    torch.onnx.export(
+        request.model, example.args, str(made), kwargs=dict(example.kwargs) or None, dynamo=True,
+        input_names=request.input_names, output_names=_output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
+        dynamic_shapes=request.dynamic_shapes, opset_version=request.opset_version, export_params=True,
+        do_constant_folding=request.do_constant_folding, verbose=request.verbose, external_data=request.external_data,
+        custom_translation_table=dict(request.custom_translation_table) if request.custom_translation_table else None,
+    )  # fmt: skip
+
+
+def _classic(request: Request, made: Path) -> None:
+    """By tracing, through a wrapper that takes the tensors in order and returns a flat tuple."""
+    import torch
+
+    torch.onnx.export(
+        _flat(request.model, request.example), tuple(request.example.fresh().tensors().values()), str(made), dynamo=False,
+        input_names=_input_names(request), output_names=_output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
+        opset_version=request.opset_version, export_params=True, do_constant_folding=request.do_constant_folding, verbose=request.verbose,
+    )  # fmt: skip
+
+
+def _flat(model: torch.nn.Module, example: Call) -> torch.nn.Module:
+    import torch
+
+    class Flat(torch.nn.Module):
+        """Takes tensors in order, returns a flat tuple: what tracing can follow."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            order = iter(tensors)
+            call = example.map(lambda _: next(order))
+            return tuple(torch.as_tensor(leaf) for leaf in leaves(self.model(*call.args, **call.kwargs)))
+
+    return Flat().eval()
+
+
+def _input_names(request: Request) -> list[str]:
+    """Names as forward calls its arguments: `x`, `batch.mask`."""
+    if request.input_names:
+        return list(request.input_names)
+    positional = list(inspect.signature(request.model.forward).parameters)
+    names = []
+    for path in request.example.tensors():
+        head, dot, rest = path.partition(".")
+        called = positional[int(head)] if head.isdigit() and int(head) < len(positional) else head
+        names.append(called + dot + rest)
+    return names if len(set(names)) == len(names) else [f"input_{i}" for i in range(len(names))]
+
+
+def _output_names(request: Request) -> list[str]:
+    """Names as the model's own paths, clear of inputs and weights."""
+    if request.output_names:
+        return list(request.output_names)
+    taken = {*_input_names(request), *request.model.state_dict()}
+    names = [f"output_{path}" if path[0].isdigit() else path for path in (p or "output" for p in request.outputs)]
+    return [f"{name}_out" if name in taken else name for name in names]
+
+
+def _fixed_axes(request: Request, graph: Graph) -> str:
+    """The first axis of an input that dynamic_axes asks for and the file does not have dynamic, in words; or ""."""
+    for name, axes in (request.dynamic_axes or {}).items():
+        if name not in graph.inputs:
+            if name in graph.outputs:
+                continue
+            return f"{name!r} is neither an input ({', '.join(graph.inputs)}) nor an output ({', '.join(graph.outputs)})"
+        for axis in axes:
+            shape = graph.inputs[name]
+            if axis >= len(shape) or isinstance(shape[axis], int):
+                return f"axis {axis} of {name!r}, which is {list(shape)}"
+    return ""
+
+
+def _other_sizes(graph: Graph, example: Call) -> dict[tuple[int, int], int]:
+    """{(tensor, axis): its size + 1} for every axis that the file names."""
+    tensors = list(example.tensors().values())
+    names = fed_names(example, list(graph.inputs))
+    return {
+        (number, axis): tensors[number].shape[axis] + 1
+        for number, name in enumerate(names)
+        for axis, size in enumerate(graph.inputs[name])
+        if isinstance(size, str) and size.isidentifier() and tensors[number].shape[axis]
+    }
+
+
+def _finite(outputs: dict[str, torch.Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in outputs.values() if value.is_floating_point() or value.is_complex())
+
+
+def _differ(call: Call, example: Call) -> bool:
+    import torch
+
+    pairs = zip(call.tensors().values(), example.tensors().values(), strict=True)
+    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+
+def _differs(report: ParityReport, exporter: str) -> Advice:
+    cause = f"the file does not answer as the model does: {report.headline}"
+    if any("keeps state" in problem for problem in report.problems):
+        return Advice(cause, "Make the state an argument and an output of `forward`; a graph keeps nothing between calls.")
+    if exporter == "classic":
+        return Advice(cause, "Tracing bakes branches and sizes in: write them with `torch.where` or `torch.cond`.")
+    return Advice(cause, "If a difference of that size is acceptable, say so with `rtol` and `atol`.")
+
+
+def _classic_can(request: Request) -> bool:
+    newer = request.dynamic_shapes is not None or request.custom_translation_table is not None
+    return not newer and (request.opset_version or 0) <= _CLASSIC_NEWEST
+
+
+def _without_classic(refusal: BaseException | None, asked: int | None) -> Advice:
+    if refusal is not None:
+        return advise(refusal)
+    if (asked or 0) > _CLASSIC_NEWEST:
+        return Advice(f"opset {asked} was asked, and no exporter here writes it", "Leave `opset_version` out, or ask for 18 to 20.")
+    return Advice(
+        f"opset {asked} was asked, and the exporter that takes dynamic_shapes and translation tables does not write it",
+        "Leave `opset_version` out, ask for 18 to 20, or give `dynamic_axes` instead.",
+    )
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(f"exporting to ONNX needs {', '.join(missing)}", hint=f"pip install {' '.join(missing)}")
+
+
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A folder beside the target for work in progress: the same disk, the same rights, and nothing left of it afterwards."""
+    if path.is_dir():
+        raise WriteError("a folder of that name stands here", path=str(path))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".export.", dir=path.parent))
+    except OSError as error:
+        hint = "choose a folder that exists and that you may write to"
+        raise WriteError(f"cannot write here: {error.strerror}", path=str(path), hint=hint) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()

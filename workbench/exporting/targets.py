@@ -1,0 +1,153 @@
+"""Targets: one call, one file per target.
+
+Owns what is common to every target: the model's mode, the example call, where files go. A target is a function
+`(Request, Path) -> Exported` and one entry in `_TARGETS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import SelectionError, UnsupportedError
+from workbench.exporting.report import Exported, ExportReport
+from workbench.verification.runners import running
+from workbench.verification.values import Call, calls_from
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What was asked, once for all targets. The fields mean what `export_model` says of them."""
+
+    model: torch.nn.Module
+    example: Call
+    outputs: tuple[str, ...]
+    input_names: tuple[str, ...] | None
+    output_names: tuple[str, ...] | None
+    dynamic_axes: Mapping[str, Any] | None
+    dynamic_shapes: Any
+    opset_version: int | None
+    export_params: bool
+    do_constant_folding: bool
+    verbose: bool
+    external_data: bool
+    custom_translation_table: Mapping[Any, Any] | None
+    check: bool
+    rtol: float | None
+    atol: float | None
+
+
+def _onnx(request: Request, path: Path) -> Exported:
+    from workbench.exporting.onnx_export import export_onnx
+
+    return export_onnx(request, path)
+
+
+_TARGETS: dict[str, tuple[str, Callable[[Request, Path], Exported]]] = {"onnx": (".onnx", _onnx)}
+_ONE_FILE = 1_500_000_000  # protobuf ends at 2 GiB; the graph needs room beside the weights
+
+
+def export_model(
+    model: torch.nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    to: str | Sequence[str] = "onnx",
+    path: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_axes: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    opset_version: int | None = None,
+    export_params: bool = True,
+    do_constant_folding: bool = True,
+    verbose: bool = False,
+    external_data: bool | None = None,
+    custom_translation_table: Mapping[Any, Any] | None = None,
+    check: bool = True,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> ExportReport:
+    """Export a model in eval mode, prove the file, and only then put it in place.
+
+    Args:
+        args: example inputs: a tensor, or a tuple of positional arguments.
+        kwargs: example keyword arguments.
+        to: the target, or several; `onnx` is the one there is.
+        path: the file to write, for one target. Otherwise `folder`: files named after the model's class.
+        input_names, output_names: names in the graph, in order; outputs are by default called as the model calls them.
+        dynamic_axes: {input name: {axis: name} or [axis]}; or dynamic_shapes, as torch.export takes them.
+        opset_version: ONNX opset asked for; read back from the file, which is failed when it has another.
+        export_params: False leaves the weights out of the file; they become inputs of the graph, under their own names.
+        do_constant_folding, verbose: the exporter's own; what it says is kept in `report["onnx"].log`, never printed.
+        external_data: weights in a `.data` file beside; None does so from 1.5 GB on.
+        custom_translation_table: {torch operator: onnxscript function}, for operators ONNX has no translation of.
+        check: run the format's checker, and compare with the model in ONNX Runtime on the example, on other values of the same shape, and
+            at another size of each dynamic axis. A file that fails is not put in place. False writes it unproved, and the report says so.
+        rtol, atol: for that comparison; by default measured rounding (see `parity`).
+    Returns:
+        A report, false when a target failed: then with cause, cure and the exporter's own text, and no file is written or changed.
+    Raises:
+        SelectionError: the model does not run on the example, or options contradict each other.
+        UnsupportedError: no such target.
+        WriteError: the folder refuses.
+    Cost: 1 to 10 s for a small model, most of it torch's exporter; about 3 × the model's memory while float64 rounding is measured.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise SelectionError(f"a {type(model).__name__} cannot be exported", hint="pass an nn.Module with its weights loaded")
+    paths = _paths(model, to, path, folder)
+    if dynamic_axes is not None and dynamic_shapes is not None:
+        raise SelectionError("dynamic_axes and dynamic_shapes say the same thing twice", hint="give one of them")
+    example = _example(args, kwargs)
+    with running(model) as runner:
+        try:
+            outputs = tuple(runner(example.fresh()))
+        except SelectionError:
+            raise
+        except Exception as error:  # a stranger's forward: whatever it raises, this example cannot serve
+            raise SelectionError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
+    large = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, torch.Tensor)) >= _ONE_FILE
+    request = Request(
+        model, example, outputs, _names(input_names, "input_names"), _names(output_names, "output_names"), dynamic_axes, dynamic_shapes,
+        opset_version, export_params, do_constant_folding, verbose, large if external_data is None else external_data,
+        custom_translation_table, check, rtol, atol,
+    )  # fmt: skip
+    return ExportReport(type(model).__name__, tuple(_TARGETS[target][1](request, goal) for target, goal in paths.items()))
+
+
+def _example(args: Any, kwargs: Mapping[str, Any] | None) -> Call:
+    positional = args if isinstance(args, tuple) else () if args is None else (args,)
+    (call,) = calls_from(Call(positional, dict(kwargs or {})))
+    return call
+
+
+def _paths(model: Any, to: str | Sequence[str], path: Any, folder: Any) -> dict[str, Path]:
+    targets = [to] if isinstance(to, str) else list(to)
+    for target in targets:
+        if target not in _TARGETS:
+            raise UnsupportedError(f"there is no export target {target!r}; there is {', '.join(_TARGETS)}")
+    if not targets or (path is None) == (folder is None) or (path is not None and len(targets) > 1):
+        raise SelectionError("it is not clear where the files go", hint="give path= for one target, or folder= for several")
+    if path is not None:
+        return {targets[0]: Path(os.path.realpath(path))}
+    stem = type(model).__name__.lower()
+    return {target: Path(os.path.realpath(folder)) / f"{stem}{_TARGETS[target][0]}" for target in targets}
+
+
+def _names(names: Sequence[str] | None, option: str) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise SelectionError(f"{option} is a list of names, none of them empty")
+    if len(set(names)) != len(names):
+        raise SelectionError(f"{option} names something twice", hint="every name in a graph is given once")
+    return tuple(names)

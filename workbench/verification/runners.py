@@ -1,0 +1,252 @@
+"""Runners: anything that answers a batch with outputs by path, under one protocol.
+
+A runner is opened by `running(thing)` and lives inside its `with`. Modules run in eval mode without gradients and are put
+back as they were; `.onnx` files run in ONNX Runtime on the CPU; any callable runs as it is. Programs stored in files
+(TorchScript, `.pt2`) are refused here: pass them as live objects. The next kind of runner is one class and one branch of
+`running`.
+
+Modules run under `no_grad`, not `inference_mode`: tables that a model caches on its first call would otherwise be inference
+tensors, and the next training step would fail on them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from workbench.errors import MissingDependencyError, SelectionError, UnsupportedError, UntrustedError, visible
+from workbench.files import file_ref
+from workbench.verification.values import Call, outputs_by_path
+
+if TYPE_CHECKING:
+    import torch
+
+_PROGRAMS = (".pt2", ".ptl", ".torchscript", ".ts")
+
+
+class Runner(Protocol):
+    """Answers a batch with plain CPU tensors by path.
+
+    Attributes:
+        name: how reports call it.
+        ordered: its output names are its own (an ONNX graph's), so outputs may be matched by position.
+    """
+
+    name: str
+    ordered: bool
+
+    def __call__(self, call: Call) -> dict[str, torch.Tensor]: ...
+
+
+@contextmanager
+def running(thing: Any, *, name: str | None = None, threads: int | None = None) -> Iterator[Runner]:
+    """A runner over `thing` for the length of the `with`.
+
+    Args:
+        thing: an nn.Module, an ExportedProgram, the path of an `.onnx` file, or any callable.
+        name: how reports call it; by default its class, file or function name.
+        threads: threads of an ONNX Runtime session; None is its own choice.
+    Raises:
+        SelectionError: not something that can be run.
+        UntrustedError: the path of a stored program.
+        UnsupportedError: ONNX Runtime cannot load the file.
+    """
+    import torch
+
+    if isinstance(thing, (str, os.PathLike)):
+        yield OnnxRunner(Path(thing), name=name, threads=threads)
+    elif isinstance(thing, torch.export.ExportedProgram):
+        yield CallableRunner(thing.module(), name or "ExportedProgram")
+    elif isinstance(thing, torch.nn.Module):
+        with evaluating(thing):
+            yield ModuleRunner(thing, name or type(thing).__name__)
+    elif callable(thing):
+        yield CallableRunner(thing, name or str(getattr(thing, "__name__", type(thing).__name__)))
+    else:
+        raise SelectionError(f"a {type(thing).__name__} cannot be run", hint="pass a model, the path of an .onnx file, or a callable")
+
+
+class CallableRunner:
+    """Any callable on `(*args, **kwargs)`, without gradients."""
+
+    ordered = False
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.name = name
+        self._function = function
+
+    def __call__(self, call: Call) -> dict[str, torch.Tensor]:
+        import torch
+
+        with torch.no_grad():
+            return outputs_by_path(self._function(*call.args, **call.kwargs), of=self.name)
+
+
+class ModuleRunner(CallableRunner):
+    """A module on its own device; `running` keeps it in eval mode around the calls."""
+
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        super().__init__(module, name)
+        self._device = next((p.device for p in module.parameters()), None)
+
+    def __call__(self, call: Call) -> dict[str, torch.Tensor]:
+        device = self._device
+        return super().__call__(call.map(lambda t: t.to(device)) if device is not None else call)
+
+
+class OnnxRunner:
+    """An `.onnx` file in ONNX Runtime, on the CPU provider.
+
+    Tensors of a batch are given to inputs by name where every keyword names an input, otherwise in order. Numbers and flags among
+    the arguments are not fed: an exporter has made constants of them.
+    """
+
+    ordered = True
+
+    def __init__(self, path: Path, *, name: str | None = None, threads: int | None = None) -> None:
+        if path.suffix.lower() in _PROGRAMS:
+            raise UntrustedError(
+                "a stored program is not run from its path",
+                path=str(path),
+                hint="load it yourself if you trust it, and pass the live object",
+            )
+        if path.suffix.lower() != ".onnx":
+            raise SelectionError(
+                "only .onnx files can be run from a path", path=str(path), hint="pass the model itself, with its weights loaded"
+            )
+        file_ref(path)  # a missing file or a folder is told in our own words
+        self.name = name or path.name
+        self._session = _session(path, threads)
+        self._inputs = [node.name for node in self._session.get_inputs()]
+        self._shapes = {node.name: node.shape for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
+
+    def __call__(self, call: Call) -> dict[str, torch.Tensor]:
+        values = self._session.run(None, self._feeds(call))
+        return outputs_by_path(dict(zip(self._outputs, values, strict=True)), of=self.name)
+
+    def _feeds(self, call: Call) -> dict[str, Any]:
+        names = fed_names(call, self._inputs)
+        feeds = dict(zip(names, call.tensors().values(), strict=True))
+        for name, tensor in feeds.items():
+            _require_shape(name, self._shapes[name], tensor)
+        return {name: _to_numpy(tensor, name) for name, tensor in feeds.items()}
+
+
+def fed_names(call: Call, inputs: list[str]) -> list[str]:
+    """Which graph input each tensor of a batch goes to: by name where every keyword names an input, otherwise in order.
+
+    Raises:
+        SelectionError: the graph takes another number of tensors.
+    """
+    keywords = list(Call((), call.kwargs).tensors())
+    given = len(call.tensors())
+    if given != len(inputs):
+        raise SelectionError(f"the graph takes {len(inputs)} tensors ({', '.join(map(visible, inputs))}) and was given {given}")
+    if set(keywords) <= set(inputs):
+        return [name for name in inputs if name not in keywords] + keywords
+    return inputs
+
+
+def _require_shape(name: str, declared: list[Any] | None, tensor: torch.Tensor) -> None:
+    """Axes that the graph fixes must fit; named ones take any size."""
+    given = list(tensor.shape)
+    fits = declared is None or len(declared) == len(given)
+    if declared and (not fits or any(isinstance(want, int) and want != size for want, size in zip(declared, given, strict=True))):
+        raise SelectionError(
+            f"the graph fixes input {name!r} at {declared} and was given {given}", hint="export it with dynamic_axes to take other sizes"
+        )
+
+
+def _to_numpy(tensor: torch.Tensor, name: str) -> Any:
+    try:
+        return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
+    except TypeError as error:  # bfloat16 and the float8 family
+        raise UnsupportedError(f"numpy has no {tensor.dtype}, so input {name!r} cannot be fed", hint="cast the input to float32") from error
+
+
+def _session(path: Path, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("running .onnx files needs onnxruntime", hint="pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # its C++ side writes to stderr by itself below "error"
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base of their own
+        raise UnsupportedError(f"ONNX Runtime cannot load the file: {_first_line(error)}", path=str(path)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The module in eval mode inside the `with`, and as it was after: training flags of every submodule, buffers, attributes.
+
+    What forward rebinds (`self.hidden = …`), writes into buffers or tensor attributes, or lazily adds is undone. Containers changed in
+    place (a list appended to) are not. The modules' own `eval()` and `train()` are called, for adapters merge their weights there.
+
+    Cost: one copy of the buffers and tensor attributes.
+    """
+    import torch
+
+    states = [_ModuleState(module) for module in model.modules()]
+    was_training = model.training
+    try:
+        _set_mode(model, False)
+        with torch.random.fork_rng(devices=[]):
+            yield model
+    finally:
+        _set_mode(model, was_training)
+        for state in states:
+            state.restore()
+
+
+def _set_mode(model: torch.nn.Module, training: bool) -> None:
+    try:
+        model.train(training)
+    except NotImplementedError:  # an exported graph: its mode was fixed when it was made
+        return
+
+
+class _ModuleState:
+    """What one module, without its children, must be given back."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        import torch
+
+        self.module = module
+        self.training = module.training
+        self.plain = not isinstance(module, torch.jit.ScriptModule)
+        self.attributes = {key: value for key, value in module.__dict__.items() if not _internal(key)} if self.plain else {}
+        self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+        held = [t for t in (*self.buffers.values(), *self.attributes.values()) if isinstance(t, torch.Tensor) and not t.is_meta]
+        self.copies = [(t, t.detach().clone()) for t in held]
+
+    def restore(self) -> None:
+        import torch
+
+        module = self.module
+        if self.plain:
+            for key in [key for key in module.__dict__ if not _internal(key) and key not in self.attributes]:
+                del module.__dict__[key]
+            module.__dict__.update(self.attributes)
+            module._buffers.clear()
+            module._buffers.update(self.buffers)
+        module.training = self.training
+        for tensor, copy in self.copies:
+            with torch.no_grad():
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
+
+
+def _internal(key: str) -> bool:
+    return key in ("_parameters", "_buffers", "_modules", "training") or key.endswith("_hooks")

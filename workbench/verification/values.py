@@ -1,0 +1,203 @@
+"""Values in and out of a model: batches as `Call`s, nested outputs as tensors by path.
+
+Owns how nesting is walked. Refuses what holds no numbers (strings, caches, meta tensors) by naming the place. A new container
+is one branch of `_children`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import SelectionError
+
+if TYPE_CHECKING:
+    import torch
+
+_MAX_DEPTH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One batch: what a model is called with."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        """The same structure with each tensor changed."""
+        return Call(map_tensors(self.args, change), map_tensors(dict(self.kwargs), change))
+
+    def fresh(self) -> Call:
+        """Its own copy of every tensor, so that a model which writes into its input harms nobody."""
+        return self.map(lambda t: t.detach().clone())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors by path, positional ones first: `0`, `0.mask`, `ids`."""
+        import torch
+
+        found = {**_named(_walk(self.args)), **_named(_walk(self.kwargs))}
+        return {path: leaf for path, leaf in found.items() if isinstance(leaf, torch.Tensor)}
+
+
+def calls_from(inputs: Any) -> tuple[Call, ...]:
+    """Batches from what a person passes.
+
+    Args:
+        inputs: a tensor or array (one batch, one argument), a tuple (one batch, positional arguments), a mapping (one batch, keyword
+            arguments), a Call, or a list of those (several batches).
+    Raises:
+        SelectionError: nothing to compute with: no batch, no tensor in one, or only empty tensors.
+    """
+    batches = inputs if isinstance(inputs, list) else [inputs]
+    if not batches:
+        raise SelectionError("there are no inputs: the list of batches is empty", hint="pass at least one batch")
+    return tuple(_call(batch, number) for number, batch in enumerate(batches, 1))
+
+
+def _call(batch: Any, number: int) -> Call:
+    if isinstance(batch, Call):
+        call = batch
+    elif isinstance(batch, Mapping):
+        call = Call((), dict(batch))
+    elif isinstance(batch, tuple):
+        call = Call(batch)
+    elif _is_array(batch):
+        call = Call((batch,))
+    else:
+        raise SelectionError(
+            f"batch {number} is a {type(batch).__name__}, which no model takes",
+            hint="pass a tensor, a tuple of arguments, a dict of keyword arguments, or a list of those",
+        )
+    call = Call(_arrays_to_tensors(call.args), _arrays_to_tensors(dict(call.kwargs)))
+    if not any(t.numel() for t in call.tensors().values()):
+        raise SelectionError(f"batch {number} holds no values: nothing would be compared", hint="pass inputs with at least one element")
+    return call
+
+
+def outputs_by_path(value: Any, *, of: str) -> dict[str, torch.Tensor]:
+    """Outputs as plain CPU tensors by path: `output` for a lone tensor, `0`, `logits`, `aux.0` in nests; None is no output.
+
+    Args:
+        value: what a model returned: tensors, arrays and numbers in tuples, lists, mappings and dataclasses.
+        of: who returned it, for the message.
+    Raises:
+        SelectionError: no output at all, or something that holds no numbers.
+    """
+    found = {path: _plain(leaf, path, of) for path, leaf in _named(_walk(value)).items()}
+    if not found:
+        raise SelectionError(f"{of} returned no output to compare", hint="return tensors, or a tuple or dict of tensors")
+    return found
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What stands at the ends of a nest, in order, as it is; None is nothing."""
+    return (leaf for _, leaf in _walk(value))
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` rebuilt with every tensor in its tuples, lists and mappings changed; other leaves are kept."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, change) for item in value)
+    return value
+
+
+def _is_array(value: Any) -> bool:
+    import numpy as np
+    import torch
+
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _arrays_to_tensors(value: Any) -> Any:
+    import numpy as np
+
+    if isinstance(value, np.ndarray):
+        return _from_numpy(value, "the inputs", "")
+    if isinstance(value, Mapping):
+        return {key: _arrays_to_tensors(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_arrays_to_tensors(item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_arrays_to_tensors(item) for item in value)
+    return value
+
+
+def _from_numpy(array: Any, of: str, path: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    try:
+        return torch.from_numpy(np.array(array))  # a copy: read-only arrays and views are common
+    except TypeError as error:
+        raise SelectionError(f"{of}: {path or 'an array'} has element type {array.dtype}, which torch cannot hold") from error
+
+
+def _children(value: Any) -> list[tuple[str, Any]] | None:
+    if isinstance(value, Mapping):
+        return [(str(key), item) for key, item in value.items()]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return list(zip(value._fields, value, strict=True))
+    if isinstance(value, (tuple, list)):
+        return [(str(i), item) for i, item in enumerate(value)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name)) for f in fields(value)]
+    return None
+
+
+def _walk(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if value is None:
+        return
+    if len(path) > _MAX_DEPTH:
+        raise SelectionError(f"values are nested more than {_MAX_DEPTH} deep", hint="return tensors in one or two levels")
+    children = _children(value)
+    if children is None:
+        yield path, value
+        return
+    for label, item in children:
+        yield from _walk(item, (*path, label))
+
+
+def _named(found: Iterator[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """Leaves under flat names; where two paths flatten alike, later ones get `#2`, `#3`: nothing vanishes."""
+    named: dict[str, Any] = {}
+    for path, leaf in found:
+        base = name = ".".join(path) or "output"
+        count = 1
+        while name in named:
+            count += 1
+            name = f"{base}#{count}"
+        named[name] = leaf
+    return named
+
+
+def _plain(leaf: Any, path: str, of: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return _from_numpy(leaf, of, path)
+    if isinstance(leaf, (bool, int, float, complex)):
+        return torch.tensor(leaf)
+    if not isinstance(leaf, torch.Tensor):
+        raise SelectionError(
+            f"{of} returned a {type(leaf).__name__} at {path!r}, which holds no numbers to compare",
+            hint="wrap the model so that it returns tensors only",
+        )
+    if leaf.is_meta:
+        raise SelectionError(f"{of} returned a meta tensor at {path!r}: it has a shape and no values")
+    tensor = leaf.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.cpu().resolve_conj().resolve_neg()

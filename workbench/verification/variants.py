@@ -1,0 +1,350 @@
+"""Variants: one table over several ways to ship a model.
+
+Owns what is measured side by side: bytes on disk and in memory, accuracy on the caller's data, latency, and parity with the first
+variant. What a variant cannot be measured on is a dash, and one that does not run fails the report. A new measure is one field of
+`Variant` and one column.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.checkpoint import Checkpoint
+from workbench.errors import SelectionError, WorkbenchError, visible
+from workbench.report import Report
+from workbench.tables import Column, Table, format_bytes, table
+from workbench.verification.measures import Figures, Meter, class_axis
+from workbench.verification.runners import Runner, running
+from workbench.verification.values import Call, calls_from
+from workbench.verification.weighing import disk_nbytes, ram_nbytes
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+_WARM_UP = 2
+_SHRUNK = 0.95  # a file at more than this of the first one's bytes did not shrink
+
+Metric = Callable[["torch.Tensor", "torch.Tensor"], float]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to ship the model. None is not measured.
+
+    Attributes:
+        name: as the caller calls it.
+        disk_nbytes: of its file, external data included; for a bare module, of its state dict as `torch.save` writes it.
+        ram_nbytes: parameters and buffers, shared storage once; for `.onnx`, its weights.
+        accuracy: of the metric over all data.
+        seconds_one, seconds_many: median latency of a batch of 1, and of `batch`.
+        max_abs, top1: largest difference from the first variant's first output, and agreement of the largest class.
+        problem: why it did not run, or "".
+        note: why a latency is missing although it ran, or "".
+    """
+
+    name: str
+    disk_nbytes: int | None = None
+    ram_nbytes: int | None = None
+    accuracy: float | None = None
+    seconds_one: float | None = None
+    seconds_many: float | None = None
+    max_abs: float | None = None
+    top1: float | None = None
+    problem: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class CompareReport(Report):
+    """Variants side by side, the first one as the measure. True when every variant that can run did.
+
+    Attributes:
+        metric: what `accuracy` holds: the metric's name.
+        batch, rounds, threads: items in the large batch, timings per variant (the median is shown), and threads used.
+        items: how many items of data.
+    """
+
+    variants: tuple[Variant, ...]
+    metric: str
+    items: int
+    batch: int
+    rounds: int
+    threads: int
+
+    @property
+    def ok(self) -> bool:
+        return not any(v.problem for v in self.variants)
+
+    @property
+    def headline(self) -> str:
+        failed = [v for v in self.variants if v.problem]
+        if failed:
+            return f"{visible(failed[0].name)} did not run: {visible(failed[0].problem)}."
+        first = self.variants[0]
+        sized = [v for v in self.variants if v.disk_nbytes is not None]
+        if len(self.variants) == 1 or len(sized) < 2 or not first.disk_nbytes:
+            return f"{len(self.variants)} variants were measured on {self.items} items."
+        small = min(sized, key=lambda v: v.disk_nbytes or 0)
+        if small is first:
+            return f"{visible(first.name)}, the first, is the smallest: {format_bytes(first.disk_nbytes)} on disk."
+        share = f"{100 * (small.disk_nbytes or 0) / first.disk_nbytes:.3g} % of {visible(first.name)}'s bytes"
+        if small.accuracy is None or first.accuracy is None:
+            return f"{visible(small.name)} is the smallest, at {share}."
+        return f"{visible(small.name)} has {self.metric} {_score(self, small)} (was {_score(self, first)}) at {share}."
+
+    @property
+    def not_smaller(self) -> tuple[str, ...]:
+        """One sentence per variant that takes as much room on disk as the first."""
+        first = self.variants[0]
+        return tuple(
+            f"{v.name} did not shrink: {format_bytes(v.disk_nbytes)} on disk beside {format_bytes(first.disk_nbytes)}."
+            for v in self.variants[1:]
+            if v.disk_nbytes and first.disk_nbytes and v.disk_nbytes > _SHRUNK * first.disk_nbytes
+        )
+
+    def tables(self) -> tuple[Table, ...]:
+        columns = (
+            Column("variant", "name"),
+            Column("disk", "bytes"),
+            Column("RAM", "bytes", "parameters and buffers"),
+            Column(self.metric, "percent" if self.metric == "accuracy" else "number", f"over {self.items} items"),
+            Column("batch 1", "seconds", f"median of {self.rounds}, {self.threads} threads"),
+            Column(f"batch {self.batch}", "seconds", f"median of {self.rounds}, {self.threads} threads"),
+            Column("max abs", "number", f"largest difference from {self.variants[0].name}"),
+            Column("top-1", "percent", f"same largest class as {self.variants[0].name}"),
+        )
+        rows = [(v.name, v.disk_nbytes, v.ram_nbytes, v.accuracy, v.seconds_one, v.seconds_many, v.max_abs, v.top1) for v in self.variants]
+        remarks = [
+            *(f"{v.name} did not run: {v.problem}" for v in self.variants if v.problem),
+            *(v.note for v in self.variants if v.note),
+            *self.not_smaller,
+        ]
+        found = [table("variants", columns, rows)]
+        if remarks:
+            found.append(table("remarks", [Column("what")], [(text,) for text in remarks]))
+        return tuple(found)
+
+    def plot(self) -> Figure:
+        """Bytes on disk against accuracy, and latency, of the variants that have both size and accuracy."""
+        from workbench.render import plots
+
+        drawn = [
+            plots.Variant(v.name, v.disk_nbytes, v.accuracy, v.seconds_one)
+            for v in self.variants
+            if v.disk_nbytes is not None and v.accuracy is not None
+        ]
+        if not drawn or self.metric != "accuracy":
+            raise SelectionError("no variant has both a size and an accuracy", hint="pass data as (inputs, labels), metric='accuracy'")
+        return plots.size_accuracy(drawn, self.headline)
+
+
+def _score(report: CompareReport, variant: Variant) -> str:
+    value = variant.accuracy or 0.0
+    return f"{100 * value:.3g} %" if report.metric == "accuracy" else f"{value:.4g}"
+
+
+def compare(
+    variants: Mapping[str, Any],
+    data: Any,
+    *,
+    metric: str | Metric = "accuracy",
+    batch: int = 32,
+    rounds: int = 11,
+    threads: int | None = None,
+) -> CompareReport:
+    """Measure several variants of one model on the same data.
+
+    Args:
+        variants: {name: a module, a callable, the path of an `.onnx` file, (module, path of its file), a Checkpoint, or the path of any
+            other file}. The first is what the others are held against. Checkpoints and other files are only weighed.
+        data: (inputs, labels). Inputs as one batch: a tensor [n, …], or a tuple or dict of tensors [n, …]. Labels [n], or None.
+        metric: `accuracy` (the first output's largest class against labels), or a function (outputs [n, …], labels [n]) -> float.
+        batch: items per run, also of the second latency; fewer where there is less data.
+        rounds: timings per variant and batch size, interleaved between variants so that a busy machine troubles all alike; at least 11.
+        threads: threads for torch and ONNX Runtime alike; by default torch's present number.
+    Returns:
+        A report, false when a variant did not run.
+    Raises:
+        SelectionError: no variants, no items, inputs and labels of unlike length, or a metric there is not.
+    Cost: every variant runs over all data once and `2 × (rounds + 2)` times for latency; the first one's outputs are kept.
+    """
+    import torch
+
+    if not variants:
+        raise SelectionError("there are no variants to compare", hint='pass {"fp32": model, "onnx": "model.onnx"}')
+    if rounds < 11:
+        raise SelectionError(f"{rounds} rounds are too few for a median", hint="use at least 11")
+    score, metric_name = _metric(metric)
+    call, labels, items = _data(data)
+    size = max(1, min(batch, items))
+    used = threads or torch.get_num_threads()
+    with _torch_threads(used), ExitStack() as stack:
+        entries = [_Entry(name, thing, stack, used) for name, thing in variants.items()]
+        _answer(entries, call, labels, items, size, score)
+        for count, field in ((1, "seconds_one"), (size, "seconds_many")):
+            _time(entries, _slice(call, 0, count), rounds, field)
+    return CompareReport(tuple(e.variant for e in entries), metric_name, items, size, rounds, used)
+
+
+class _Entry:
+    """A variant being measured: what is known, and its runner while it can run."""
+
+    def __init__(self, name: str, thing: Any, stack: ExitStack, threads: int) -> None:
+        self.runner: Runner | None = None
+        self.dtype: torch.dtype | None = None
+        self.variant = Variant(name)
+        try:
+            runnable, path = _parts(thing)
+            disk, ram = disk_nbytes(runnable, path), ram_nbytes(runnable, path)
+            self.variant = Variant(name, disk, ram)
+            if runnable is not None:
+                self.dtype = _floating(runnable)
+                self.runner = stack.enter_context(running(runnable, name=name, threads=threads))
+        except WorkbenchError as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        self.runner, self.variant = None, replace(self.variant, problem=_words(error))
+
+    def answer(self, call: Call) -> dict[str, torch.Tensor]:
+        """Run on a copy of the call, floating inputs in the module's own dtype, as a half-precision module needs them."""
+        assert self.runner is not None
+        return self.runner(self.prepared(call))
+
+    def prepared(self, call: Call) -> Call:
+        dtype = self.dtype
+        return call.fresh() if dtype is None else call.fresh().map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+    def note(self, **found: Any) -> None:
+        self.variant = replace(self.variant, **found)
+
+
+def _words(error: BaseException) -> str:
+    return error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
+
+
+def _answer(entries: list[_Entry], call: Call, labels: Any, items: int, size: int, score: Metric) -> None:
+    """Run every variant over all data; note accuracy, and parity of the first output with the first variant's."""
+    import torch
+
+    first: torch.Tensor | None = None
+    for number, entry in enumerate(entries):
+        if entry.runner is None:
+            continue
+        try:
+            parts = [next(iter(entry.answer(_slice(call, i, min(i + size, items))).values())) for i in range(0, items, size)]
+            outputs = torch.cat([part if part.ndim else part.reshape(1) for part in parts])
+            if labels is not None:
+                entry.note(accuracy=float(score(outputs, labels)))
+        except Exception as error:  # a variant that cannot answer is a finding, whatever it raised
+            entry.fail(error)
+            continue
+        if number == 0:
+            first = outputs
+        elif first is not None and first.shape == outputs.shape:
+            found = _distance(first, outputs)
+            entry.note(max_abs=found.max_abs, top1=found.top1)
+
+
+def _distance(first: torch.Tensor, other: torch.Tensor) -> Figures:
+    meter = Meter()
+    meter.add(first, other)
+    return meter.figures()
+
+
+def _time(entries: list[_Entry], call: Call, rounds: int, field: str) -> None:
+    """Median seconds per variant; each round runs every variant once."""
+    taken: dict[int, list[float]] = {id(entry): [] for entry in entries if entry.runner is not None}
+    for turn in range(-_WARM_UP, rounds):
+        for entry in entries:
+            if entry.runner is None or id(entry) not in taken:
+                continue
+            fresh = entry.prepared(call)
+            started = time.perf_counter()
+            try:
+                entry.runner(fresh)
+            except Exception as error:  # it ran over the data: a size that it does not take is a dash with its reason
+                del taken[id(entry)]
+                entry.note(note=f"{entry.variant.name} has no latency for one batch size: {_words(error)}")
+                continue
+            if turn >= 0:
+                taken[id(entry)].append(time.perf_counter() - started)
+    for entry in entries:
+        if id(entry) in taken:
+            entry.note(**{field: statistics.median(taken[id(entry)])})
+
+
+def _metric(metric: str | Metric) -> tuple[Metric, str]:
+    if callable(metric):
+        return metric, str(getattr(metric, "__name__", "metric"))
+    if metric != "accuracy":
+        raise SelectionError(f"there is no metric {metric!r}", hint="use 'accuracy', or pass a function (outputs, labels) -> float")
+    return _accuracy, "accuracy"
+
+
+def _accuracy(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+    axis = class_axis(outputs)
+    if axis is None:
+        raise SelectionError(f"the first output is {list(outputs.shape)}, which has no axis of classes", hint="pass a metric of your own")
+    return float((outputs.argmax(axis) == labels).double().mean())
+
+
+def _data(data: Any) -> tuple[Call, Any, int]:
+    import torch
+
+    if not isinstance(data, tuple) or len(data) != 2:
+        raise SelectionError("data is a pair (inputs, labels)", hint="pass (inputs, None) when there are no labels")
+    inputs, labels = data
+    (call,) = calls_from([inputs])
+    lengths = {t.shape[0] if t.ndim else None for t in call.tensors().values()}
+    if len(lengths) != 1 or None in lengths:
+        raise SelectionError("the inputs do not all have the same first axis, so they cannot be cut into batches")
+    items = int(lengths.pop() or 0)
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.ndim == 0 or labels.shape[0] != items:
+            raise SelectionError(f"there are {items} inputs and {list(labels.shape)} labels")
+    return call, labels, items
+
+
+def _floating(runnable: Any) -> torch.dtype | None:
+    import torch
+
+    if not isinstance(runnable, torch.nn.Module):
+        return None
+    return next((p.dtype for p in runnable.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+
+
+def _slice(call: Call, start: int, stop: int) -> Call:
+    return call.map(lambda t: t[start:stop])
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _parts(thing: Any) -> tuple[Any, Any]:
+    """(what runs or None, what is weighed or None)."""
+    if isinstance(thing, tuple) and len(thing) == 2:
+        return thing
+    if isinstance(thing, Checkpoint):
+        return None, thing
+    if isinstance(thing, (str, os.PathLike)):
+        return (thing if Path(thing).suffix.lower() == ".onnx" else None), thing
+    return thing, None
