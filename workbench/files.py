@@ -93,10 +93,14 @@ class Reader(Protocol):
         """Fill `buffer` from byte `start` of the span."""
 
 
+Check = Callable[[Callable[[int, int], bytes]], None]  # given a pread(start, count) of the file, raises where the bytes are not as told
+
+
 class Storage(Protocol):
     """Bytes that can be read by position: a Span, or a Span seen through a decompressor."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def open(self) -> Any:
         """A context manager that yields a Reader."""
@@ -112,7 +116,7 @@ class Span:
     file: FileRef
     start: int
     nbytes: int
-    check: Callable[[Callable[[int, int], bytes]], None] | None = None
+    check: Check | None = None
 
     @contextmanager
     def open(self) -> Iterator[_FileReader]:

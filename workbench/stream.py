@@ -219,6 +219,7 @@ def _compute(group: tuple[Target, ...], fd: int, budget: int, meter: Meter | Non
     tensors = [t.tensor for t in group if isinstance(t.tensor, LazyTensor)]
     if len(tensors) != len(group):
         raise SpecMismatchError("stored bytes cannot share a block with a computed tensor")
+    _keep_freed_blocks()
     memo = Memo(budget)
     crcs = [0] * len(group)
     units, step = _steps(tensors, budget)
@@ -235,6 +236,16 @@ def _compute(group: tuple[Target, ...], fd: int, budget: int, meter: Meter | Non
             if meter:
                 meter.advance(view.nbytes)
     return [Written(t.nbytes, crc) for t, crc in zip(tensors, crcs, strict=True)]
+
+
+def _keep_freed_blocks() -> None:
+    """Let the C allocator keep what each step frees for the next one, instead of handing it back and faulting it in again.
+
+    glibc raises the size from which it maps blocks singly to that of the largest such block freed; the block is never touched.
+    """
+    import torch
+
+    torch.empty(16 << 20, dtype=torch.uint8)
 
 
 def _steps(tensors: Sequence[LazyTensor], budget: int) -> tuple[int, int]:

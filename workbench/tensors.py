@@ -26,7 +26,7 @@ from workbench.files import Reader, Span, Storage, read_span
 if TYPE_CHECKING:
     import torch
 
-HOT_NBYTES = 1 << 20  # a chunk that stays in a core's cache
+HOT_NBYTES = 2 << 20  # a chunk that stays near its core, and large enough that Python's share of a step is small
 _EXTENT_NBYTES = 8 << 20  # gaps are read through while a strided box spans no more than this
 _RUN_NBYTES = 512  # shorter runs are not worth a read of their own
 
@@ -71,7 +71,7 @@ class Live:
         return (str(self.tensor.device), storage.data_ptr() or id(self.tensor), storage.nbytes())
 
     def _key(self) -> tuple[Any, ...]:
-        if self.tensor.layout is not _torch().strided:
+        if str(self.tensor.layout) != "torch.strided":
             return (id(self.tensor),)
         return (*self.storage_key, self.tensor.storage_offset(), self.tensor.stride())
 
@@ -287,15 +287,11 @@ def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
     return total
 
 
-def _torch() -> Any:
+def _new_buffer(nbytes: int) -> tuple[torch.Tensor, memoryview]:
     import torch
 
-    return torch
-
-
-def _new_buffer(nbytes: int) -> tuple[torch.Tensor, memoryview]:
-    buffer = _torch().empty(nbytes, dtype=_torch().uint8)
-    return buffer, memoryview(buffer.numpy()).cast("B")
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    return buffer, buffer.numpy().data.cast("B")
 
 
 def _load_stored(spec: TensorSpec, source: Stored) -> torch.Tensor:
@@ -311,6 +307,8 @@ def _load_stored(spec: TensorSpec, source: Stored) -> torch.Tensor:
 
 
 def _read_stored(reader: Reader, spec: TensorSpec, source: Stored, start: int, stop: int) -> torch.Tensor:
+    import torch
+
     itemsize = spec.dtype.itemsize
     if _is_row_major(spec.shape, source.strides):
         buffer, view = _new_buffer((stop - start) * itemsize)
@@ -323,7 +321,7 @@ def _read_stored(reader: Reader, spec: TensorSpec, source: Stored, start: int, s
         at = source.offset + sum(i * s for i, s in zip(prefix, source.strides, strict=False)) + low * source.strides[depth]
         box = (high - low, *spec.shape[depth + 1 :])
         pieces.append(_read_box(reader, spec.dtype, source.byteorder, box, source.strides[depth:], at).reshape(-1))
-    return pieces[0] if len(pieces) == 1 else _torch().cat(pieces)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
@@ -351,6 +349,8 @@ def _read_box(reader: Reader, dt: DType, byteorder: str, shape: Sequence[int], s
 
     Memory: at most twice the box, or 8 MiB.
     """
+    import torch
+
     strides = [0 if n == 1 else s for n, s in zip(shape, strides, strict=True)]
     itemsize = dt.itemsize
     span = extent(shape, strides)
@@ -381,7 +381,7 @@ def _read_box(reader: Reader, dt: DType, byteorder: str, shape: Sequence[int], s
         _read_box(reader, dt, byteorder, [*shape[:widest], high - low, *shape[widest + 1 :]], strides, at + low * strides[widest]).contiguous()
         for low, high in parts
     ]
-    return _torch().cat(boxes, dim=widest)
+    return torch.cat(boxes, dim=widest)
 
 
 def _dense(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]) -> bool:
@@ -390,11 +390,13 @@ def _dense(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]) ->
 
 
 def _read_live(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    import torch
+
     tensor = _plain_values(tensor.detach())
     if tensor.is_contiguous():
         return tensor.view(-1)[start:stop].cpu()
     pieces = [tensor[prefix][low:high].cpu().reshape(-1) for prefix, low, high in _boxes(tuple(tensor.shape), start, stop)]
-    return _torch().cat(pieces) if pieces else tensor.new_empty(0).cpu()
+    return torch.cat(pieces) if pieces else tensor.new_empty(0).cpu()
 
 
 def kernel(op: str) -> Callable[..., Sequence[torch.Tensor]]:
@@ -427,7 +429,9 @@ def _read_derived(tensor: LazyTensor, source: Derived, start: int, stop: int, me
 
 def _plain_values(tensor: torch.Tensor) -> torch.Tensor:
     """The numbers of a tensor of any kind: a sparse one densified, a quantized one as its stored integers."""
-    if tensor.layout is not _torch().strided:
+    import torch
+
+    if tensor.layout is not torch.strided:
         return tensor.to_dense()
     return tensor.int_repr() if tensor.is_quantized else tensor
 

@@ -86,7 +86,7 @@ def is_mapping(node: Any) -> bool:
 
 def items_of(node: Any) -> dict[Any, Any]:
     """The entries of a mapping node."""
-    return node if isinstance(node, dict) else node.items  # type: ignore[no-any-return]
+    return node if isinstance(node, dict) else node.items
 
 
 def is_module(node: Any) -> bool:

@@ -113,7 +113,7 @@ def _storage_sizes(tensors: list[LazyTensor]) -> tuple[int, int]:
         views = [(t.source.offset, t.source.strides, t) for t in tensors if isinstance(t.source, Stored)]
         total = storage.nbytes
     elif isinstance(first.source, Live) and first.spec.layout == "strided":
-        views = [(t.source.tensor.storage_offset(), t.source.tensor.stride(), t) for t in tensors if isinstance(t.source, Live)]
+        views = [(int(t.source.tensor.storage_offset()), t.source.tensor.stride(), t) for t in tensors if isinstance(t.source, Live)]
         total = first.source.tensor.untyped_storage().nbytes()
     else:
         return first.nbytes, first.nbytes

@@ -192,7 +192,7 @@ class Machine:
         line = self._line()
         if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
             raise ValueError("the STRING argument must be quoted")
-        self.stack.append(_text(codecs.escape_decode(line[1:-1])[0]))  # type: ignore[attr-defined]
+        self.stack.append(_text(codecs.escape_decode(line[1:-1])[0]))
 
     def op_unicode(self) -> None:
         self.stack.append(self._line().decode("raw-unicode-escape"))

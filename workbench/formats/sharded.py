@@ -25,7 +25,7 @@ _MAX_INDEX = 256 << 20
 
 
 def sniff(head: bytes) -> bool:
-    return head.lstrip()[:1] == b"{" and b'"weight_map"' in head or (head.lstrip()[:1] == b"{" and b'"metadata"' in head)
+    return (head.lstrip()[:1] == b"{" and b'"weight_map"' in head) or (head.lstrip()[:1] == b"{" and b'"metadata"' in head)
 
 
 def open_file(file: FileRef) -> Checkpoint:

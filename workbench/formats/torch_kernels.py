@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 
-
 def sparse(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
     """A sparse tensor of the stated layout from its index parts and values."""
     shape = params["shape"]
     if params["layout"] == "sparse_coo":
         return [torch.sparse_coo_tensor(blocks[0], blocks[1], shape, is_coalesced=params.get("coalesced") or None, check_invariants=True)]
     layout = getattr(torch, params["layout"])
-    return [torch.sparse_compressed_tensor(*blocks, shape, layout=layout, check_invariants=True)]
+    return [torch.sparse_compressed_tensor(blocks[0], blocks[1], blocks[2], shape, layout=layout, check_invariants=True)]
 
 
 def quantized(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:

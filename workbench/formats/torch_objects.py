@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -97,6 +97,7 @@ class TorchObjects:
         return LazyTensor(TensorSpec(dtype, shape), source, requires_grad, ref.trouble)
 
     def _storage(self, key: str, dtype: DType | None, numel: int, place: str, known: StorageRef | None) -> StorageRef:
+        trouble: str | None
         if known is not None:
             trouble = f"storage {key!r} is described twice, as {known.numel} × {known.dtype or 'byte'} and as {numel} × {dtype or 'byte'}"
             self._tell(trouble, key)
@@ -138,7 +139,8 @@ class TorchObjects:
             raise CorruptFileError("a tensor on an untyped storage states no dtype")
         spec = TensorSpec(dtype, shape)
         trouble = storage.trouble
-        if trouble is None and (offset + extent(shape, strides)) * dtype.itemsize > storage.nbytes:
+        span = extent(shape, strides)
+        if trouble is None and span and (offset + span) * dtype.itemsize > storage.nbytes:
             trouble = f"the tensor reaches past the end of storage {storage.key!r} ({storage.nbytes} bytes)"
             self._tell(trouble, storage.key)
         nowhere = _Nowhere(storage.nbytes) if storage.stored is None else storage.stored
@@ -202,13 +204,15 @@ def _dtype(value: Any) -> DType:
 def _v2(objects: TorchObjects, node: Inert) -> LazyTensor:
     if len(node.args) < 4:
         raise CorruptFileError("a tensor is rebuilt from too few arguments")
-    return objects.tensor(*node.args[:4], dtype=None, requires_grad=node.args[4] if len(node.args) > 4 else False)
+    storage, offset, shape, strides = node.args[:4]
+    return objects.tensor(storage, offset, shape, strides, None, node.args[4] if len(node.args) > 4 else False)
 
 
 def _v3(objects: TorchObjects, node: Inert) -> LazyTensor:
     if len(node.args) < 7:
         raise CorruptFileError("a tensor is rebuilt from too few arguments")
-    return objects.tensor(*node.args[:4], dtype=_dtype(node.args[6]), requires_grad=node.args[4])
+    storage, offset, shape, strides, requires_grad = node.args[:5]
+    return objects.tensor(storage, offset, shape, strides, _dtype(node.args[6]), requires_grad)
 
 
 def _subclass(objects: TorchObjects, node: Inert) -> Any:
@@ -225,6 +229,13 @@ def _meta(objects: TorchObjects, node: Inert) -> LazyTensor:
     return LazyTensor(spec, Stored(_Nowhere(0), 0, sizes(strides)), False, "a meta tensor: it was saved without values")
 
 
+def _parameter(objects: TorchObjects, node: Inert) -> Inert:
+    """`_rebuild_parameter(data, requires_grad, hooks)`: the flag belongs to the tensor that people see."""
+    if len(node.args) >= 2 and isinstance(node.args[0], LazyTensor):
+        node.args = (replace(node.args[0], requires_grad=bool(node.args[1])), *node.args[1:])
+    return node
+
+
 _LAYOUT_PARTS = {"sparse_coo": 2, "sparse_csr": 3, "sparse_csc": 3, "sparse_bsr": 3, "sparse_bsc": 3}
 
 
@@ -239,7 +250,7 @@ def _sparse(objects: TorchObjects, node: Inert) -> Any:
         return node
     parts, spec = data[:count], TensorSpec(data[count - 1].dtype, sizes(data[count]), layout=name)
     peak = 2 * sum(part.nbytes for part in parts)
-    params = {"layout": name, "shape": list(spec.shape)}
+    params: dict[str, Any] = {"layout": name, "shape": list(spec.shape)}
     if len(data) > count + 1:
         params["coalesced"] = bool(data[count + 1])
     return LazyTensor(spec, Derived(Block("workbench.formats.torch_kernels:sparse", params, tuple(parts), (spec,), "full", peak=peak), 0))
@@ -249,7 +260,8 @@ def _quantized(objects: TorchObjects, node: Inert) -> Any:
     """`_rebuild_qtensor(storage, offset, size, stride, (qscheme, …), requires_grad, hooks)` as one quantized tensor."""
     if len(node.args) < 5 or not isinstance(node.args[4], tuple) or not node.args[4] or not isinstance(node.args[4][0], Global):
         raise CorruptFileError("a quantized tensor is rebuilt from too few arguments")
-    stored = objects.tensor(*node.args[:4], dtype=None)
+    storage, offset, shape, strides = node.args[:4]
+    stored = objects.tensor(storage, offset, shape, strides, None)
     scheme, *rest = node.args[4]
     tensors = tuple(part for part in rest if isinstance(part, LazyTensor))
     params = {"scheme": scheme.name, "numbers": [part for part in rest if isinstance(part, (int, float))], "shape": list(stored.shape)}
@@ -265,7 +277,7 @@ def _set(objects: TorchObjects, node: Inert) -> Any:
 def _ordered(objects: TorchObjects, node: Inert) -> Any:
     """`OrderedDict([[key, value], …])`, the spelling of Python 2, as items."""
     if len(node.args) == 1 and isinstance(node.args[0], (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in node.args[0]):
-        node.items.update({key: value for key, value in node.args[0]})
+        node.items.update(dict(node.args[0]))
         node.args = ()
     return node
 
@@ -278,6 +290,8 @@ _REBUILDS: dict[str, Callable[[TorchObjects, Inert], Any]] = {
     "torch._utils._rebuild_sparse_tensor": _sparse,
     "torch._utils._rebuild_qtensor": _quantized,
     "torch._tensor._rebuild_from_type_v2": _subclass,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "builtins.set": _set,
     "collections.OrderedDict": _ordered,
 }

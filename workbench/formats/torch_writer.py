@@ -81,7 +81,7 @@ class _Storages:
             whole = _live_storage(source)
             if whole.nbytes % dtype.itemsize == 0:
                 key = self._key((source.storage_key, dtype), whole)
-                return StorageSlot(key, source.tensor.storage_offset(), source.tensor.stride(), whole.nbytes // dtype.itemsize, dtype)
+                return StorageSlot(key, int(source.tensor.storage_offset()), source.tensor.stride(), whole.nbytes // dtype.itemsize, dtype)
         if isinstance(source, Live) and tensor.spec.quantizer:
             raise UnsupportedError("a live torch-quantized tensor is not written; save it with torch.save")
         key = self._key((source.block, source.slot) if isinstance(source, Derived) else (source, tensor.spec), tensor)

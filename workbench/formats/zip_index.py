@@ -87,7 +87,8 @@ class ZipIndex:
         return dict(zip(starts, [*starts[1:], self.directory], strict=True))
 
 
-class _Check(NamedTuple):
+@dataclass(frozen=True)
+class _Check:
     """The proof, made at each open, that a record's local header tells the directory's story."""
 
     record: Record
@@ -113,7 +114,7 @@ def _prove(record: Record, pread: Callable[[int, int], bytes]) -> int:
     sizes_agree = (packed, size) == (record.packed, record.size) or zip64 or (streamed and (packed, size) == (0, 0))
     if not sizes_agree or not (crc == record.crc or (streamed and crc == 0)):
         raise CorruptFileError("local and central headers disagree on size or checksum", record=record.name, offset=record.header)
-    return record.header + 30 + name_length + int(extra_length)
+    return record.header + 30 + int(name_length) + int(extra_length)
 
 
 def _pread(reader: Reader, at: int, count: int, size: int) -> bytes:
@@ -154,7 +155,10 @@ class _Inflater:
         while True:
             if not self._pending and self._read < self._storage.span.nbytes:
                 self._pending = self._packed()
-            out = self._engine.decompress(self._pending, limit)
+            try:
+                out = self._engine.decompress(self._pending, limit)
+            except zlib.error as error:
+                raise CorruptFileError(f"the packed bytes are damaged: {error}", record=self._storage.record) from error
             self._pending = self._engine.unconsumed_tail
             if out:
                 self._at += len(out)

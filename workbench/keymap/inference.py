@@ -165,7 +165,7 @@ def _suffixes(name: str) -> list[str]:
 def _conflict(a: dict[str, str], b: dict[str, str]) -> bool:
     """Whether two explanations cannot both hold."""
     taken = {source: target for target, source in a.items()}
-    return any(t in a and a[t] != s or s in taken and taken[s] != t for t, s in b.items())
+    return any((t in a and a[t] != s) or (s in taken and taken[s] != t) for t, s in b.items())
 
 
 def _unmatched(target: str, shape: tuple[int, ...], sources: Shapes, used: set[str]) -> Unmatched:

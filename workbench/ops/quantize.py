@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -156,14 +157,17 @@ def _float(values: torch.Tensor) -> torch.Tensor:
 
 
 def _scale(peaks: torch.Tensor) -> torch.Tensor:
+    """Scales of channels whose largest magnitudes are `peaks`; 1 for a channel of zeros."""
     import torch
 
-    if not bool(torch.isfinite(peaks).all()):
-        raise SelectionError("the tensor holds NaN or Inf, which int8 cannot express", hint="wb.stats tells where; leave it out with names=")
-    scale = (peaks / 127).float().clamp_min(torch.finfo(torch.float32).tiny)  # below it a float32 scale loses its precision
-    if not bool(torch.isfinite(scale).all()):
-        raise SelectionError("the tensor holds values beyond what a float32 scale can express", hint="leave it out with names=")
-    return torch.where(peaks > 0, scale, torch.ones_like(scale))
+    scale = (peaks / 127).float()
+    if not math.isfinite(float(scale.sum(dtype=torch.float64))):
+        held = "NaN or Inf" if not bool(torch.isfinite(peaks).all()) else "values beyond what a float32 scale expresses"
+        raise SelectionError(f"the tensor holds {held}, which int8 cannot carry", hint="wb.stats tells where; leave it out with names=")
+    tiny = torch.finfo(torch.float32).tiny  # below it a float32 scale loses its precision
+    if float(scale.amin()) < tiny:
+        scale = torch.where(peaks > 0, scale.clamp_min(tiny), torch.ones_like(scale))
+    return scale
 
 
 def _pieces(start: int, count: int, channel: int) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,134 @@
+"""Static HTML: what a saved notebook keeps. No script, no ids; every piece of text passes through `escape`.
+
+Theme colours come from JupyterLab's variables with fallbacks. Where a sanitizer strips the style block, what is left is a plain
+table or a plain folding list.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import visible
+from workbench.render.outline import Head, Line, Node, head, lines, tree
+from workbench.render.text import MAX_ROWS, SEVERITY, extras_line, glob_beside, line_cells
+from workbench.tables import Column, Table, format_cell, shorten
+
+if TYPE_CHECKING:
+    from workbench.report import Report
+
+MAX_LINES = 400
+_OPEN_ROWS = 40  # a tree this small starts unfolded
+
+STYLE = """<style>
+.wb-static{font:13px/1.5 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#1f1f1f);max-width:1000px}
+.wb-static .wb-name,.wb-static td,.wb-static summary,.wb-static .wb-leaf{font-family:var(--jp-code-font-family,monospace);
+ font-size:12px;font-variant-numeric:tabular-nums;unicode-bidi:isolate}
+.wb-static .wb-head{font-weight:600;border-bottom:1px solid var(--jp-border-color2,#ddd);padding:2px 0 4px;margin-bottom:4px}
+.wb-static .wb-head span{font-weight:400;color:var(--jp-ui-font-color2,#555)}
+.wb-static .wb-danger{border-left:3px solid #d55e00;padding-left:8px;margin:4px 0}
+.wb-static .wb-warning{border-left:3px solid #e69f00;padding-left:8px;margin:4px 0}
+.wb-static .wb-info,.wb-static .wb-quiet{color:var(--jp-ui-font-color2,#555)}
+.wb-static table{border-collapse:collapse;margin:2px 0 10px}
+.wb-static th{text-align:left;font-weight:600;border-bottom:1px solid var(--jp-border-color1,#bbb);padding:1px 12px 1px 0}
+.wb-static td{text-align:left;padding:1px 12px 1px 0;white-space:nowrap}
+.wb-static .wb-right{text-align:right}
+.wb-static h4{font-size:13px;margin:8px 0 2px}
+.wb-static details>*:not(summary){margin-left:18px}
+.wb-static .wb-row{display:inline-grid;grid-template-columns:minmax(160px,30em) 4em 6em 11em auto;column-gap:8px;vertical-align:top}
+.wb-static .wb-leaf{padding-left:14px}
+.wb-static .wb-row>*:nth-child(2),.wb-static .wb-row>*:nth-child(3){text-align:right}
+</style>"""
+
+
+def escape(text: object) -> str:
+    """The only way a value becomes HTML: unprintable characters made visible, then markup characters escaped."""
+    return html.escape(visible(text), quote=True)
+
+
+def render_report(report: Report) -> str:
+    """The headline, then every table under its title: the same sections as the text."""
+    mark = "✓" if report.ok else "✗"
+    parts = [f'<div class="wb-head">{mark} {escape(report.headline)}</div>', *(render_table(t) for t in report.tables())]
+    return _framed(parts)
+
+
+def render_table(table: Table) -> str:
+    """One table under its title; a long one says how many rows it leaves out."""
+    title = f"<h4>{escape(table.title)}</h4>"
+    if not table.rows:
+        return f'<section>{title}<div class="wb-quiet">{escape(table.empty)}</div></section>'
+    headings = "".join(f"<th{_right(c)}{_note(c)}>{escape(c.title)}</th>" for c in table.columns)
+    rows = "".join(f"<tr>{_cells(table.columns, row)}</tr>" for row in table.rows[:MAX_ROWS])
+    more = f'<div class="wb-quiet">… {len(table.rows) - MAX_ROWS:,} more rows in tables()</div>' if len(table.rows) > MAX_ROWS else ""
+    return f"<section>{title}<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{more}</section>"
+
+
+def render_checkpoint(ckpt: Any) -> str:
+    """The title, the findings, then the folded tree."""
+    title = head(ckpt)
+    return render_outline(title, tree(ckpt, title.aliases), extras_line(ckpt))
+
+
+def render_outline(title: Head, root: Node, extras: str = "") -> str:
+    """`render_checkpoint` for a caller that has the outline already."""
+    parts = [f'<div class="wb-head"><bdi>{escape(title.name)}</bdi> <span>{escape(" · ".join(title.parts))}</span></div>']
+    parts += [_finding(finding) for finding in title.findings]
+    rows = lines(root)
+    parts += _tree(rows[:MAX_LINES], is_open=len(rows) <= _OPEN_ROWS)
+    if len(rows) > MAX_LINES:
+        call = f"ckpt.select({glob_beside(rows[MAX_LINES].first)!r})"
+        parts.append(f'<div class="wb-quiet">… {len(rows) - MAX_LINES:,} more, <code>{escape(call)}</code></div>')
+    if extras:
+        parts.append(f'<div class="wb-quiet">{escape(extras)}</div>')
+    return _framed(parts)
+
+
+def _framed(parts: Sequence[str]) -> str:
+    return f'{STYLE}<div class="wb-static">{"".join(parts)}</div>'
+
+
+def _finding(finding: Any) -> str:
+    severity = finding.severity if finding.severity in SEVERITY else "info"
+    hint = f'<div class="wb-quiet">{escape(finding.hint)}</div>' if finding.hint else ""
+    return f'<div class="wb-{severity}">{SEVERITY[severity]} {escape(finding.message)}{hint}</div>'
+
+
+def _tree(rows: Sequence[Line], *, is_open: bool) -> Iterator[str]:
+    """Rows nested in <details>; depth only ever grows by one, so each step down closes what it leaves."""
+    depth = 0
+    for row in rows:
+        yield "</details>" * (depth - row.depth)
+        depth = row.depth
+        if row.group:
+            yield f"<details{' open' if is_open else ''}><summary>{_row(row)}</summary>"
+            depth += 1
+        else:
+            yield f'<div class="wb-leaf">{_row(row)}</div>'
+    yield "</details>" * depth
+
+
+def _row(row: Line) -> str:
+    whole = f' title="{escape(row.label)}"' if len(row.label) > 48 else ""
+    cells = "".join(f"<span>{escape(cell)}</span> " for cell in line_cells(row))
+    return f'<span class="wb-row"><bdi{whole}>{escape(shorten(visible(row.label), 48))}</bdi> {cells}</span>'
+
+
+def _right(column: Column) -> str:
+    return ' class="wb-right"' if column.right_aligned else ""
+
+
+def _note(column: Column) -> str:
+    return f' title="{escape(column.note)}"' if column.note else ""
+
+
+def _cells(columns: Sequence[Column], row: Sequence[Any]) -> str:
+    return "".join(f"<td{_right(c)}>{_cell(c, value)}</td>" for c, value in zip(columns, row, strict=True))
+
+
+def _cell(column: Column, value: Any) -> str:
+    text = format_cell(column.kind, value)
+    if column.kind == "name" and len(text) > 64:
+        return f'<bdi title="{escape(text)}">{escape(shorten(text, 64))}</bdi>'
+    return f"<bdi>{escape(text)}</bdi>" if column.kind in ("name", "text", "code") else escape(text)

@@ -1,0 +1,247 @@
+"""Figures, in one small style: the title says the finding, axes carry units, labels stand beside what they name.
+
+Colours are Okabe and Ito's, chosen so that they differ in lightness too. Figures are plain `Figure` objects, safe in worker
+threads; names are never parsed as mathematics. Every input is numbers that were computed elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import SelectionError, visible
+from workbench.names import natural_key
+from workbench.tables import format_bytes, format_seconds, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, VERMILION, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#6B6B6B"
+_INK, _FAINT = "#222222", "#DDDDDD"
+_MAX_POINTS = 20_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to ship a model: its size on disk, what it still gets right, and how long one batch takes."""
+
+    label: str
+    nbytes: int
+    accuracy: float  # in [0, 1]
+    seconds: float | None = None
+
+
+def histogram(edges: Sequence[float], counts: Sequence[int], title: str, *, width: float = 6.0) -> Figure:
+    """Counts per bin, `width` inches wide; the count axis turns logarithmic where counts span more than three decades."""
+    figure, (axes,) = _figure(1, (width, max(1.7, 0.43 * width)))
+    positive = [count for count in counts if count > 0]
+    if positive and len(edges) == len(counts) + 1:
+        axes.stairs(counts, edges, fill=True, color=BLUE, baseline=0)
+        if max(positive) > 1000 * min(positive):
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5)
+        axes.locator_params(axis="x", nbins=max(3, int(width)))
+    else:
+        _note(axes, "no finite values")
+    _titled(axes, shorten(visible(title), int(14 * width)), "value", "elements")
+    return figure
+
+
+def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title: str) -> Figure:
+    """Candidate against reference, and how their differences are spread."""
+    figure, (left, right) = _figure(2, (7.2, 3.2))
+    step = max(1, len(reference) // _MAX_POINTS)
+    x, y = [float(v) for v in reference[::step]], [float(v) for v in candidate[::step]]
+    pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    if not pairs:
+        _note(left, "no finite values")
+        _note(right, "no finite values")
+    else:
+        low, high = min(map(min, pairs)), max(map(max, pairs))
+        left.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
+        left.scatter([a for a, _ in pairs], [b for _, b in pairs], s=8, color=BLUE, alpha=0.6, linewidths=0, zorder=2)
+        left.annotate("on the line: equal", (0.98, 0.04), xycoords="axes fraction", ha="right", color=GREY, fontsize=8)
+        errors = [b - a for a, b in pairs]
+        right.hist(errors, bins=min(60, max(10, len(errors) // 20)), color=ORANGE)
+        right.locator_params(axis="x", nbins=5)
+        right.axvline(0, color=GREY, linewidth=1)
+        worst = max(errors, key=abs)
+        right.annotate(f"largest {worst:+.2g}", (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8, color=_INK)
+    _titled(left, "", "reference output", "candidate output")
+    _titled(right, "", "candidate − reference", "elements")
+    figure.suptitle(visible(title), parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
+    return figure
+
+
+def size_accuracy(variants: Sequence[Variant], title: str) -> Figure:
+    """Bytes on disk against accuracy, each variant named beside its point, and below it the latency of each that was timed."""
+    if not variants:
+        raise SelectionError("there is no variant to draw", hint="measure at least one")
+    timed = [v for v in variants if v.seconds is not None]
+    figure, panels = _figure(2 if timed else 1, (7.2, 3.6))
+    points = panels[0]
+    sizes = [v.nbytes / 1e6 for v in variants]
+    points.scatter(sizes, [100 * v.accuracy for v in variants], s=36, color=BLUE, zorder=3)
+    spread = max(sizes) / max(min(sizes), 1e-9)
+    if spread > 30:
+        points.set_xscale("log")
+    points.margins(0.25, 0.2)
+    _titled(points, "", "size on disk (MB)", "accuracy (%)")
+    if timed:
+        _latency_bars(panels[1], timed)
+    figure.suptitle(visible(title), parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
+    _label_points(figure, points, [(s, 100 * v.accuracy, v) for s, v in zip(sizes, variants, strict=True)])
+    return figure
+
+
+def diff_heat(rows: Sequence[Any], title: str) -> Figure:
+    """Relative change by layer and kind of tensor, from rows with a `name` and a `relative`; a dash where there is none."""
+    layers, kinds, grid = roll_up(rows)
+    figure, (axes,) = _figure(1, (max(4.6, 1.6 + 0.9 * len(kinds)), 1.1 + 0.24 * max(len(layers), 2)))
+    if not layers:
+        _note(axes, "no tensor was measured")
+    else:
+        top = max(value for row in grid for value in row if math.isfinite(value)) or 1.0
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, vmax=top)
+        axes.set_yticks(range(len(layers)), [shorten(visible(layer), 32) for layer in layers], parse_math=False)
+        axes.set_xticks(range(len(kinds)), [shorten(visible(kind), 14) for kind in kinds], parse_math=False)
+        if len(layers) * len(kinds) <= 200:
+            _write_cells(axes, grid, top)
+        bar = figure.colorbar(image, ax=axes, fraction=0.05)
+        bar.set_label("relative change", fontsize=8, color=_INK)
+        bar.ax.tick_params(labelsize=8)
+    axes.set_title(_wrapped(title, int(11 * figure.get_figwidth())), parse_math=False, fontsize=10, color=_INK, loc="left")
+    axes.grid(False)
+    return figure
+
+
+def roll_up(rows: Sequence[Any]) -> tuple[list[str], list[str], list[list[float]]]:
+    """The largest relative change by layer (the name up to its last number) and by kind (the rest of the name).
+
+    Where something changed, layers and kinds in which nothing did are left out.
+    At most 40 layers and 8 kinds, those that changed most; their order is that of names. A cell without a value is NaN.
+    """
+    cells: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row.relative is not None and math.isfinite(row.relative):
+            key = _layer_and_kind(row.name)
+            cells[key] = max(cells.get(key, 0.0), row.relative)
+    some = any(cells.values())
+    largest_first = sorted(((value, key) for key, value in cells.items() if value or not some), reverse=True)
+    layers = _first([key[0] for _, key in largest_first], 40)
+    kinds = _first([key[1] for _, key in largest_first], 8)
+    return layers, kinds, [[cells.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
+
+
+def _layer_and_kind(name: str) -> tuple[str, str]:
+    parts = name.split(".")
+    last = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    if last < 0:
+        return ".".join(parts[:-1]) or name, parts[-1]
+    return ".".join(parts[: last + 1]), ".".join(parts[last + 1 :]) or "value"
+
+
+def _first(labels: list[str], count: int) -> list[str]:
+    return sorted(list(dict.fromkeys(labels))[:count], key=natural_key)
+
+
+def to_png(figure: Figure, *, dpi: int = 110) -> bytes:
+    """The figure as PNG bytes, the same bytes for the same numbers."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(GREY)
+        ax.tick_params(labelsize=8, colors=_INK)
+        ax.grid(axis="y", color=_FAINT, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _titled(axes: Axes, title: str, x: str, y: str) -> None:
+    if title:
+        axes.set_title(shorten(visible(title), 90), parse_math=False, fontsize=10, color=_INK, loc="left")
+    axes.set_xlabel(x, fontsize=8, color=_INK)
+    axes.set_ylabel(y, fontsize=8, color=_INK)
+
+
+def _wrapped(title: str, width: int) -> str:
+    """A title on at most two lines, cut in the middle where two do not hold it."""
+    return "\n".join(textwrap.wrap(shorten(visible(title), 2 * width - 8), width)) or " "
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
+
+
+def _latency_bars(axes: Axes, timed: Sequence[Variant]) -> None:
+    longest = max(v.seconds or 0.0 for v in timed) or 1.0
+    for i, variant in enumerate(timed):
+        seconds = variant.seconds or 0.0
+        axes.barh(i, 1e3 * seconds, color=ORANGE, height=0.6)
+        axes.text(1e3 * (seconds + 0.02 * longest), i, format_seconds(seconds), va="center", fontsize=8, color=_INK)
+    axes.set_yticks(range(len(timed)), [shorten(visible(v.label), 24) for v in timed], parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1e3 * longest * 1.3)
+    axes.grid(False)
+    _titled(axes, "", "latency (ms)", "")
+
+
+def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
+    for i, row in enumerate(grid):
+        for j, value in enumerate(row):
+            text = f"{value:.2g}" if math.isfinite(value) else "–"
+            dark = math.isfinite(value) and value < 0.6 * top
+            axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else _INK)
+
+
+def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, Variant]]) -> None:
+    """Each label takes the first of eight places around its point where it meets no label, no point and no edge."""
+    figure.draw_without_rendering()
+    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    frame = axes.get_window_extent(renderer)
+    taken: list[Any] = []
+    dots = [axes.transData.transform((x, y)) for x, y, _ in points]
+    for x, y, variant in points:
+        text = f"{shorten(visible(variant.label), 22)}\n{format_bytes(variant.nbytes)}, {100 * variant.accuracy:.3g} %"
+        label = axes.annotate(
+            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=_INK, parse_math=False, annotation_clip=False
+        )
+        best, fewest = (7.0, 0.0, "left", "center"), math.inf
+        for place in _places():
+            _put(label, place)
+            box = label.get_window_extent(renderer)
+            clashes = sum(box.overlaps(other) for other in taken) + sum(box.contains(*dot) for dot in dots)
+            clashes += sum((box.x0 < frame.x0, box.x1 > frame.x1, box.y0 < frame.y0, box.y1 > frame.y1))
+            if clashes < fewest:
+                best, fewest = place, clashes
+        _put(label, best)
+        taken.append(label.get_window_extent(renderer))
+
+
+def _places() -> list[tuple[float, float, str, str]]:
+    near = [(7.0, 0.0, "left", "center"), (-7.0, 0.0, "right", "center"), (0.0, 7.0, "center", "bottom"), (0.0, -7.0, "center", "top")]
+    far = [(7.0 * sx, 22.0 * sy, "left" if sx > 0 else "right", "center") for sx in (1, -1) for sy in (1, -1)]
+    farther = [(0.0, 34.0 * sy, "center", "center") for sy in (1, -1)] + [(7.0, 46.0 * sy, "left", "center") for sy in (1, -1)]
+    return near + far + farther
+
+
+def _put(label: Any, place: tuple[float, float, str, str]) -> None:
+    label.set_position(place[:2])
+    label.set_ha(place[2])
+    label.set_va(place[3])
