@@ -87,7 +87,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         counts: dict[str, int] = {}
         for path, value in walk(self.tree):
             if isinstance(value, LazyTensor):
-                flat = join_path(path) or "tensor"
+                flat = join_path(path) if path else "tensor"
                 name = unique_name(flat, self._tensors, counts)
                 if name != flat:
                     first = self._paths[flat]

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from workbench import dtypes
 from workbench.analyses.statistics import as_float64
 from workbench.checkpoint import Checkpoint
 from workbench.errors import located
@@ -178,7 +179,7 @@ def _equal_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     import torch
 
     for (_, x), (_, y) in zip(_chunks(a), _chunks(b), strict=True):
-        if not torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)):
+        if not torch.equal(dtypes.flat(x).view(torch.uint8), dtypes.flat(y).view(torch.uint8)):
             return False
     return True
 

@@ -142,6 +142,17 @@ def _float8_value(name: str, code: int) -> float:
     return sign * math.ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
 
 
+def flat(values: torch.Tensor) -> torch.Tensor:
+    """The elements in logical order, one after another in memory; a view where they lie so already.
+
+    torch calls a tensor of one element contiguous whatever its stride, and then refuses to view it as another type.
+    """
+    import torch
+
+    values = values.detach().reshape(-1)
+    return values if values.stride(0) == 1 else values.clone(memory_format=torch.contiguous_format)
+
+
 def view_as(buffer: torch.Tensor, dt: DType, byteorder: str = "little") -> torch.Tensor:
     """A flat uint8 tensor as elements of `dt`, in this machine's byte order. Swaps in place where the file's order differs."""
     if byteorder != sys.byteorder and dt.unit > 1:

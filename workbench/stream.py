@@ -16,6 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from dataclasses import dataclass
 from typing import Any
 
+from workbench import dtypes
 from workbench.errors import BudgetError, CancelledError, SpecMismatchError, located
 from workbench.files import Span, Storage
 from workbench.tensors import HOT_NBYTES, Block, Derived, LazyTensor, Memo, Stored, strided_nbytes
@@ -270,6 +271,6 @@ def bytes_of(values: Any) -> memoryview:
     """The bytes of a flat torch tensor of any dtype."""
     import torch
 
-    return memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B") if values.numel() else memoryview(b"")
+    return dtypes.flat(values).view(torch.uint8).numpy().data.cast("B") if values.numel() else memoryview(b"")
 
 

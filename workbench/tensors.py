@@ -11,7 +11,6 @@ functions named by string, so Blocks pickle. torch is imported only when values 
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,14 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from workbench import dtypes
 from workbench.dtypes import DType
 from workbench.errors import BudgetError, CorruptFileError, SpecMismatchError, located
-from workbench.files import Reader, Span, Storage, read_span
+from workbench.files import Span, Storage, read_span
+from workbench.strided import View, boxes, is_row_major, load_view, read_flat, row_major
 
 if TYPE_CHECKING:
     import torch
 
 HOT_NBYTES = 2 << 20  # a chunk that stays near its core, and large enough that Python's share of a step is small
-_EXTENT_NBYTES = 8 << 20  # gaps are read through while a strided box spans no more than this
-_RUN_NBYTES = 512  # shorter runs are not worth a read of their own
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class LazyTensor:
     def is_contiguous(self) -> bool:
         """Whether reading in logical order walks memory in order, without gaps."""
         if isinstance(self.source, Stored):
-            return _is_row_major(self.shape, self.source.strides)
+            return is_row_major(self.shape, self.source.strides)
         if isinstance(self.source, Live):
             return self.spec.layout != "strided" or self.source.tensor.is_contiguous()
         return all(tensor.is_contiguous for tensor in self.source.block.rowed)
@@ -185,7 +183,7 @@ class LazyTensor:
         if isinstance(self.source, Live):
             return self.source.tensor.detach()
         if isinstance(self.source, Stored):
-            return _load_stored(self.spec, self.source)
+            return load_view(self.source.storage, self._view(self.source))
         memo = Memo()
         if self.source.block.reads in ("scan", "full"):
             return _whole(self.source, memo)
@@ -202,7 +200,7 @@ class LazyTensor:
         self._require_unlocked()
         if isinstance(self.source, Stored):
             with self.source.storage.open() as reader:
-                return _read_stored(reader, self.spec, self.source, start, stop)
+                return read_flat(reader, self._view(self.source), start, stop)
         if isinstance(self.source, Live):
             return _read_live(self.source.tensor, start, stop)
         return _read_derived(self, self.source, start, stop, memo or Memo())
@@ -220,7 +218,7 @@ class LazyTensor:
             for start in range(0, self.numel, step):
                 stop = min(start + step, self.numel)
                 if reader is not None and isinstance(source, Stored):
-                    yield start, _read_stored(reader, self.spec, source, start, stop)
+                    yield start, read_flat(reader, self._view(source), start, stop)
                 else:
                     memo.step.clear()
                     yield start, self.read(start, stop, memo)
@@ -248,11 +246,16 @@ class LazyTensor:
         if not count:
             return []
         with located(), source.storage.open() as reader:
-            for index in itertools.islice(itertools.product(*map(range, self.shape)), count):
+            for index in range(count):
                 buffer = bytearray(itemsize)
-                reader.readinto(memoryview(buffer), (source.offset + sum(i * s for i, s in zip(index, source.strides, strict=True))) * itemsize)
+                steps = zip(self.shape, source.strides, row_major(self.shape), strict=True)
+                at = source.offset + sum(index // inner % n * stride for n, stride, inner in steps)
+                reader.readinto(memoryview(buffer), at * itemsize)
                 out += dtypes.decode(self.dtype, bytes(buffer), source.byteorder)
         return out
+
+    def _view(self, source: Stored) -> View:
+        return View(self.dtype, self.shape, source.strides, source.offset, source.byteorder)
 
     def _require_unlocked(self) -> None:
         if self.locked is not None:
@@ -262,140 +265,13 @@ class LazyTensor:
         return f"LazyTensor({self.dtype} {list(self.shape)})"
 
 
-def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides, in elements, of a contiguous tensor."""
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
-
-
-def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    if 0 in shape:
-        return True
-    return all(n == 1 or s == e for n, s, e in zip(shape, strides, row_major(shape), strict=True))
-
-
-def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last that a strided view touches, both included."""
-    if 0 in shape:
-        return 0
-    total = 1
-    for n, s in zip(shape, strides, strict=True):
-        total += (n - 1) * s
-    return total
-
-
-def _new_buffer(nbytes: int) -> tuple[torch.Tensor, memoryview]:
-    import torch
-
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    return buffer, buffer.numpy().data.cast("B")
-
-
-def _load_stored(spec: TensorSpec, source: Stored) -> torch.Tensor:
-    span = extent(spec.shape, source.strides)
-    itemsize = spec.dtype.itemsize
-    with source.storage.open() as reader:
-        if spec.numel and span > max(2 * spec.numel, _EXTENT_NBYTES // itemsize):
-            return _read_stored(reader, spec, source, 0, spec.numel).view(spec.shape)
-        buffer, view = _new_buffer(span * itemsize)
-        if span:
-            reader.readinto(view, source.offset * itemsize)
-    return dtypes.view_as(buffer, spec.dtype, source.byteorder).as_strided(spec.shape, source.strides)
-
-
-def _read_stored(reader: Reader, spec: TensorSpec, source: Stored, start: int, stop: int) -> torch.Tensor:
-    import torch
-
-    itemsize = spec.dtype.itemsize
-    if _is_row_major(spec.shape, source.strides):
-        buffer, view = _new_buffer((stop - start) * itemsize)
-        if stop > start:
-            reader.readinto(view, (source.offset + start) * itemsize)
-        return dtypes.view_as(buffer, spec.dtype, source.byteorder)
-    pieces = []
-    for prefix, low, high in _boxes(spec.shape, start, stop):
-        depth = len(prefix)
-        at = source.offset + sum(i * s for i, s in zip(prefix, source.strides, strict=False)) + low * source.strides[depth]
-        box = (high - low, *spec.shape[depth + 1 :])
-        pieces.append(_read_box(reader, spec.dtype, source.byteorder, box, source.strides[depth:], at).reshape(-1))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """Cut a flat logical range into boxes ``tensor[prefix][low:high]``, in order."""
-    if start >= stop:
-        return
-    if len(shape) <= 1:
-        yield (), start, stop
-        return
-    inner = math.prod(shape[1:])
-    first, last = -(-start // inner), stop // inner
-    if first > last:  # inside one row
-        yield from (((last, *p), a, b) for p, a, b in _boxes(shape[1:], start - last * inner, stop - last * inner))
-        return
-    if start < first * inner:
-        yield from (((first - 1, *p), a, b) for p, a, b in _boxes(shape[1:], start - (first - 1) * inner, inner))
-    if first < last:
-        yield (), first, last
-    if last * inner < stop:
-        yield from (((last, *p), a, b) for p, a, b in _boxes(shape[1:], 0, stop - last * inner))
-
-
-def _read_box(reader: Reader, dt: DType, byteorder: str, shape: Sequence[int], strides: Sequence[int], at: int) -> torch.Tensor:
-    """A strided box as a tensor of that shape, reading runs and skipping wide gaps.
-
-    Memory: at most twice the box, or 8 MiB.
-    """
-    import torch
-
-    strides = [0 if n == 1 else s for n, s in zip(shape, strides, strict=True)]
-    itemsize = dt.itemsize
-    span = extent(shape, strides)
-    if span * itemsize <= max(_EXTENT_NBYTES, 2 * math.prod(shape) * itemsize):
-        buffer, view = _new_buffer(span * itemsize)
-        reader.readinto(view, at * itemsize)
-        return dtypes.view_as(buffer, dt, byteorder).as_strided(tuple(shape), tuple(strides))
-    order = sorted(range(len(shape)), key=lambda i: strides[i])
-    count = 0
-    while count < len(order) and _dense(shape, strides, order[: count + 1]):
-        count += 1
-    inner, outer = order[:count], order[count:]
-    run = extent([shape[i] for i in inner], [strides[i] for i in inner])
-    if run * itemsize >= _RUN_NBYTES:
-        rows = math.prod(shape[i] for i in outer)
-        buffer, view = _new_buffer(rows * run * itemsize)
-        steps = (range(0, shape[i] * strides[i], strides[i]) if strides[i] else [0] * shape[i] for i in outer)
-        for row, offsets in enumerate(itertools.product(*steps)):
-            reader.readinto(view[row * run * itemsize : (row + 1) * run * itemsize], (at + sum(offsets)) * itemsize)
-        new_strides = list(strides)
-        for i, stride in zip(outer, row_major([shape[i] for i in outer]), strict=True):
-            new_strides[i] = stride * run
-        return dtypes.view_as(buffer, dt, byteorder).as_strided(tuple(shape), tuple(new_strides))
-    widest = order[-1]
-    half = shape[widest] // 2
-    parts = [(0, half), (half, shape[widest])]
-    boxes = [
-        _read_box(reader, dt, byteorder, [*shape[:widest], high - low, *shape[widest + 1 :]], strides, at + low * strides[widest]).contiguous()
-        for low, high in parts
-    ]
-    return torch.cat(boxes, dim=widest)
-
-
-def _dense(shape: Sequence[int], strides: Sequence[int], dims: Sequence[int]) -> bool:
-    sizes = [shape[i] for i in dims]
-    return extent(sizes, [strides[i] for i in dims]) <= 2 * math.prod(sizes)
-
-
 def _read_live(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     import torch
 
     tensor = _plain_values(tensor.detach())
     if tensor.is_contiguous():
         return tensor.view(-1)[start:stop].cpu()
-    pieces = [tensor[prefix][low:high].cpu().reshape(-1) for prefix, low, high in _boxes(tuple(tensor.shape), start, stop)]
+    pieces = [tensor[prefix][low:high].cpu().reshape(-1) for prefix, low, high in boxes(tuple(tensor.shape), start, stop)]
     return torch.cat(pieces) if pieces else tensor.new_empty(0).cpu()
 
 

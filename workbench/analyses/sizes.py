@@ -10,8 +10,9 @@ from workbench.checkpoint import Checkpoint, Path
 from workbench.files import FileRef, Span
 from workbench.opening import open as open_checkpoint
 from workbench.report import Report
+from workbench.strided import extent
 from workbench.tables import Column, Table, format_bytes, table
-from workbench.tensors import LazyTensor, Live, Stored, extent
+from workbench.tensors import LazyTensor, Live, Stored
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workbench import dtypes
 from workbench.errors import located
 from workbench.names import Patterns, require_names
 from workbench.opening import open as open_checkpoint
@@ -153,4 +154,4 @@ def as_float64(chunk: torch.Tensor) -> torch.Tensor:
     if chunk.is_complex():
         return chunk.to(torch.complex128).abs()
     packed = chunk.dtype in (getattr(torch, "float4_e2m1fn_x2", None), torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2)
-    return (chunk.view(torch.uint8) if packed else chunk).to(torch.float64)
+    return (dtypes.flat(chunk).view(torch.uint8) if packed else chunk).to(torch.float64)

@@ -154,7 +154,7 @@ class Machine:
         line = self._line()
         text = _c_string(line)
         plain = _STRTOL.match(text)
-        value = _strtol(text) if plain else int(text, 0)
+        value = _strtol(text) if plain else int(text, 0) if text or not line else 0
         self.stack.append(bool(value) if plain and len(line) == 2 and value in (0, 1) else value)
 
     def op_long(self) -> None:
@@ -420,7 +420,8 @@ class Machine:
         """Carry out one tensor's opcodes at once, where they are spelled as torch.save spells them from the second tensor on.
 
         Anything unusual returns False and is run singly. The tuples on the way are not memoised, for torch never refers to
-        them again; a pickle that does (or counts the memo) is run again without this path.
+        them again; a pickle that does (or counts the memo) is run again without this path. A pickle that would overwrite an
+        older memo entry with one of them is unusual.
         """
         memo, data = self.memo, self.data
         if data[self.pos : self.pos + 2] != b"((" or memo.get(index) != _REBUILD:
@@ -428,15 +429,21 @@ class Machine:
         found = _TENSOR.match(data, self.pos)
         if found is None:
             return False
-        word, cls, length, key, key_put, place, numel, offset, size, stride, grad, hooks, put = found.groups()
-        cls, place = memo.get(_ref(cls)), memo.get(_ref(place))
-        if memo.get(_ref(word)) != "storage" or type(cls) is not Global or type(place) is not str or memo.get(_ref(hooks)) != _ORDERED_DICT or int.from_bytes(length, "little") != len(key):
+        word, cls, length, key, key_put, key_ref, place, numel, pid_put, offset, size, size_put, stride, stride_put, grad, hooks, hooks_put, args_put, put = found.groups()
+        if any(_ref(skipped) in memo for skipped in (pid_put, size_put, stride_put, hooks_put, args_put) if skipped):
             return False
-        text = memo[_ref(key_put)] = key.decode("ascii")
+        cls, place = memo.get(_ref(cls)), memo.get(_ref(place))
+        if memo.get(_ref(word)) != "storage" or type(cls) is not Global or type(place) is not str or memo.get(_ref(hooks)) != _ORDERED_DICT:
+            return False
+        text = memo.get(_ref(key_ref)) if key_ref else key.decode("ascii")
+        if type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
+            return False
+        if key_put:
+            memo[_ref(key_put)] = text
         self.skipped = True
         self.calls.setdefault("torch._utils._rebuild_tensor_v2", self.pos)
         self.pos = found.end()
-        tensor = self.tensor(cls, text, place, _number(numel), _number(offset), _shape(size), _shape(stride), grad == b"\x88")  # type: ignore[misc]
+        tensor = self.tensor(cls, text, place, _number(numel), _number(offset), _numbers(size), _numbers(stride), grad == b"\x88")  # type: ignore[misc]
         memo[_ref(put)] = tensor
         self.stack.append(tensor)
         return True
@@ -446,9 +453,9 @@ _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _I = rb"(?:K.|M..|J....|\x8a(?:\x01.|\x02..|\x03...|\x04....|\x05.....|\x06......|\x07.......|\x08........))"
 _P, _G = rb"(?:q.|r....)", rb"(?:h.|j....)"
-_S = rb"(?:\)|(?:%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t)%b)" % (_I, _I, _I, _I, _P)
+_S = rb"(\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t)((?<!\))%b)?" % (_I, _I, _I, _I, _P)
 _TENSOR = re.compile(
-    rb"\(\((%b)(%b)X(....)([0-9]+)(%b)(%b)(%b)t%bQ(%b)(%b)(%b)([\x88\x89])(%b)\)R%bt%bR(%b)" % (_G, _G, _P, _G, _I, _P, _I, _S, _S, _G, _P, _P, _P),
+    rb"\(\((%b)(%b)(?:X(....)([0-9]+)(%b)|(%b))(%b)(%b)t(%b)Q(%b)%b%b([\x88\x89])(%b)\)R(%b)t(%b)R(%b)" % (_G, _G, _P, _G, _G, _I, _P, _I, _S, _S, _G, _P, _P, _P),
     re.DOTALL,
 )
 _COUNTS = re.compile(_I, re.DOTALL)
@@ -456,14 +463,8 @@ _COUNTS = re.compile(_I, re.DOTALL)
 
 @lru_cache(maxsize=4096)
 def _numbers(spelled: bytes) -> tuple[int, ...]:
-    return tuple(map(_number, _COUNTS.findall(spelled)))
-
-
-def _shape(spelled: bytes) -> tuple[int, ...]:
-    """A tuple of counts, spelled with the memo opcode behind it."""
-    if spelled == b")":
-        return ()
-    return _numbers(spelled[spelled[:1] == b"(" : -6 if spelled[-5:-4] == b"r" and spelled[-6] in b"\x85\x86\x87t" else -3])
+    """The counts of a tuple, spelled from its first item to its closing opcode."""
+    return tuple(map(_number, _COUNTS.findall(spelled, spelled[:1] == b"(")))
 
 
 def _ref(spelled: bytes) -> int:

@@ -19,9 +19,11 @@ from workbench.checkpoint import Checkpoint
 from workbench.dtypes import DTYPES, DType
 from workbench.errors import CorruptFileError, UnsupportedError, located
 from workbench.files import FileRef, Span
-from workbench.tensors import LazyTensor, Stored, TensorSpec, row_major
+from workbench.strided import row_major
+from workbench.tensors import LazyTensor, Stored, TensorSpec
 
 MAX_HEADER = 100_000_000
+_MAX_NODES = 6_000_000  # three a tensor: two million tensors
 CODES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32", "U64": "uint64", "I64": "int64",
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -62,8 +64,10 @@ def read_header(file: FileRef) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     text = whole.read(8, 8 + length)
     if text.lstrip(b" ")[:1] != b"{":
         raise CorruptFileError("the header does not start with '{'", path=file.url, offset=8)
+    if text.count(b"[") + text.count(b"{") > _MAX_NODES:
+        raise UnsupportedError(f"the header holds more than {_MAX_NODES} lists and objects", path=file.url, offset=8)
     with located(path=file.url, offset=8):
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     raw_metadata = header.pop("__metadata__", None) or {}
     if not isinstance(raw_metadata, dict) or not all(isinstance(v, str) for v in raw_metadata.values()):
         raise CorruptFileError("__metadata__ must map text to text", path=file.url)
@@ -93,9 +97,11 @@ def _entry(file: FileRef, data: int, entry: Any) -> tuple[LazyTensor, int, int]:
         raise CorruptFileError("shape and data_offsets must be lists of counts")
     if len(shape) > 64:
         raise CorruptFileError(f"a shape of {len(shape)} dimensions; torch has 64 at most")
+    if not isinstance(code, str):
+        raise CorruptFileError("the element type is no text")
     if code in _BITS:
         raise UnsupportedError(f"the element type {code} has no counterpart in torch")
-    if not isinstance(code, str) or code not in CODES:
+    if code not in CODES:
         raise CorruptFileError(f"{code!r} is no element type of the format")
     dtype = DTYPES[CODES[code]]
     logical = _logical_shape(dtype, shape)

@@ -18,7 +18,8 @@ from workbench.dtypes import DTYPES, DType
 from workbench.errors import CorruptFileError, UnsupportedError
 from workbench.files import Storage
 from workbench.formats.pickle_vm import Machine
-from workbench.tensors import Block, Derived, LazyTensor, Stored, TensorSpec, extent
+from workbench.strided import extent
+from workbench.tensors import Block, Derived, LazyTensor, Stored, TensorSpec
 from workbench.tree import Global, Inert
 
 STORAGE_DTYPES = {
@@ -94,7 +95,7 @@ class TorchObjects:
             return self.tensor(self.persistent(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
         ref = self.storages[key] = self._storage(key, dtype, numel, place, None)
         source = Stored(_Nowhere(span * dtype.itemsize) if ref.stored is None else ref.stored, 0, strides, self._byteorder)
-        return LazyTensor(TensorSpec(dtype, shape), source, requires_grad, ref.trouble)
+        return LazyTensor(_spec(dtype, shape), source, requires_grad, ref.trouble)
 
     def _storage(self, key: str, dtype: DType | None, numel: int, place: str, known: StorageRef | None) -> StorageRef:
         trouble: str | None
@@ -177,6 +178,9 @@ def _checked_sizes(value: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(value) >= 1 << 63:
         raise CorruptFileError("a tensor is said to have more elements than torch can count")
     return value
+
+
+_spec = lru_cache(maxsize=4096)(TensorSpec)  # a model has few shapes and many tensors
 
 
 @lru_cache(maxsize=4096)

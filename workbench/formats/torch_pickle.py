@@ -12,9 +12,9 @@ from typing import Any
 from workbench.dtypes import DType
 from workbench.errors import UnsupportedError, UntrustedError
 from workbench.formats.torch_objects import PLAIN, STORAGE_DTYPES
-from workbench.names import join_path
+from workbench.names import join_path, unique_name
 from workbench.tensors import Derived, LazyTensor
-from workbench.tree import NOTHING, Global, Inert
+from workbench.tree import NOTHING, Global, Inert, walk
 
 _STORAGE_CLASSES = {dtype: cls for cls, dtype in STORAGE_DTYPES.items()}
 
@@ -240,7 +240,7 @@ class PickleWriter:
 def drop_unsafe(root: Any) -> tuple[Any, list[str]]:
     """The tree without what is not plain data, and the dotted path and class of each thing left behind.
 
-    Tensors inside a dropped object are kept under their flat names only if the caller lists them first.
+    An object that holds tensors becomes a dict of them, under the names they are listed by.
     """
     left: list[str] = []
     return _without(root, (), left, {}), left
@@ -256,8 +256,12 @@ def _without(node: Any, path: tuple[Any, ...], left: list[str], memo: dict[int, 
     if id(node) in memo:
         return memo[id(node)][0]
     if not _is_plain(node):
-        left.append(f"{join_path(path) or '(root)'}: {node.dotted}")
-        return NOTHING
+        tensors: dict[str, Any] = {}
+        for inner, value in walk(node):
+            if isinstance(value, LazyTensor):
+                tensors[unique_name(join_path(inner), tensors, {})] = value
+        left.append(f"{join_path(path) or '(root)'}: {node.dotted}" + (f"; its {len(tensors)} tensors are kept" if tensors else ""))
+        return tensors or NOTHING
     made: Any = node
     if isinstance(node, dict):
         memo[id(node)] = (made := {}, node)

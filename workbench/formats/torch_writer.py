@@ -16,7 +16,9 @@ from workbench.formats import torch_zip
 from workbench.formats.torch_pickle import PickleWriter, StorageSlot, drop_unsafe
 from workbench.formats.writing import Job, Layout, SaveReport, require_unlocked, struct_pack, write_layout
 from workbench.stream import Target, Written
-from workbench.tensors import Derived, LazyTensor, Live, Stored, TensorSpec, row_major
+from workbench.strided import row_major
+from workbench.tensors import Derived, LazyTensor, Live, Stored, TensorSpec
+from workbench.tree import NOTHING
 
 _ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
@@ -32,7 +34,7 @@ def write(ckpt: Checkpoint, path: str, job: Job, *, unsafe: str = "refuse") -> S
     require_unlocked(ckpt)
     tree, left = drop_unsafe(ckpt.tree) if unsafe == "drop" else (ckpt.tree, [])
     if left:
-        ckpt = Checkpoint(tree if tree is not None and not _is_nothing(tree) else dict(ckpt), name=ckpt.name)
+        ckpt = Checkpoint({} if tree is NOTHING else tree, name=ckpt.name)
     storages = _Storages()
     try:
         pickle = PickleWriter(storages.place).dump(ckpt.tree)
@@ -45,12 +47,6 @@ def write(ckpt: Checkpoint, path: str, job: Job, *, unsafe: str = "refuse") -> S
     records.append((f"{root}/version", b"3\n"))
     seconds, verify_seconds = write_layout(path, _layout(records), {n: t.spec for n, t in ckpt.items()}, torch_zip.open_file, job)
     return SaveReport(path, "torch-zip", len(ckpt), os.path.getsize(path), seconds, verify_seconds, left_behind=tuple(left))
-
-
-def _is_nothing(tree: Any) -> bool:
-    from workbench.tree import NOTHING
-
-    return tree is NOTHING
 
 
 def _root(path: str) -> str:

@@ -71,8 +71,8 @@ class ZipIndex:
                 start = _prove(record, lambda at, n: _pread(reader, at, n, self.file.size))
         check = _Check(record, start)
         span = Span(self.file, start, record.packed, check)
-        if start + record.packed > self.directory:
-            raise CorruptFileError("the record runs past the archive's end", record=name, path=self.file.url)
+        if start + record.packed > self._next[record.header]:
+            raise CorruptFileError("the record runs into what follows it", record=name, path=self.file.url)
         return span if record.method == 0 else Inflated(span, record.size, record.name)
 
     def _predicted(self, record: Record) -> int | None:
@@ -155,11 +155,7 @@ class _Inflater:
         while True:
             if not self._pending and self._read < self._storage.span.nbytes:
                 self._pending = self._packed()
-            try:
-                out = self._engine.decompress(self._pending, limit)
-            except zlib.error as error:
-                raise CorruptFileError(f"the packed bytes are damaged: {error}", record=self._storage.record) from error
-            self._pending = self._engine.unconsumed_tail
+            out = self._inflate(limit)
             if out:
                 self._at += len(out)
                 return out
@@ -172,6 +168,23 @@ class _Inflater:
         self._read += len(buffer)
         return bytes(buffer)
 
+    def _require_end(self) -> None:
+        """Prove that the stream ends where the archive says, once its last stated byte was read."""
+        while not self._engine.eof:
+            if not self._pending and self._read >= self._storage.span.nbytes:
+                raise CorruptFileError("the packed bytes end without their end mark", record=self._storage.record)
+            self._pending = self._pending or self._packed()
+            if self._inflate(1):
+                raise CorruptFileError("the packed bytes go on past the size that the archive states", record=self._storage.record)
+
+    def _inflate(self, limit: int) -> bytes:
+        try:
+            out = self._engine.decompress(self._pending, limit)
+        except zlib.error as error:
+            raise CorruptFileError(f"the packed bytes are damaged: {error}", record=self._storage.record) from error
+        self._pending = self._engine.unconsumed_tail
+        return out
+
     def readinto(self, buffer: memoryview, start: int) -> None:
         if start < self._at:
             self._restart()
@@ -182,6 +195,8 @@ class _Inflater:
             piece = self._next(min(1 << 20, buffer.nbytes - done))
             buffer[done : done + len(piece)] = piece
             done += len(piece)
+        if self._at == self._storage.nbytes:
+            self._require_end()
 
 
 def read_zip_index(file: FileRef) -> ZipIndex:

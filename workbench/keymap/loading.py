@@ -271,7 +271,7 @@ def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
     if a.layout is not torch.strided or a.is_quantized:
         return torch.equal(a, b)
-    return a.shape == b.shape and torch.equal(a.detach().contiguous().reshape(-1).view(torch.uint8), b.detach().contiguous().reshape(-1).view(torch.uint8))
+    return a.shape == b.shape and torch.equal(dtypes.flat(a).view(torch.uint8), dtypes.flat(b).view(torch.uint8))
 
 
 def _mode(model: torch.nn.Module) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from workbench import dtypes
 from workbench.checkpoint import Checkpoint, Path, Step
-from workbench.dtypes import DTYPES
 from workbench.errors import SelectionError
 from workbench.names import Patterns
 from workbench.ops.scope import floating, mapped, on_section
@@ -37,7 +37,7 @@ def prune_magnitude(ckpt: Checkpoint, *, sparsity: float, names: Patterns | None
         count = int(sparsity * tensor.numel + 0.5)
         if not count:
             return tensor
-        spec, cut_spec = TensorSpec(DTYPES["int64"], (3,)), TensorSpec(DTYPES["int64"], (2,))
+        spec, cut_spec = TensorSpec(dtypes.DTYPES["int64"], (3,)), TensorSpec(dtypes.DTYPES["int64"], (2,))
         scans: list[LazyTensor] = []
         for step in range(max(1, tensor.dtype.itemsize // 2)):  # each pass fixes 16 more bits of the threshold
             params = {"count": count, "step": step}
@@ -64,7 +64,7 @@ def magnitude_bits(values: torch.Tensor) -> torch.Tensor:
 def _as_integers(values: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return values.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    return dtypes.flat(values).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def narrow(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[Any], at: int) -> list[torch.Tensor]:

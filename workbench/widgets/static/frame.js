@@ -14,20 +14,29 @@ function formatBytes(value) {
     value /= 1000;
     unit += 1;
   } while (Math.abs(value) >= 999.5 && unit < UNITS.length - 1);
-  return `${significant(value, 3)} ${UNITS[unit]}`;
+  return `${Math.abs(value) < 999.5 ? significant(value, 3) : value.toFixed(0)} ${UNITS[unit]}`;
 }
 
 /** Like Python's "%.{digits}g". */
 function significant(value, digits) {
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "nan" : value > 0 ? "inf" : "-inf";
   if (value === 0) return Object.is(value, -0) ? "-0" : "0";
-  const [mantissa, exponent] = value.toExponential(digits - 1).split("e");
+  const [mantissa, exponent] = halfToEven(value, digits).split("e");
   const power = Number(exponent);
   const trim = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
   if (power < -4 || power >= digits) {
     return `${trim(mantissa)}e${power < 0 ? "-" : "+"}${String(Math.abs(power)).padStart(2, "0")}`;
   }
-  return trim(value.toFixed(Math.max(0, digits - 1 - power)));
+  return trim(Number(`${mantissa}e${exponent}`).toFixed(Math.max(0, digits - 1 - power)));
+}
+
+/** toExponential rounds an exact half up; Python rounds it to the even digit. */
+function halfToEven(value, digits) {
+  const rounded = value.toExponential(digits - 1);
+  const [exact, exponent] = value.toExponential(60).split("e");
+  const kept = exact.length - 61 + digits;
+  if (!/^50*$/.test(exact.slice(kept)) || "13579".includes(exact[kept - 1])) return rounded;
+  return `${exact.slice(0, kept)}e${exponent}`;
 }
 
 function formatCell(kind, value) {
@@ -56,7 +65,8 @@ function compileFilter(text) {
     if (low !== undefined) return `(?:${Array.from({ length: Math.max(0, high - low + 1) }, (_, i) => Number(low) + i).join("|")})`;
     return part === "*" ? ".*" : part === "?" ? "." : part.replace(/[\\^$.|+()[\]{}/-]/, "\\$&");
   });
-  return new RegExp(`^${pattern}$`, "s");
+  const whole = new RegExp(`^${pattern}$`, "s");
+  return { test: (name) => name === text || whole.test(name) };
 }
 
 function debounced(run, wait) {
@@ -282,7 +292,7 @@ function filterBar(onInput, ...others) {
   input.placeholder = "filter, e.g. layers.*.weight";
   input.setAttribute("aria-label", "filter");
   input.spellcheck = false;
-  const changed = debounced(onInput, 80);
+  const changed = debounced(onInput, 70);
   input.addEventListener("input", () => changed(input.value));
   node.addEventListener("pointerdown", (event) => event.target === input || changed.flush());
   input.addEventListener("blur", changed.flush);
