@@ -30,7 +30,22 @@ _FACE = {
 }
 _ROOMS = ("ops", "errors", "widgets")
 
-__all__ = ["Checkpoint", "compare", "diff", "errors", "export_model", "ledger", "load_into", "match", "open", "ops", "parity", "save", "stats", "widgets"]
+__all__ = [
+    "Checkpoint",
+    "compare",
+    "diff",
+    "errors",
+    "export_model",
+    "ledger",
+    "load_into",
+    "match",
+    "open",
+    "ops",
+    "parity",
+    "save",
+    "stats",
+    "widgets",
+]
 
 if TYPE_CHECKING:
     from workbench import errors, ops, widgets

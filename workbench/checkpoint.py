@@ -7,6 +7,7 @@ checkpoint is a Checkpoint of its own, and `with_section` is the only way back i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -91,7 +92,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 name = unique_name(flat, self._tensors, counts)
                 if name != flat:
                     first = self._paths[flat]
-                    found.append(Finding("name collision", "warning", f"{flat!r} names two tensors; the later one is shown as {name!r}", {"tensor": name, "paths": [list(map(str, first)), list(map(str, path))]}))
+                    found.append(
+                        Finding(
+                            "name collision",
+                            "warning",
+                            f"{flat!r} names two tensors; the later one is shown as {name!r}",
+                            {"tensor": name, "paths": [list(map(str, first)), list(map(str, path))]},
+                        )
+                    )
                 self._tensors[name] = value
                 self._paths[name] = path
             elif value is NOTHING:
@@ -99,7 +107,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
             elif "_metadata" not in path:
                 self._extras[join_path(path)] = plain(value)
         if stopped:
-            found.append(Finding("tree cut", "warning", f"{stopped} parts of the tree nest too deep or repeat too often, and are not listed"))
+            found.append(
+                Finding("tree cut", "warning", f"{stopped} parts of the tree nest too deep or repeat too often, and are not listed")
+            )
         order = {"danger": 0, "warning": 1, "info": 2}
         object.__setattr__(self, "findings", tuple(sorted(_distinct(found), key=lambda f: order[f.severity])))
 
@@ -110,7 +120,9 @@ class Checkpoint(Mapping[str, LazyTensor]):
             return self._tensors[name]
         except KeyError:
             close = suggest(str(name), self._tensors)
-            raise TensorNotFoundError(f"no tensor is called {name!r}", hint="did you mean " + ", ".join(close) + "?" if close else None) from None
+            raise TensorNotFoundError(
+                f"no tensor is called {name!r}", hint="did you mean " + ", ".join(close) + "?" if close else None
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -137,7 +149,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def aliases(self) -> dict[str, str]:
         """name -> earlier name of the very same values (tied weights)."""
         kept: dict[Any, str] = {}
-        ties = {name: first for name, tensor in self.items() if (first := kept.setdefault((tensor.source, tensor.spec), name)) != name and tensor.numel}
+        ties = {
+            name: first
+            for name, tensor in self.items()
+            if (first := kept.setdefault((tensor.source, tensor.spec), name)) != name and tensor.numel
+        }
         return {**ties, **self.restored}
 
     @property
@@ -208,7 +224,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
             return new
         self.section(key)  # refuses a path that leads nowhere
         new_tree = trees.replace(self.tree, {key: lambda k, _: [(k, new.tree)]})
-        return replace(self, tree=new_tree, source=None, restored={}, findings=_kept(self.findings), history=(*self.history, *new.history[len(self.history) :]))
+        return replace(
+            self,
+            tree=new_tree,
+            source=None,
+            restored={},
+            findings=_kept(self.findings),
+            history=(*self.history, *new.history[len(self.history) :]),
+        )
 
     def _resolve(self, which: str | Path) -> Path:
         if isinstance(which, tuple):
@@ -235,7 +258,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
         else:  # tensors inside an object that stays inert: only they can be carried on
             new_tree = {new: tensor for results in produced.values() for new, tensor in results}
         moved = {old: results[0][0] for old, results in produced.items()}
-        return replace(self, tree=_with_renamed_metadata(new_tree, moved), source=None, restored={}, findings=_kept(self.findings), history=(*self.history, step))
+        return replace(
+            self,
+            tree=_with_renamed_metadata(new_tree, moved),
+            source=None,
+            metadata={key: value for key, value in self.metadata.items() if key not in self.restored},  # aliases are recorded anew
+            restored={},
+            findings=_kept(self.findings),
+            history=(*self.history, step),
+        )
 
     def _rewritten_tree(self, produced: dict[str, list[tuple[str, LazyTensor]]]) -> Any:
         hoisted: list[tuple[str, LazyTensor]] = []
@@ -265,12 +296,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def select(self, names: Patterns) -> Checkpoint:
         """Only the tensors that `names` selects; everything that is no tensor is kept."""
         chosen = set(require_names(names, self))
-        return self.rewrite(((n, t, n) for n, t in self.items() if n in chosen), Step("select", {"names": names if isinstance(names, str) else list(names)}))
+        return self.rewrite(
+            ((n, t, n) for n, t in self.items() if n in chosen), Step("select", {"names": names if isinstance(names, str) else list(names)})
+        )
 
     def drop(self, names: Patterns) -> Checkpoint:
         """All tensors but those that `names` selects."""
         chosen = set(require_names(names, self))
-        return self.rewrite(((n, t, n) for n, t in self.items() if n not in chosen), Step("drop", {"names": names if isinstance(names, str) else list(names)}))
+        return self.rewrite(
+            ((n, t, n) for n, t in self.items() if n not in chosen),
+            Step("drop", {"names": names if isinstance(names, str) else list(names)}),
+        )
 
     def with_findings(self, findings: Iterable[Finding]) -> Self:
         return replace(self, findings=(*self.findings, *findings))
@@ -324,6 +360,9 @@ def _section_rank(section: Section) -> tuple[Any, ...]:
     return (kinds.index(section.kind), _known_rank(section), -section.nbytes)
 
 
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|shadow|averaged)(?![a-z])")
+
+
 def _find_sections(root: Any, below: Mapping[Path, list[LazyTensor]]) -> Iterator[Section]:
     """State dicts and optimizers; `below` holds the tensors under each path, as the walk that named them found them."""
     pending: list[tuple[Path, Any]] = [((), root)]
@@ -338,10 +377,12 @@ def _find_sections(root: Any, below: Mapping[Path, list[LazyTensor]]) -> Iterato
             direct = sum(isinstance(wrapped(child), LazyTensor) for child in items_of(node).values())
             if direct and 2 * direct >= len(held):
                 last = str(path[-1]).lower() if path else ""
-                kind: Kind = "ema" if any(word in last for word in ("ema", "shadow", "averaged", "swa")) else "weights"
+                kind: Kind = "ema" if _AVERAGED.search(last) else "weights"
                 yield _section(path, held, kind, f"{direct} tensors directly under {'the root' if not path else repr(join_path(path))}")
             elif len(path) <= 5:
-                pending += [((*path, key), child) for key, child in reversed(list(items_of(node).items())) if not path or (*path, key) in below]
+                pending += [
+                    ((*path, key), child) for key, child in reversed(list(items_of(node).items())) if not path or (*path, key) in below
+                ]
 
 
 def _section(path: Path, held: list[LazyTensor], kind: Kind, reason: str) -> Section:
@@ -384,4 +425,3 @@ def rename_modules(modules: Mapping[Any, Any], moved: Mapping[str, str]) -> dict
             rest = str(module)[len(ancestor) :].removeprefix(".")
             out[".".join(part for part in (home, rest) if part)] = value
     return out
-

@@ -23,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="workbench", description="Look into PyTorch checkpoints without executing anything in them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    inspect = commands.add_parser("inspect", help="list the tensors of a checkpoint", description="List tensors, tied names and dangers. No tensor data is read, nothing is executed.")
+    inspect = commands.add_parser(
+        "inspect",
+        help="list the tensors of a checkpoint",
+        description="List tensors, tied names and dangers. No tensor data is read, nothing is executed.",
+    )
     inspect.add_argument("file", help="a .pt, .pth, .bin, .ckpt or .safetensors file, an index.json, or a folder with one of them")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
@@ -67,5 +71,3 @@ def _sentence(error: Exception | None) -> str | None:
 def to_json(value: Any) -> str:
     """JSON in which every control character is escaped, DEL too."""
     return json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f")
-
-

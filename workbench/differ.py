@@ -93,7 +93,10 @@ class DiffReport(Report):
             Column("", "mark"), Column("name", "name"), Column("status"), Column("shape", "shape"), Column("dtype"), Column("max |Δ|", "number"), Column("mean |Δ|", "number"),
             Column("‖Δ‖", "number"), Column("relative", "number"), Column("cosine", "number"), Column("elements", "percent", "fraction of elements that differ"), Column("note"),
         )  # fmt: skip
-        ranked = sorted(self.rows, key=lambda r: (r.status == "equal", -(r.relative if r.relative is not None and not math.isnan(r.relative) else math.inf)))
+        ranked = sorted(
+            self.rows,
+            key=lambda r: (r.status == "equal", -(r.relative if r.relative is not None and not math.isnan(r.relative) else math.inf)),
+        )
         tables = [table("tensors", columns, [_cells(r) for r in ranked], empty="no tensors")]
         if self.values:
             tables.append(table("other values", (Column("name", "name"), Column("before"), Column("after")), self.values))
@@ -110,11 +113,32 @@ def _cells(row: DiffRow) -> tuple[Any, ...]:
     shape = row.shape_b if row.shape_b is not None else row.shape_a
     dtype = row.dtype_a if row.dtype_b in (None, row.dtype_a) else row.dtype_b if row.dtype_a is None else f"{row.dtype_a} → {row.dtype_b}"
     notes = [f"was {row.was}"] * (row.was is not None) + [row.note] * bool(row.note)
-    return (MARKS[row.status], row.name, row.status, shape, dtype, row.max_abs, row.mean_abs, row.l2, row.relative, row.cosine, row.changed, "; ".join(notes) or None)
+    return (
+        MARKS[row.status],
+        row.name,
+        row.status,
+        shape,
+        dtype,
+        row.max_abs,
+        row.mean_abs,
+        row.l2,
+        row.relative,
+        row.cosine,
+        row.changed,
+        "; ".join(notes) or None,
+    )
 
 
 def diff(
-    a: Any, b: Any, *, names: Patterns = "*", rtol: float = 0.0, atol: float = 0.0, align: bool = True, progress: ProgressFunction | None = None, cancel: threading.Event | None = None
+    a: Any,
+    b: Any,
+    *,
+    names: Patterns = "*",
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    align: bool = True,
+    progress: ProgressFunction | None = None,
+    cancel: threading.Event | None = None,
 ) -> DiffReport:
     """Compare two checkpoints, state dicts or live models, tensor by tensor.
 
@@ -133,7 +157,11 @@ def diff(
     other = {name: name for name in right if name in left}
     if align and len(other) < len(right) and len(left) and len(right):
         taken = set(other.values())
-        other |= {p.target: p.source for p in match(left, right).pairs if p.confidence == "certain" and p.target in right and p.source in left and p.target not in other and p.source not in taken}
+        other |= {
+            p.target: p.source
+            for p in match(left, right).pairs
+            if p.confidence == "certain" and p.target in right and p.source in left and p.target not in other and p.source not in taken
+        }
     removed = [name for name in left if name not in set(other.values())]
     chosen = set(require_names(names, [*right, *removed])) if left or right else set()
     meter = Meter("diff", sum(right[n].nbytes + left[other[n]].nbytes for n in right if n in chosen and n in other), progress, cancel)
@@ -158,7 +186,13 @@ def _row(name: str, left: Checkpoint, old: str | None, b: LazyTensor, rtol: floa
     if old is None:
         return DiffRow(name, "added", shape_b=b.shape, dtype_b=b.dtype.name)
     a = left[old]
-    facts: dict[str, Any] = {"was": old if old != name else None, "shape_a": a.shape, "shape_b": b.shape, "dtype_a": a.dtype.name, "dtype_b": b.dtype.name}
+    facts: dict[str, Any] = {
+        "was": old if old != name else None,
+        "shape_a": a.shape,
+        "shape_b": b.shape,
+        "dtype_a": a.dtype.name,
+        "dtype_b": b.dtype.name,
+    }
     if a.locked or b.locked:
         return DiffRow(name, "unreadable", note=str(a.locked or b.locked), **facts)
     if a.shape != b.shape:
@@ -209,6 +243,8 @@ def _measure(a: LazyTensor, b: LazyTensor, rtol: float, atol: float, meter: Mete
             nonfinite += int((~finite & ~same).sum())
             x, y = x[finite], y[finite]
         delta = (y - x).abs()
+        if a.dtype.kind == b.dtype.kind == "int":  # integers beyond 2**53 are told apart though float64 cannot
+            delta = torch.where((raw_a.to(torch.int64) != raw_b.to(torch.int64)) & (delta == 0), torch.ones_like(delta), delta)
         if delta.numel():
             largest = max(largest, float(delta.amax()))
             total += float(delta.sum())

@@ -8,6 +8,7 @@ never yields other bytes. Only regular files are read (a FIFO or a device is ref
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import zlib
@@ -65,7 +66,9 @@ def _opened(path: str) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise MissingFileError("there is no such file", path=path, hint="check the path; relative ones start at the working directory") from error
+        raise MissingFileError(
+            "there is no such file", path=path, hint="check the path; relative ones start at the working directory"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
             raise MissingFileError("there is no such file", path=path) from error
@@ -183,7 +186,9 @@ def contained(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> s
         root = os.path.dirname(parent)
     real = os.path.realpath(path)
     if os.path.commonpath([root, real]) != root:
-        raise UnsupportedError("the file named lies outside the checkpoint's own folder, and is not read", path=os.fspath(path), hint=f"it leads to {real}")
+        raise UnsupportedError(
+            "the file named lies outside the checkpoint's own folder, and is not read", path=os.fspath(path), hint=f"it leads to {real}"
+        )
     return real
 
 
@@ -223,16 +228,19 @@ def atomic_write(path: str | os.PathLike[str], *, verify: Callable[[str], None] 
     Raises:
         WriteError: no such folder, no permission, disk full.
     """
+    if "\0" in os.fspath(path):
+        raise WriteError("a path cannot hold a NUL", path=path)
     target = os.path.realpath(path)
     folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name[:100]}.{os.urandom(6).hex()}.tmp")
+    prefix = f".{name[:100]}."
     try:
         if os.path.isdir(target):
             raise WriteError("a folder of that name stands here", path=target)
         mode = stat.S_IMODE(os.stat(target).st_mode) if os.path.exists(target) else None
         if mode is not None and not os.access(target, os.W_OK):
             raise WriteError("the file that stands here is read-only", path=target)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        _sweep(folder, prefix)
+        fd, temporary = _create_locked(folder, prefix)
     except OSError as error:
         if isinstance(error, WriteError):
             raise
@@ -256,6 +264,36 @@ def atomic_write(path: str | os.PathLike[str], *, verify: Callable[[str], None] 
         if isinstance(error, OSError) and not isinstance(error, WriteError) and error.errno is not None:
             raise WriteError(f"the write failed: {error.strerror}; nothing was changed", path=target, hint=_write_hint(error)) from error
         raise
+
+
+def _create_locked(folder: str, prefix: str) -> tuple[int, str]:
+    """A new temporary file, locked for as long as its writer lives."""
+    while True:
+        path = os.path.join(folder, f"{prefix}{os.urandom(6).hex()}.tmp")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:  # else another writer swept it away before it was locked
+            return fd, path
+        os.close(fd)
+
+
+def _sweep(folder: str, prefix: str) -> None:
+    """Remove what killed writers of the same file left: temporary files that nobody holds locked."""
+    for entry in os.listdir(folder):
+        if not (entry.startswith(prefix) and entry.endswith(".tmp") and len(entry) == len(prefix) + 16):
+            continue
+        path = os.path.join(folder, entry)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue  # gone meanwhile, or not ours to touch
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        except OSError:
+            continue  # its writer lives
+        finally:
+            os.close(fd)
 
 
 def _sync_folder(folder: str) -> None:

@@ -66,7 +66,10 @@ def require_names(patterns: Patterns, names: Iterable[str], *, what: str = "tens
     if not found:
         shown = patterns if isinstance(patterns, str) else ", ".join(patterns)
         close = suggest(shown, known)
-        raise SelectionError(f"no {what} matches {shown!r}", hint="did you mean " + ", ".join(close) + "?" if close else f"there are {len(known)} names to choose from")
+        raise SelectionError(
+            f"no {what} matches {shown!r}",
+            hint="did you mean " + ", ".join(close) + "?" if close else f"there are {len(known)} names to choose from",
+        )
     return found
 
 

@@ -122,7 +122,9 @@ def stream(
     return [results[i] for i in range(len(targets))]
 
 
-def _collect(pool: Executor, groups: list[list[int]], targets: Sequence[Target], path: str | os.PathLike[str], budget: int, meter: Meter | None) -> dict[int, Written]:
+def _collect(
+    pool: Executor, groups: list[list[int]], targets: Sequence[Target], path: str | os.PathLike[str], budget: int, meter: Meter | None
+) -> dict[int, Written]:
     pending: dict[Future[list[Written]], list[int]] = {
         pool.submit(_run, tuple(targets[i] for i in group), os.fspath(path), budget, meter): group for group in groups
     }
@@ -263,7 +265,10 @@ def _steps(tensors: Sequence[LazyTensor], budget: int) -> tuple[int, int]:
     widest = max(t.nbytes for t in [*inputs, *tensors]) / units
     nbytes = HOT_NBYTES if all(t.is_contiguous for t in inputs) else strided_nbytes(budget)
     if widest * 4 > budget:
-        raise BudgetError(f"one row of {widest / 1e6:.0f} MB does not fit the budget of {budget / 1e6:.0f} MB four times", hint=f"give max_ram_mb={int(widest * 5e-6) + 1} or more")
+        raise BudgetError(
+            f"one row of {widest / 1e6:.0f} MB does not fit the budget of {budget / 1e6:.0f} MB four times",
+            hint=f"give max_ram_mb={int(widest * 5e-6) + 1} or more",
+        )
     return units, max(1, int(nbytes // max(widest, 1)))
 
 
@@ -272,5 +277,3 @@ def bytes_of(values: Any) -> memoryview:
     import torch
 
     return dtypes.flat(values).view(torch.uint8).numpy().data.cast("B") if values.numel() else memoryview(b"")
-
-

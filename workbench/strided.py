@@ -144,7 +144,9 @@ def _read_box(reader: Reader, dt: DType, byteorder: str, shape: Sequence[int], s
     half = shape[widest] // 2
     parts = [(0, half), (half, shape[widest])]
     boxes = [
-        _read_box(reader, dt, byteorder, [*shape[:widest], high - low, *shape[widest + 1 :]], strides, at + low * strides[widest]).contiguous()
+        _read_box(
+            reader, dt, byteorder, [*shape[:widest], high - low, *shape[widest + 1 :]], strides, at + low * strides[widest]
+        ).contiguous()
         for low, high in parts
     ]
     return torch.cat(boxes, dim=widest)

@@ -259,7 +259,9 @@ class LazyTensor:
 
     def _require_unlocked(self) -> None:
         if self.locked is not None:
-            raise CorruptFileError(f"the values are locked: {self.locked}", hint="shape and dtype are as the file says; the bytes behind them are in doubt")
+            raise CorruptFileError(
+                f"the values are locked: {self.locked}", hint="shape and dtype are as the file says; the bytes behind them are in doubt"
+            )
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.dtype} {list(self.shape)})"
@@ -326,7 +328,9 @@ def _whole(source: Derived, memo: Memo) -> torch.Tensor:
         else:
             nbytes = HOT_NBYTES if all(t.is_contiguous for t in block.rowed) else strided_nbytes(memo.max_nbytes)
             inputs = [t.chunks(nbytes, Memo(memo.max_nbytes, memo.kept)) for t in block.rowed]
-        memo.kept[block] = _checked(block, kernel(block.op)(block.params, [_entire(t, memo) for t in block.whole], inputs, 0), [s.shape for s in block.specs])
+        memo.kept[block] = _checked(
+            block, kernel(block.op)(block.params, [_entire(t, memo) for t in block.whole], inputs, 0), [s.shape for s in block.specs]
+        )
     return memo.kept[block][source.slot]
 
 

@@ -91,7 +91,12 @@ def items_of(node: Any) -> dict[Any, Any]:
 
 def is_module(node: Any) -> bool:
     """Whether an inert object has the state of an nn.Module."""
-    return isinstance(node, Inert) and isinstance(node.state, dict) and is_mapping(node.state.get("_parameters")) and is_mapping(node.state.get("_modules"))
+    return (
+        isinstance(node, Inert)
+        and isinstance(node.state, dict)
+        and is_mapping(node.state.get("_parameters"))
+        and is_mapping(node.state.get("_modules"))
+    )
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]] | None:
@@ -234,7 +239,11 @@ def plain(value: Any, depth: int = 6) -> Any:
     if depth == 0:
         return "…"
     if is_mapping(value):
-        return {key if isinstance(key, (str, int)) else str(key): plain(child, depth - 1) for key, child in items_of(value).items() if key != "_metadata"}
+        return {
+            key if isinstance(key, (str, int)) else str(key): plain(child, depth - 1)
+            for key, child in items_of(value).items()
+            if key != "_metadata"
+        }
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(child, depth - 1) for child in value]
     if isinstance(value, Global):

@@ -49,8 +49,18 @@ class LedgerReport(Report):
         return text + (f"; {format_bytes(waste)} is carried along and no tensor shows it" if waste else "")
 
     def tables(self) -> tuple[Table, ...]:
-        columns = (Column("what"), Column("section", "name"), Column("dtype"), Column("tensors", "count"), Column("bytes", "bytes"), Column("share", "percent"))
-        rows = [(r.what, r.section or "(root)", r.dtype or None, r.tensors or None, r.nbytes, r.nbytes / self.total if self.total else None) for r in self.rows]
+        columns = (
+            Column("what"),
+            Column("section", "name"),
+            Column("dtype"),
+            Column("tensors", "count"),
+            Column("bytes", "bytes"),
+            Column("share", "percent"),
+        )
+        rows = [
+            (r.what, r.section or "(root)", r.dtype or None, r.tensors or None, r.nbytes, r.nbytes / self.total if self.total else None)
+            for r in self.rows
+        ]
         return (table("ledger", columns, rows),)
 
 
@@ -86,7 +96,9 @@ def ledger(ckpt: Any) -> LedgerReport:
     if ckpt.source is not None:
         files.add(ckpt.source)
     rows = [LedgerRow(what, section, dtype, count, nbytes) for (what, section, dtype), (count, nbytes) in sums.items()]
-    rows += [LedgerRow("storage behind views, shown by no tensor", section, "", 0, nbytes, waste=True) for section, nbytes in dragged.items()]
+    rows += [
+        LedgerRow("storage behind views, shown by no tensor", section, "", 0, nbytes, waste=True) for section, nbytes in dragged.items()
+    ]
     on_disk = sum(file.size for file in files)
     if ckpt.source is not None and on_disk:
         rows.append(LedgerRow("container: index, pickle, headers, padding", "", "", 0, on_disk - stored))
@@ -98,7 +110,13 @@ def _by_storage(ckpt: Checkpoint) -> Iterable[list[tuple[str, LazyTensor]]]:
     groups: dict[Any, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in ckpt.items():
         source = tensor.source
-        key: Any = source.storage if isinstance(source, Stored) else source.storage_key if isinstance(source, Live) and tensor.spec.layout == "strided" else source
+        key: Any = (
+            source.storage
+            if isinstance(source, Stored)
+            else source.storage_key
+            if isinstance(source, Live) and tensor.spec.layout == "strided"
+            else source
+        )
         groups.setdefault(key, []).append((name, tensor))
     return groups.values()
 
@@ -119,7 +137,9 @@ def _storage_sizes(tensors: list[LazyTensor]) -> tuple[int, int]:
     else:
         return first.nbytes, first.nbytes
     shown, end = 0, 0
-    for low, high in sorted((offset * t.dtype.itemsize, (offset + extent(t.shape, strides)) * t.dtype.itemsize) for offset, strides, t in views):
+    for low, high in sorted(
+        (offset * t.dtype.itemsize, (offset + extent(t.shape, strides)) * t.dtype.itemsize) for offset, strides, t in views
+    ):
         shown += max(0, high - max(low, end))
         end = max(end, high)
     return total, min(shown, total)

@@ -63,7 +63,11 @@ class StatsReport(Report):
     def headline(self) -> str:
         bad = [row.name for row in self.rows if row.nan or row.inf]
         locked = [row.name for row in self.rows if row.locked]
-        text = f"{len(self.rows)} tensors, all finite" if not bad else f"{len(bad)} of {len(self.rows)} tensors hold NaN or Inf, first {bad[0]!r}"
+        text = (
+            f"{len(self.rows)} tensors, all finite"
+            if not bad
+            else f"{len(bad)} of {len(self.rows)} tensors hold NaN or Inf, first {bad[0]!r}"
+        )
         return text + (f"; {len(locked)} could not be read" if locked else "")
 
     def tables(self) -> tuple[Table, ...]:
@@ -71,12 +75,31 @@ class StatsReport(Report):
             Column("name", "name"), Column("shape", "shape"), Column("dtype"), Column("min", "number"), Column("max", "number"), Column("mean", "number"),
             Column("std", "number"), Column("zeros", "percent"), Column("NaN", "count"), Column("Inf", "count"),
         )  # fmt: skip
-        rows = [(r.name, r.shape, r.dtype, r.min, r.max, r.mean, r.std, r.zeros / r.count if r.zeros is not None and r.count else None, r.nan, r.inf) for r in self.rows]
+        rows = [
+            (
+                r.name,
+                r.shape,
+                r.dtype,
+                r.min,
+                r.max,
+                r.mean,
+                r.std,
+                r.zeros / r.count if r.zeros is not None and r.count else None,
+                r.nan,
+                r.inf,
+            )
+            for r in self.rows
+        ]
         return (table("statistics", columns, rows),)
 
 
 def stats(
-    ckpt: Any, names: Patterns = "*", *, histogram: bool = True, progress: ProgressFunction | None = None, cancel: threading.Event | None = None
+    ckpt: Any,
+    names: Patterns = "*",
+    *,
+    histogram: bool = True,
+    progress: ProgressFunction | None = None,
+    cancel: threading.Event | None = None,
 ) -> StatsReport:
     """Count, range, mean, spread, zeros, NaN and Inf of each selected tensor, with a histogram of 64 bins.
 
@@ -128,7 +151,9 @@ def _tensor_stats(name: str, tensor: LazyTensor, histogram: bool, meter: Meter) 
     if not count:
         return TensorStats(name, tensor.dtype.name, tensor.shape, tensor.numel, zeros=zeros, nan=nan, inf=inf)
     edges, counts = _histogram(tensor, low, high, meter) if histogram else ((), ())
-    return TensorStats(name, tensor.dtype.name, tensor.shape, tensor.numel, low, high, mean, math.sqrt(m2 / count), zeros, nan, inf, edges, counts)
+    return TensorStats(
+        name, tensor.dtype.name, tensor.shape, tensor.numel, low, high, mean, math.sqrt(m2 / count), zeros, nan, inf, edges, counts
+    )
 
 
 def _histogram(tensor: LazyTensor, low: float, high: float, meter: Meter) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -153,5 +178,12 @@ def as_float64(chunk: torch.Tensor) -> torch.Tensor:
 
     if chunk.is_complex():
         return chunk.to(torch.complex128).abs()
-    packed = chunk.dtype in (getattr(torch, "float4_e2m1fn_x2", None), torch.bits8, torch.bits16, torch.bits1x8, torch.bits2x4, torch.bits4x2)
+    packed = chunk.dtype in (
+        getattr(torch, "float4_e2m1fn_x2", None),
+        torch.bits8,
+        torch.bits16,
+        torch.bits1x8,
+        torch.bits2x4,
+        torch.bits4x2,
+    )
     return (dtypes.flat(chunk).view(torch.uint8) if packed else chunk).to(torch.float64)

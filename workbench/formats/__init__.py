@@ -10,6 +10,7 @@ Files are recognised by their content, never by their extension.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -70,7 +71,9 @@ def open_path(path: str | os.PathLike[str]) -> Checkpoint:
         for form in FORMATS:
             if form.sniff(head):
                 return form.open_file(file)
-        raise UnknownFormatError(f"this is {_what(head)}, which is not read", hint="torch zip files and safetensors (single or sharded) are")
+        raise UnknownFormatError(
+            f"this is {_what(head)}, which is not read", hint="torch zip files and safetensors (single or sharded) are"
+        )
 
 
 def _what(head: bytes) -> str:
@@ -79,6 +82,8 @@ def _what(head: bytes) -> str:
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return what
+    if re.match(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", head):  # protobuf: ir_version, then a producer or the graph
+        return "an ONNX model"
     if head[257:262] == b"ustar":
         return "a tar archive"
     try:
@@ -103,8 +108,14 @@ def _candidate(folder: str) -> str:
     if len(chosen) == 1:
         return os.path.join(folder, chosen[0])
     if not readable:
-        raise UnknownFormatError("nothing in this folder is a checkpoint this library reads", hint=f"{len(names)} entries: " + ", ".join(map(visible, names[:5])) if names else "the folder is empty")
-    raise UnknownFormatError(f"this folder holds {len(readable)} checkpoints, and which one is meant is ambiguous", hint="open one of: " + ", ".join(map(visible, readable[:10])))
+        raise UnknownFormatError(
+            "nothing in this folder is a checkpoint this library reads",
+            hint=f"{len(names)} entries: " + ", ".join(map(visible, names[:5])) if names else "the folder is empty",
+        )
+    raise UnknownFormatError(
+        f"this folder holds {len(readable)} checkpoints, and which one is meant is ambiguous",
+        hint="open one of: " + ", ".join(map(visible, readable[:10])),
+    )
 
 
 def _is_readable(path: str) -> bool:
@@ -162,4 +173,7 @@ def save(
         return torch_writer.write(ckpt, target, job, unsafe=unsafe)
     if chosen == "safetensors":
         return safetensors_writer.write(ckpt, target, job)
-    raise SelectionError(f"the format to write is not clear from {os.path.basename(target)!r}", hint="use .pt or .safetensors, or say format='torch-zip' or 'safetensors'")
+    raise SelectionError(
+        f"the format to write is not clear from {os.path.basename(target)!r}",
+        hint="use .pt or .safetensors, or say format='torch-zip' or 'safetensors'",
+    )

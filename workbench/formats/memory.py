@@ -25,7 +25,10 @@ def open_object(value: Any, *, snapshot: bool = False) -> Checkpoint:
     if callable(getattr(value, "state_dict", None)):
         value = value.state_dict()
     if not isinstance(value, (dict, list, tuple)):
-        raise UnsupportedError(f"a {name} is no path, module, optimizer or container of tensors", hint="give a path, an nn.Module, a state dict, or a nested dict of tensors")
+        raise UnsupportedError(
+            f"a {name} is no path, module, optimizer or container of tensors",
+            hint="give a path, an nn.Module, a state dict, or a nested dict of tensors",
+        )
     try:
         tree = _to_tree(value, snapshot, {})
     except RecursionError as error:
@@ -81,7 +84,20 @@ def lazy(tensor: Any) -> LazyTensor:
         params: dict[str, Any] = {"layout": layout, "shape": list(spec.shape)}
         if layout == "sparse_coo":
             params["coalesced"] = tensor.is_coalesced()
-        return LazyTensor(spec, Derived(Block("workbench.formats.torch_kernels:sparse", params, tuple(map(lazy, parts)), (spec,), "full", peak=2 * sum(p.nbytes for p in parts)), 0))
+        return LazyTensor(
+            spec,
+            Derived(
+                Block(
+                    "workbench.formats.torch_kernels:sparse",
+                    params,
+                    tuple(map(lazy, parts)),
+                    (spec,),
+                    "full",
+                    peak=2 * sum(p.nbytes for p in parts),
+                ),
+                0,
+            ),
+        )
     return LazyTensor(spec, Live(tensor))
 
 

@@ -99,6 +99,18 @@ class Machine:
             what = "the pickle ends early" if self.pos >= len(data) else f"the pickle is damaged: {type(error).__name__}: {error}"
             raise CorruptFileError(what, offset=self.pos) from error
 
+    def partial(self) -> Any:
+        """What was built before the machine stopped: open containers take what waits for them, as far as it is complete."""
+        while self.marks:
+            waiting = self._pop_mark()
+            target = self.stack[-1] if self.stack else None
+            if isinstance(target, list):
+                target += waiting
+            elif isinstance(target, (dict, Inert)):
+                pairs = {_key(key): value for key, value in zip(waiting[::2], waiting[1::2], strict=False) if isinstance(key, (str, int))}
+                (target if isinstance(target, dict) else target.items).update(pairs)
+        return self.stack[0] if self.stack else {}
+
     # stack
 
     def _fence(self) -> int:
@@ -429,7 +441,27 @@ class Machine:
         found = _TENSOR.match(data, self.pos)
         if found is None:
             return False
-        word, cls, length, key, key_put, key_ref, place, numel, pid_put, offset, size, size_put, stride, stride_put, grad, hooks, hooks_put, args_put, put = found.groups()
+        (
+            word,
+            cls,
+            length,
+            key,
+            key_put,
+            key_ref,
+            place,
+            numel,
+            pid_put,
+            offset,
+            size,
+            size_put,
+            stride,
+            stride_put,
+            grad,
+            hooks,
+            hooks_put,
+            args_put,
+            put,
+        ) = found.groups()
         if any(_ref(skipped) in memo for skipped in (pid_put, size_put, stride_put, hooks_put, args_put) if skipped):
             return False
         cls, place = memo.get(_ref(cls)), memo.get(_ref(place))
@@ -455,7 +487,8 @@ _I = rb"(?:K.|M..|J....|\x8a(?:\x01.|\x02..|\x03...|\x04....|\x05.....|\x06.....
 _P, _G = rb"(?:q.|r....)", rb"(?:h.|j....)"
 _S = rb"(\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t)((?<!\))%b)?" % (_I, _I, _I, _I, _P)
 _TENSOR = re.compile(
-    rb"\(\((%b)(%b)(?:X(....)([0-9]+)(%b)|(%b))(%b)(%b)t(%b)Q(%b)%b%b([\x88\x89])(%b)\)R(%b)t(%b)R(%b)" % (_G, _G, _P, _G, _G, _I, _P, _I, _S, _S, _G, _P, _P, _P),
+    rb"\(\((%b)(%b)(?:X(....)([0-9]+)(%b)|(%b))(%b)(%b)t(%b)Q(%b)%b%b([\x88\x89])(%b)\)R(%b)t(%b)R(%b)"
+    % (_G, _G, _P, _G, _G, _I, _P, _I, _S, _S, _G, _P, _P, _P),
     re.DOTALL,
 )
 _COUNTS = re.compile(_I, re.DOTALL)

@@ -46,7 +46,14 @@ def open_file(file: FileRef) -> Checkpoint:
     """
     tensors, metadata = read_header(file)
     restored = restored_aliases(tensors, metadata)
-    return Checkpoint({**tensors, **{a: tensors[k] for a, k in restored.items()}}, name=file.name, format="safetensors", metadata=metadata, restored=restored, source=file)
+    return Checkpoint(
+        {**tensors, **{a: tensors[k] for a, k in restored.items()}},
+        name=file.name,
+        format="safetensors",
+        metadata=metadata,
+        restored=restored,
+        source=file,
+    )
 
 
 def restored_aliases(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> dict[str, str]:
@@ -60,7 +67,9 @@ def read_header(file: FileRef) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     head = whole.read(0, 8)
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > MAX_HEADER or 8 + length > file.size:
-        raise CorruptFileError(f"the header is said to have {length} bytes in a file of {file.size}: the file is cut or damaged", path=file.url, offset=0)
+        raise CorruptFileError(
+            f"the header is said to have {length} bytes in a file of {file.size}: the file is cut or damaged", path=file.url, offset=0
+        )
     text = whole.read(8, 8 + length)
     if text.lstrip(b" ")[:1] != b"{":
         raise CorruptFileError("the header does not start with '{'", path=file.url, offset=8)
@@ -136,5 +145,3 @@ def _require_tiling(ends: list[tuple[int, int, str]], total: int, file: FileRef)
         at = end
     if at != total:
         raise CorruptFileError(f"the tensors cover {at} bytes of {total}: the file is cut, or has bytes that nothing names", path=file.url)
-
-

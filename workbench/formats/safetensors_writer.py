@@ -33,14 +33,20 @@ def write(ckpt: Checkpoint, path: str, job: Job) -> SaveReport:
     kept, aliases = _distinct(ckpt)
     metadata = {**{k: v for k, v in ckpt.metadata.items() if k not in ckpt.restored}, **aliases}
     if clash := next((a for a in aliases if a in ckpt.metadata and ckpt.metadata[a] != aliases[a]), None):
-        raise SelectionError(f"the metadata already uses the name {clash!r}, which would have to record a tied tensor", hint="rename the tensor")
+        raise SelectionError(
+            f"the metadata already uses the name {clash!r}, which would have to record a tied tensor", hint="rename the tensor"
+        )
     offsets, at = {}, 0
     for name in sorted(kept, key=lambda n: -kept[n].dtype.itemsize):
         offsets[name] = at
         at += kept[name].nbytes
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for name, tensor in kept.items():
-        header[name] = {"dtype": _CODES[tensor.dtype.name], "shape": _stated_shape(tensor), "data_offsets": [offsets[name], offsets[name] + tensor.nbytes]}
+        header[name] = {
+            "dtype": _CODES[tensor.dtype.name],
+            "shape": _stated_shape(tensor),
+            "data_offsets": [offsets[name], offsets[name] + tensor.nbytes],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:

@@ -59,12 +59,23 @@ def open_file(file: FileRef) -> Checkpoint:
             raise CorruptFileError(f"the index puts this tensor into {shard}, which does not have it", path=file.url, tensor=name)
         if shard in shards:
             tensors[name] = shards[shard][name]
-    found = [Finding("unindexed tensor", "warning", f"{shard} holds a tensor that the index does not name; it is not listed", {"tensor": name}) for shard, held in shards.items() for name in held if weight_map.get(name) != shard]
+    found = [
+        Finding("unindexed tensor", "warning", f"{shard} holds a tensor that the index does not name; it is not listed", {"tensor": name})
+        for shard, held in shards.items()
+        for name in held
+        if weight_map.get(name) != shard
+    ]
     restored = restored_aliases(tensors, metadata)
     tree: dict[str, Any] = {**tensors, **{a: tensors[k] for a, k in restored.items()}}
-    ckpt = Checkpoint(tree, name=file.name, format="sharded-safetensors", metadata=metadata, restored=restored, findings=tuple(found), source=file)
+    ckpt = Checkpoint(
+        tree, name=file.name, format="sharded-safetensors", metadata=metadata, restored=restored, findings=tuple(found), source=file
+    )
     if missing:
-        error = MissingShardError(f"{len(missing)} of {len(missing) + len(shards)} shards are not there: {', '.join(missing[:3])}", path=folder, hint="copy them beside the index; what the others hold is listed in .partial")
+        error = MissingShardError(
+            f"{len(missing)} of {len(missing) + len(shards)} shards are not there: {', '.join(missing[:3])}",
+            path=folder,
+            hint="copy them beside the index; what the others hold is listed in .partial",
+        )
         error.partial = ckpt  # type: ignore[attr-defined]
         raise error
     return ckpt

@@ -25,5 +25,3 @@ def quantized(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Seq
         return [torch._make_per_tensor_quantized_tensor(integers, float(scale), int(zero_point))]
     (axis,) = (n for n in params["numbers"] if isinstance(n, int))
     return [torch._make_per_channel_quantized_tensor(integers, blocks[1], blocks[2], axis)]
-
-

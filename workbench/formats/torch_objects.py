@@ -34,10 +34,22 @@ PLAIN = frozenset(
     ["_codecs.encode", "builtins.bytearray", "builtins.complex", "builtins.set", "collections.Counter", "collections.OrderedDict"]
     + ["torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "torch.serialization._get_layout"]
     + ["torch.storage.TypedStorage", "torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2"]
-    + [f"torch._utils._rebuild_{what}" for what in ("device_tensor_from_cpu_tensor", "device_tensor_from_numpy", "meta_tensor_no_storage", "nested_tensor")]
+    + [
+        f"torch._utils._rebuild_{what}"
+        for what in ("device_tensor_from_cpu_tensor", "device_tensor_from_numpy", "meta_tensor_no_storage", "nested_tensor")
+    ]
     + [f"torch._utils._rebuild_{what}" for what in ("parameter", "parameter_with_state", "qtensor", "sparse_tensor", "wrapper_subclass")]
     + [f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")]
-    + [f"torch.{qscheme}" for qscheme in ("per_channel_affine", "per_channel_affine_float_qparams", "per_channel_symmetric", "per_tensor_affine", "per_tensor_symmetric")]
+    + [
+        f"torch.{qscheme}"
+        for qscheme in (
+            "per_channel_affine",
+            "per_channel_affine_float_qparams",
+            "per_channel_symmetric",
+            "per_tensor_affine",
+            "per_tensor_symmetric",
+        )
+    ]
     + [f"torch.{name}" for name in DTYPES]
     + [f"torch.{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)]
     + [f"torch.{name}" for name in STORAGE_DTYPES]
@@ -88,10 +100,27 @@ class TorchObjects:
         self.storages.setdefault(key, ref)
         return ref
 
-    def template_tensor(self, cls: Global, key: str, place: str, numel: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], requires_grad: bool) -> LazyTensor:
+    def template_tensor(
+        self,
+        cls: Global,
+        key: str,
+        place: str,
+        numel: int,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        requires_grad: bool,
+    ) -> LazyTensor:
         """`persistent` and `_rebuild_tensor_v2` at once, for the machine's fast path: a whole storage, met for the first time."""
         dtype = _storage_dtype(cls)
-        if key in self.storages or dtype is None or offset or numel < 0 or len(shape) != len(strides) or (span := _span(shape, strides)) > numel:
+        if (
+            key in self.storages
+            or dtype is None
+            or offset
+            or numel < 0
+            or len(shape) != len(strides)
+            or (span := _span(shape, strides)) > numel
+        ):
             return self.tensor(self.persistent(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
         ref = self.storages[key] = self._storage(key, dtype, numel, place, None)
         source = Stored(_Nowhere(span * dtype.itemsize) if ref.stored is None else ref.stored, 0, strides, self._byteorder)
@@ -117,7 +146,9 @@ class TorchObjects:
         return StorageRef(key, dtype, numel, place, stored, trouble)
 
     def _tell(self, trouble: str, key: str) -> None:
-        self.troubles.append(Finding("values locked", "danger", trouble, {"record": key}, "the tensors on it are listed; their values are refused"))
+        self.troubles.append(
+            Finding("values locked", "danger", trouble, {"record": key}, "the tensors on it are listed; their values are refused")
+        )
 
     def construct(self, node: Inert) -> Any:
         """The tensor that a rebuild call makes, or the call itself, inert."""
@@ -250,7 +281,12 @@ def _sparse(objects: TorchObjects, node: Inert) -> Any:
     name = str(name).removeprefix("torch.")
     data = node.args[1] if len(node.args) == 2 else None
     count = _LAYOUT_PARTS.get(name)
-    if count is None or not isinstance(data, tuple) or len(data) < count + 1 or not all(isinstance(part, LazyTensor) for part in data[:count]):
+    if (
+        count is None
+        or not isinstance(data, tuple)
+        or len(data) < count + 1
+        or not all(isinstance(part, LazyTensor) for part in data[:count])
+    ):
         return node
     parts, spec = data[:count], TensorSpec(data[count - 1].dtype, sizes(data[count]), layout=name)
     peak = 2 * sum(part.nbytes for part in parts)
@@ -270,7 +306,14 @@ def _quantized(objects: TorchObjects, node: Inert) -> Any:
     tensors = tuple(part for part in rest if isinstance(part, LazyTensor))
     params = {"scheme": scheme.name, "numbers": [part for part in rest if isinstance(part, (int, float))], "shape": list(stored.shape)}
     spec = TensorSpec(stored.dtype, stored.shape, quantizer=scheme.name)
-    block = Block("workbench.formats.torch_kernels:quantized", {**params, "dtype": stored.dtype.name}, (stored, *tensors), (spec,), "full", peak=3 * stored.nbytes)
+    block = Block(
+        "workbench.formats.torch_kernels:quantized",
+        {**params, "dtype": stored.dtype.name},
+        (stored, *tensors),
+        (spec,),
+        "full",
+        peak=3 * stored.nbytes,
+    )
     return LazyTensor(spec, Derived(block, 0), locked=stored.locked)
 
 
@@ -280,7 +323,11 @@ def _set(objects: TorchObjects, node: Inert) -> Any:
 
 def _ordered(objects: TorchObjects, node: Inert) -> Any:
     """`OrderedDict([[key, value], …])`, the spelling of Python 2, as items."""
-    if len(node.args) == 1 and isinstance(node.args[0], (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in node.args[0]):
+    if (
+        len(node.args) == 1
+        and isinstance(node.args[0], (list, tuple))
+        and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in node.args[0])
+    ):
         node.items.update(dict(node.args[0]))
         node.args = ()
     return node
@@ -308,10 +355,20 @@ def danger_findings(machine: Machine) -> list[Finding]:
         if found.dotted not in PLAIN:
             called = "would call" if found.dotted in machine.calls else "refers to"
             message = f"the pickle {called} {found.dotted}, which is not plain data; it was not imported"
-            out.append(Finding("forbidden global", "danger", message, {"global": found.dotted, "offset": offset}, "values stay readable here; plain torch.load would need this name allowed"))
+            out.append(
+                Finding(
+                    "forbidden global",
+                    "danger",
+                    message,
+                    {"global": found.dotted, "offset": offset},
+                    "values stay readable here; plain torch.load would need this name allowed",
+                )
+            )
     for dotted, offset in machine.calls.items():
         if dotted == "the result of a call":
-            out.append(Finding("forbidden call", "danger", "the pickle calls the result of another call; it was not made", {"offset": offset}))
+            out.append(
+                Finding("forbidden call", "danger", "the pickle calls the result of another call; it was not made", {"offset": offset})
+            )
     return out
 
 
@@ -321,8 +378,12 @@ def device_finding(storages: Iterable[StorageRef]) -> list[Finding]:
         if not storage.place.startswith("cpu"):
             places[storage.place] = places.get(storage.place, 0) + 1
     return [
-        Finding("device storages", "info", f"{count} storages were saved on {place!r}; they are read into main memory", {"device": place}, 'plain torch.load needs map_location="cpu" where that device is missing')
+        Finding(
+            "device storages",
+            "info",
+            f"{count} storages were saved on {place!r}; they are read into main memory",
+            {"device": place},
+            'plain torch.load needs map_location="cpu" where that device is missing',
+        )
         for place, count in places.items()
     ]
-
-

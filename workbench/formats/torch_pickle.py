@@ -89,7 +89,10 @@ class PickleWriter:
 
     def _global(self, module: str, name: str) -> None:
         if f"{module}.{name}" not in PLAIN:
-            raise UntrustedError(f"the checkpoint refers to {module}.{name}, which is not plain data", hint='save with unsafe="drop" to leave such objects behind; the report lists them')
+            raise UntrustedError(
+                f"the checkpoint refers to {module}.{name}, which is not plain data",
+                hint='save with unsafe="drop" to leave such objects behind; the report lists them',
+            )
         if not self._known(("global", module, name)):
             self._emit(f"c{module}\n{name}\n".encode())
             self._put(("global", module, name))

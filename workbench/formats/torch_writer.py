@@ -136,7 +136,11 @@ def _local_header(raw: bytes, size: int, at: int) -> bytes:
     padding = -unpadded % _ALIGNMENT
     extra = zip64 + struct_pack("2sH", b"FB", padding) + b"Z" * padding
     shown = min(size, _MAX32)
-    return struct_pack("4sHHHHHIIIHH", b"PK\x03\x04", 45 if zip64 else 20, _flags(raw), 0, 0, 33, 0, shown, shown, len(raw), len(extra)) + raw + extra
+    return (
+        struct_pack("4sHHHHHIIIHH", b"PK\x03\x04", 45 if zip64 else 20, _flags(raw), 0, 0, 33, 0, shown, shown, len(raw), len(extra))
+        + raw
+        + extra
+    )
 
 
 def _directory(entries: Sequence[tuple[bytes, int, int, bytes | None]], crcs: Sequence[int], start: int) -> bytes:
@@ -146,7 +150,24 @@ def _directory(entries: Sequence[tuple[bytes, int, int, bytes | None]], crcs: Se
         extra = struct_pack(f"HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
         shown = min(size, _MAX32)
         out += struct_pack(
-            "4sHHHHHHIIIHHHHHII", b"PK\x01\x02", 45, 45 if wide else 20, _flags(raw), 0, 0, 33, crc, shown, shown, len(raw), len(extra), 0, 0, 0, 0, min(header, _MAX32)
+            "4sHHHHHHIIIHHHHHII",
+            b"PK\x01\x02",
+            45,
+            45 if wide else 20,
+            _flags(raw),
+            0,
+            0,
+            33,
+            crc,
+            shown,
+            shown,
+            len(raw),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
+            min(header, _MAX32),
         )
         out += raw + extra
     size, count = len(out), len(entries)
@@ -157,5 +178,3 @@ def _directory(entries: Sequence[tuple[bytes, int, int, bytes | None]], crcs: Se
     shown_count = min(count, 0xFFFF)
     out += struct_pack("4sHHHHIIH", b"PK\x05\x06", 0, 0, shown_count, shown_count, min(size, _MAX32), min(start, _MAX32), 0)
     return bytes(out)
-
-

@@ -48,11 +48,18 @@ def open_file(file: FileRef) -> Checkpoint:
     try:
         tree: Any = machine.run()
         if machine.end != len(data):
-            findings.append(Finding("bytes after the pickle", "warning", f"{len(data) - machine.end} bytes follow the end of data.pkl's object", {"record": f"{root}data.pkl"}))
+            findings.append(
+                Finding(
+                    "bytes after the pickle",
+                    "warning",
+                    f"{len(data) - machine.end} bytes follow the end of data.pkl's object",
+                    {"record": f"{root}data.pkl"},
+                )
+            )
     except FormatError as error:
         error.where.setdefault("record", f"{root}data.pkl")
         findings += danger_findings(machine) + objects.troubles
-        error.partial = Checkpoint(machine.stack, name=file.name, format="torch-zip", findings=tuple(findings), source=file)
+        error.partial = Checkpoint(machine.partial(), name=file.name, format="torch-zip", findings=tuple(findings), source=file)
         raise
     findings += danger_findings(machine) + objects.troubles + device_finding(objects.storages.values())
     return Checkpoint(tree, name=file.name, format="torch-zip", findings=tuple(findings), source=file)
@@ -63,13 +70,23 @@ def _root(index: ZipIndex) -> str:
     tops = [root for root in roots if root.count("/") <= 1]
     names = index.records.keys()
     if any(name.endswith("constants.pkl") for name in names):
-        raise UnsupportedError("this is a TorchScript archive, a program and not a checkpoint; it is not read yet", path=index.file.url, hint="save its state_dict() with torch.save")
+        raise UnsupportedError(
+            "this is a TorchScript archive, a program and not a checkpoint; it is not read yet",
+            path=index.file.url,
+            hint="save its state_dict() with torch.save",
+        )
     if any(name.endswith("archive_format") or name.endswith("models/model.json") for name in names):
-        raise UnsupportedError("this is a torch.export archive (.pt2); it is not read yet", path=index.file.url, hint="save its state_dict with torch.save")
+        raise UnsupportedError(
+            "this is a torch.export archive (.pt2); it is not read yet", path=index.file.url, hint="save its state_dict with torch.save"
+        )
     if len(tops) > 1:
         raise CorruptFileError("the archive holds several data.pkl records, and which one counts is ambiguous", path=index.file.url)
     if not tops:
-        what = "a NumPy .npz archive" if names and all(name.endswith(".npy") for name in names) else "a zip archive without a torch checkpoint in it"
+        what = (
+            "a NumPy .npz archive"
+            if names and all(name.endswith(".npy") for name in names)
+            else "a zip archive without a torch checkpoint in it"
+        )
         raise UnknownFormatError(f"this is {what}", path=index.file.url, hint="this version reads torch zip files and safetensors")
     return tops[0]
 
@@ -79,6 +96,8 @@ def _byteorder(index: ZipIndex, root: str) -> tuple[str, list[Finding]]:
         return "little", []
     order = read_record(index, f"{root}byteorder", 64)
     if order not in (b"little", b"big"):
-        raise CorruptFileError(f"the byte order is said to be {order!r}; it can be little or big", record=f"{root}byteorder", path=index.file.url)
+        raise CorruptFileError(
+            f"the byte order is said to be {order!r}; it can be little or big", record=f"{root}byteorder", path=index.file.url
+        )
     text = order.decode()
     return text, [] if text == "little" else [Finding("big-endian", "info", "the values are stored big-endian and are swapped when read")]

@@ -59,12 +59,19 @@ class SaveReport(Report):
         return f"{self.tensors} tensors, {format_bytes(self.nbytes)}, written to {os.path.basename(self.path)} and read back equal{left}"
 
     def tables(self) -> tuple[Table, ...]:
-        facts: list[tuple[str, str]] = [("file", self.path), ("format", self.format), ("written in", f"{self.seconds:.3g} s"), ("read back in", f"{self.verify_seconds:.3g} s")]
+        facts: list[tuple[str, str]] = [
+            ("file", self.path),
+            ("format", self.format),
+            ("written in", f"{self.seconds:.3g} s"),
+            ("read back in", f"{self.verify_seconds:.3g} s"),
+        ]
         facts += [("note", note) for note in self.notes] + [("left behind", left) for left in self.left_behind]
         return (table("saved", (Column("what"), Column("value")), facts),)
 
 
-def write_layout(path: str, layout: Layout, specs: dict[str, TensorSpec], reader: Callable[[FileRef], Checkpoint], job: Job) -> tuple[float, float]:
+def write_layout(
+    path: str, layout: Layout, specs: dict[str, TensorSpec], reader: Callable[[FileRef], Checkpoint], job: Job
+) -> tuple[float, float]:
     """Write the layout as the file at `path`, or leave everything as it was.
 
     Returns: (seconds to write, seconds to read back).
@@ -89,7 +96,15 @@ def write_layout(path: str, layout: Layout, specs: dict[str, TensorSpec], reader
     with atomic_write(path, verify=verify) as output:
         output.reserve(layout.nbytes)
         _write_all(output, layout.fixed)
-        written += stream(layout.targets, output.path, max_ram_mb=job.max_ram_mb, threads=job.threads, executor=job.executor, progress=job.progress, cancel=job.cancel)
+        written += stream(
+            layout.targets,
+            output.path,
+            max_ram_mb=job.max_ram_mb,
+            threads=job.threads,
+            executor=job.executor,
+            progress=job.progress,
+            cancel=job.cancel,
+        )
         _write_all(output, layout.finish(written))
     return time.monotonic() - timing[0] - timing[1], timing[1]
 
@@ -110,9 +125,15 @@ def require_only_tensors(ckpt: Checkpoint, container: str) -> None:
     """Refuse a container that would lose what is no tensor."""
     if ckpt.extras:
         sections = [s.name for s in ckpt.sections() if s.path]
-        hint = f"save ckpt.weights (section {ckpt.weights_section.name!r}), or save the whole as .pt" if sections else "save it as .pt, or pass only its tensors: wb.open(dict(ckpt))"
+        hint = (
+            f"save ckpt.weights (section {ckpt.weights_section.name!r}), or save the whole as .pt"
+            if sections
+            else "save it as .pt, or pass only its tensors: wb.open(dict(ckpt))"
+        )
         first = ", ".join(list(ckpt.extras)[:4])
-        raise SelectionError(f"{container} holds only tensors, and this checkpoint also has {len(ckpt.extras)} other values ({first}…)", hint=hint)
+        raise SelectionError(
+            f"{container} holds only tensors, and this checkpoint also has {len(ckpt.extras)} other values ({first}…)", hint=hint
+        )
 
 
 def struct_pack(spelling: str, *values: int | bytes) -> bytes:

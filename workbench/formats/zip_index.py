@@ -64,7 +64,9 @@ class ZipIndex:
         if record.flags & 0x2041:
             raise UnsupportedError("the record is encrypted", record=name, path=self.file.url)
         if record.method not in (0, 8):
-            raise UnsupportedError(f"the record is packed by method {record.method}; stored and deflated ones are read", record=name, path=self.file.url)
+            raise UnsupportedError(
+                f"the record is packed by method {record.method}; stored and deflated ones are read", record=name, path=self.file.url
+            )
         start = self._predicted(record)
         if start is None:
             with Span(self.file, 0, self.file.size).open() as reader:
@@ -209,7 +211,10 @@ def read_zip_index(file: FileRef) -> ZipIndex:
     whole = Span(file, 0, file.size)
     count, directory_size, directory, end = _find_end(whole)
     if directory_size > _MAX_DIRECTORY or directory + directory_size != end:
-        raise CorruptFileError(f"the directory is said to lie at {directory} with {directory_size} bytes, and the end record at {end} contradicts it", path=file.url)
+        raise CorruptFileError(
+            f"the directory is said to lie at {directory} with {directory_size} bytes, and the end record at {end} contradicts it",
+            path=file.url,
+        )
     if count * 46 > directory_size:
         raise CorruptFileError(f"{count} records cannot fit a directory of {directory_size} bytes", path=file.url)
     data = whole.read(directory, directory + directory_size)
@@ -235,7 +240,9 @@ def _find_end(whole: Span) -> tuple[int, int, int, int]:
         tail, base = whole.read(tail_start), tail_start
     places = [i for i in _finditer(tail, _END) if i + 22 <= len(tail) and i + 22 + struct.unpack_from("<H", tail, i + 20)[0] == len(tail)]
     if len(places) != 1:
-        raise CorruptFileError("the archive has no end record: the file is cut" if not places else "the archive has two end records", path=whole.file.url)
+        raise CorruptFileError(
+            "the archive has no end record: the file is cut" if not places else "the archive has two end records", path=whole.file.url
+        )
     at = places[0]
     disk, start_disk, here, count, size, offset = struct.unpack_from("<HHHHII", tail, at + 4)
     end = base + at

@@ -52,12 +52,18 @@ def match(source: Any, target: Any) -> KeyMap:
     used = {pair.source for pair in found.values()}
     unmatched = tuple(_unmatched(t, targets[t], sources, used) for t in targets if t not in found and t not in ambiguous)
     unused = tuple(s for s in sources if s not in used)
-    return KeyMap(tuple(found[t] for t in targets if t in found), unmatched, tuple(ambiguous.values()), unused, section.name, section.reason)
+    return KeyMap(
+        tuple(found[t] for t in targets if t in found), unmatched, tuple(ambiguous.values()), unused, section.name, section.reason
+    )
 
 
 def target_shapes(target: Any) -> Shapes:
     """name -> shape of anything that can be a target."""
-    if isinstance(target, Mapping) and not isinstance(target, Checkpoint) and all(isinstance(v, (TensorSpec, tuple, list)) for v in target.values()):
+    if (
+        isinstance(target, Mapping)
+        and not isinstance(target, Checkpoint)
+        and all(isinstance(v, (TensorSpec, tuple, list)) for v in target.values())
+    ):
         return {name: v.shape if isinstance(v, TensorSpec) else _shape(name, v) for name, v in target.items()}
     return {name: tensor.shape for name, tensor in open_checkpoint(target).weights.items()}
 
@@ -132,7 +138,9 @@ def _prefixes(sources: Shapes, targets: Shapes) -> Found:
             continue
         sure = structural and len(explained) >= 2 and len(explained) == len(below)
         rule = f'strip "{old}"' if not new else f'add "{new}"' if not old else f'"{old}" becomes "{new}"'
-        reason = f"explains {len(explained)} of the {len(below)} names " + (f"below {new!r}" if new else "left in the model") + ", shapes agree"
+        reason = (
+            f"explains {len(explained)} of the {len(below)} names " + (f"below {new!r}" if new else "left in the model") + ", shapes agree"
+        )
         for target, source in explained.items():
             pairs.append(Pair(target, source, rule, "certain" if sure else "likely", reason))
             targets.pop(target)

@@ -75,7 +75,11 @@ class LoadCertificate(Report):
     def headline(self) -> str:
         by_state = {state: [r for r in self.rows if r.state == state] for state in ("loaded", "wrong", "set by the module", "initial")}
         loaded = len(by_state["loaded"])
-        text = f"All {loaded} tensors hold the file's values" if loaded == len(self.rows) else f"{loaded} of {len(self.rows)} tensors hold the file's values"
+        text = (
+            f"All {loaded} tensors hold the file's values"
+            if loaded == len(self.rows)
+            else f"{loaded} of {len(self.rows)} tensors hold the file's values"
+        )
         if by_state["wrong"]:
             text += f"; {len(by_state['wrong'])} differ from the file, first {visible(by_state['wrong'][0].name)}"
         if by_state["set by the module"]:
@@ -86,11 +90,31 @@ class LoadCertificate(Report):
 
     def tables(self) -> tuple[Table, ...]:
         marks = {"loaded": "✓", "wrong": "⚠", "set by the module": "~", "initial": "−"}
-        columns = (Column("", "mark"), Column("model's name", "name"), Column("file's name", "name"), Column("state"), Column("shape", "shape"), Column("dtype"), Column("bytes", "bytes"), Column("note"))
-        rows = [(marks[r.state], r.name, r.source, r.state, r.shape, r.dtype, r.nbytes, r.note or None) for r in sorted(self.rows, key=lambda r: r.state == "loaded")]
+        columns = (
+            Column("", "mark"),
+            Column("model's name", "name"),
+            Column("file's name", "name"),
+            Column("state"),
+            Column("shape", "shape"),
+            Column("dtype"),
+            Column("bytes", "bytes"),
+            Column("note"),
+        )
+        rows = [
+            (marks[r.state], r.name, r.source, r.state, r.shape, r.dtype, r.nbytes, r.note or None)
+            for r in sorted(self.rows, key=lambda r: r.state == "loaded")
+        ]
         total = sum(r.nbytes for r in self.rows)
-        facts = [("coverage", f"{100 * self.coverage:.4g} % of {format_bytes(total)}"), ("the module's verdict", self.verdict), ("mode", self.mode)]
-        facts += [("section of the file", f"{self.keymap.section or '(root)'}: {self.keymap.section_reason}")] if self.keymap.section_reason else []
+        facts = [
+            ("coverage", f"{100 * self.coverage:.4g} % of {format_bytes(total)}"),
+            ("the module's verdict", self.verdict),
+            ("mode", self.mode),
+        ]
+        facts += (
+            [("section of the file", f"{self.keymap.section or '(root)'}: {self.keymap.section_reason}")]
+            if self.keymap.section_reason
+            else []
+        )
         tables = [table("certificate", (Column("what"), Column("value")), facts), table("tensors", columns, rows)]
         if self.unused:
             tables.append(table("unused in the file", (Column("file's name", "name"), Column("why")), self.unused))
@@ -120,16 +144,29 @@ def load_into(model: torch.nn.Module, ckpt: Any, keymap: KeyMap | None = None, s
     pairs, misfits = _fitting(chosen, part, own)
     before = {name: own[name].clone() for name in own if name not in pairs}
     missing, unexpected, verdict = _ask_module(model, own, pairs, part, chosen)
+    ties = _ties(own, pairs)
+    missing = [name for name in missing if name not in ties]
     if strict and (missing or unexpected or misfits):
         _restore(own, before)
         raise _refusal(missing, unexpected, misfits, chosen, part)
     for name, pair in pairs.items():
         with located(tensor=pair.source):
             _copy(part[pair.source], own[name])
-    rows = tuple(_row(name, own[name], pairs.get(name), part, before, misfits) for name in own)
+    rows = tuple(_row(name, own[name], pairs.get(ties.get(name, name)), part, before, misfits, ties.get(name)) for name in own)
     used = {pair.source for pair in pairs.values()}
-    unused = tuple((name, "the module accepted it" if name not in unexpected else "the module has no place for it") for name in part if name not in used)
+    unused = tuple(
+        (name, "the module accepted it" if name not in unexpected else "the module has no place for it")
+        for name in part
+        if name not in used
+    )
     return LoadCertificate(rows, unused, strict, chosen, verdict, _mode(model))
+
+
+def _ties(own: dict[str, torch.Tensor], pairs: dict[str, Pair]) -> dict[str, str]:
+    """Names without a source of their own that share their memory with a name that has one."""
+    held = {(own[name].data_ptr(), own[name].shape, own[name].stride()): name for name in pairs if own[name].numel()}
+    found = {name: held.get((value.data_ptr(), value.shape, value.stride())) for name, value in own.items() if name not in pairs}
+    return {name: first for name, first in found.items() if first is not None}
 
 
 def _certain(keymap: KeyMap) -> KeyMap:
@@ -145,7 +182,11 @@ def _is_tensor(value: Any) -> bool:
 def _require_real(own: dict[str, torch.Tensor]) -> None:
     meta = [name for name, value in own.items() if value.device.type == "meta"]
     if meta:
-        raise UnsupportedError(f"{len(meta)} tensors of the model are on the meta device and hold no values", tensor=meta[0], hint='give it memory first: model.to_empty(device="cpu")')
+        raise UnsupportedError(
+            f"{len(meta)} tensors of the model are on the meta device and hold no values",
+            tensor=meta[0],
+            hint='give it memory first: model.to_empty(device="cpu")',
+        )
 
 
 def _fitting(keymap: KeyMap, part: Checkpoint, own: dict[str, torch.Tensor]) -> tuple[dict[str, Pair], dict[str, str]]:
@@ -172,7 +213,9 @@ def _fitting(keymap: KeyMap, part: Checkpoint, own: dict[str, torch.Tensor]) -> 
     return pairs, misfits
 
 
-def _ask_module(model: torch.nn.Module, own: dict[str, torch.Tensor], pairs: dict[str, Pair], part: Checkpoint, keymap: KeyMap) -> tuple[list[str], list[str], str]:
+def _ask_module(
+    model: torch.nn.Module, own: dict[str, torch.Tensor], pairs: dict[str, Pair], part: Checkpoint, keymap: KeyMap
+) -> tuple[list[str], list[str], str]:
     """(missing, unexpected, verdict) by the module's own load_state_dict, given its own tensors for what fits.
 
     What fits is copied onto itself, so only the module's hooks can change anything: they see the file's left-over tensors.
@@ -190,7 +233,11 @@ def _ask_module(model: torch.nn.Module, own: dict[str, torch.Tensor], pairs: dic
         missing = [name for name in own if name not in pairs]
         return missing, [name for name in part if name not in used], f"it refused: {str(error).splitlines()[-1].strip()}"
     missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
-    words = "accepts the names as they are" if not missing and not unexpected else f"misses {len(missing)} names, does not know {len(unexpected)}"
+    words = (
+        "accepts the names as they are"
+        if not missing and not unexpected
+        else f"misses {len(missing)} names, does not know {len(unexpected)}"
+    )
     return missing, unexpected, f"load_state_dict {words}"
 
 
@@ -214,7 +261,11 @@ def _refusal(missing: list[str], unexpected: list[str], misfits: dict[str, str],
     unexpected = [name for name in unexpected if name not in misfits and name not in reshaped]
     missing = [name for name in missing if name not in misfits]
     lines += [f"{name}: not in the file" for name in missing] + [f"{name}: in the file, not in the model" for name in unexpected]
-    counts = [f"{n} {what}" for n, what in ((len(misfits), "of another shape or kind"), (len(missing), "missing"), (len(unexpected), "left over")) if n]
+    counts = [
+        f"{n} {what}"
+        for n, what in ((len(misfits), "of another shape or kind"), (len(missing), "missing"), (len(unexpected), "left over"))
+        if n
+    ]
     shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
     if any(part[name].dtype.name == "int8" and f"{name}_scale" in part for name in part):
         hint = "the file is quantized: load wb.ops.dequantize(ckpt)"
@@ -237,7 +288,15 @@ def _copy(source: LazyTensor, target: torch.Tensor) -> None:
             flat[start : start + chunk.numel()].copy_(chunk)
 
 
-def _row(name: str, value: torch.Tensor, pair: Pair | None, part: Checkpoint, before: dict[str, torch.Tensor], misfits: dict[str, str]) -> LoadedTensor:
+def _row(
+    name: str,
+    value: torch.Tensor,
+    pair: Pair | None,
+    part: Checkpoint,
+    before: dict[str, torch.Tensor],
+    misfits: dict[str, str],
+    tied_to: str | None,
+) -> LoadedTensor:
     shape, nbytes = tuple(value.shape), value.numel() * value.element_size()
     dtype = dtypes.from_torch(value.dtype).name
     if pair is None:
@@ -245,7 +304,8 @@ def _row(name: str, value: torch.Tensor, pair: Pair | None, part: Checkpoint, be
         return LoadedTensor(name, None, "initial" if untouched else "set by the module", shape, dtype, None, nbytes, misfits.get(name, ""))
     source = part[pair.source]
     wrong = _difference(source, value)
-    note = wrong or (f"{source.dtype} became {dtype}" if source.dtype.name != dtype else "")
+    notes = [f"tied to {tied_to}"] * bool(tied_to) + [f"{source.dtype} became {dtype}"] * (source.dtype.name != dtype)
+    note = wrong or "; ".join(notes)
     return LoadedTensor(name, pair.source, "wrong" if wrong else "loaded", shape, dtype, source.dtype.name, nbytes, note)
 
 
@@ -261,7 +321,7 @@ def _difference(source: LazyTensor, value: torch.Tensor) -> str:
         cast = chunk.to(value.dtype)
         if not _same_bytes(cast, held):
             return "the model's values differ from the file's"
-        if cast.dtype != chunk.dtype and bool((torch.isfinite(chunk.float()) & ~torch.isfinite(cast.float())).any()):
+        if cast.dtype != chunk.dtype and bool((torch.isfinite(chunk.double()) & ~torch.isfinite(cast.double())).any()):
             return f"values of the file overflow {dtypes.from_torch(value.dtype)}"
     return ""
 

@@ -91,7 +91,9 @@ class KeyMap(Report):
         total = len(self.pairs) + len(self.unmatched) + len(self.ambiguous)
         rules = ", ".join(f"{rule} ({count})" for rule, count in self.rules.items())
         text = f"{len(self.pairs)} of {total} keys matched" + (f": {rules}" if rules else "")
-        parts = [f"{len(self.unmatched)} have no source"] * bool(self.unmatched) + [f"{len(self.ambiguous)} are ambiguous"] * bool(self.ambiguous)
+        parts = [f"{len(self.unmatched)} have no source"] * bool(self.unmatched) + [f"{len(self.ambiguous)} are ambiguous"] * bool(
+            self.ambiguous
+        )
         parts += [f"{len(self.unused)} names of the file are unused"] * bool(self.unused)
         return "; ".join([text, *parts])
 
@@ -100,11 +102,27 @@ class KeyMap(Report):
         for pair in self.pairs:
             key = (pair.rule, pair.confidence, pair.reason)
             rules[key] = rules.get(key, 0) + 1
-        tables = [table("rules", (Column("rule", "code"), Column("keys", "count"), Column("confidence"), Column("reason")), [(r, n, c, why) for (r, c, why), n in rules.items()])]
+        tables = [
+            table(
+                "rules",
+                (Column("rule", "code"), Column("keys", "count"), Column("confidence"), Column("reason")),
+                [(r, n, c, why) for (r, c, why), n in rules.items()],
+            )
+        ]
         if self.ambiguous:
-            tables.append(table("ambiguous", (Column("model's name", "name"), Column("candidates"), Column("reason")), [(a.target, ", ".join(a.candidates), a.reason) for a in self.ambiguous]))
+            tables.append(
+                table(
+                    "ambiguous",
+                    (Column("model's name", "name"), Column("candidates"), Column("reason")),
+                    [(a.target, ", ".join(a.candidates), a.reason) for a in self.ambiguous],
+                )
+            )
         if self.unmatched:
-            tables.append(table("without a source", (Column("model's name", "name"), Column("reason")), [(u.target, u.reason) for u in self.unmatched]))
+            tables.append(
+                table(
+                    "without a source", (Column("model's name", "name"), Column("reason")), [(u.target, u.reason) for u in self.unmatched]
+                )
+            )
         if self.unused:
             tables.append(table("unused in the file", (Column("file's name", "name"),), [(name,) for name in self.unused]))
         return tuple(tables)

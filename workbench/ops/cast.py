@@ -64,5 +64,8 @@ def cast_kernel(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: S
         lost = ~torch.isfinite(out.double()) & torch.isfinite(blocks[0].double())
         if bool(lost.any()):
             worst = float(blocks[0][lost].double().abs().max())
-            raise SelectionError(f"a value of magnitude {worst:.3g} does not fit {params['dtype']}", hint='choose bfloat16, which has the range of float32, leave the tensor out, or allow it with overflow="allow"')
+            raise SelectionError(
+                f"a value of magnitude {worst:.3g} does not fit {params['dtype']}",
+                hint='choose bfloat16, which has the range of float32, leave the tensor out, or allow it with overflow="allow"',
+            )
     return [out]

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def prune_magnitude(ckpt: Checkpoint, *, sparsity: float, names: Patterns | None = None, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+def prune_magnitude(
+    ckpt: Checkpoint, *, sparsity: float, names: Patterns | None = None, section: str | Path | None = None, everything: bool = False
+) -> Checkpoint:
     """Zero the smallest-magnitude elements of each matching tensor.
 
     Args:
@@ -41,8 +43,13 @@ def prune_magnitude(ckpt: Checkpoint, *, sparsity: float, names: Patterns | None
         scans: list[LazyTensor] = []
         for step in range(max(1, tensor.dtype.itemsize // 2)):  # each pass fixes 16 more bits of the threshold
             params = {"count": count, "step": step}
-            scans.append(LazyTensor(spec, Derived(Block("workbench.ops.prune:narrow", params, (tensor,), (spec,), "scan", tuple(scans[-1:])), 0)))
-        cut = LazyTensor(cut_spec, Derived(Block("workbench.ops.prune:last_kept", {"numel": tensor.numel}, (tensor,), (cut_spec,), "scan", (scans[-1],)), 0))
+            scans.append(
+                LazyTensor(spec, Derived(Block("workbench.ops.prune:narrow", params, (tensor,), (spec,), "scan", tuple(scans[-1:])), 0))
+            )
+        cut = LazyTensor(
+            cut_spec,
+            Derived(Block("workbench.ops.prune:last_kept", {"numel": tensor.numel}, (tensor,), (cut_spec,), "scan", (scans[-1],)), 0),
+        )
         block = Block("workbench.ops.prune:zero_below", {}, (tensor,), (tensor.spec,), "elements", (cut,))
         return LazyTensor(tensor.spec, Derived(block, 0), tensor.requires_grad, tensor.locked)
 

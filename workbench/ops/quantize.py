@@ -27,7 +27,9 @@ _ROW_NBYTES = 4 << 20  # a channel up to this size is read once; a longer one tw
 SCALE_SUFFIX = "_scale"
 
 
-def quantize_int8(ckpt: Checkpoint, *, names: Patterns | None = None, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+def quantize_int8(
+    ckpt: Checkpoint, *, names: Patterns | None = None, section: str | Path | None = None, everything: bool = False
+) -> Checkpoint:
     """Quantize floating weights to int8 per output channel (dimension 0).
 
     Args:
@@ -47,7 +49,9 @@ def quantize_int8(ckpt: Checkpoint, *, names: Patterns | None = None, section: s
                 yield name, tensor, name
                 continue
             if name + SCALE_SUFFIX in part:
-                raise SelectionError(f"the name for the scales, {name + SCALE_SUFFIX!r}, is taken", hint="this tensor may be quantized already")
+                raise SelectionError(
+                    f"the name for the scales, {name + SCALE_SUFFIX!r}, is taken", hint="this tensor may be quantized already"
+                )
             key = (tensor.source, tensor.spec)
             if key not in made:
                 made[key] = _quantized(tensor)
@@ -95,7 +99,11 @@ def dequantize(ckpt: Checkpoint, dtype: str = "float32", *, section: str | Path 
                 params = {"channel": tensor.numel // max(scale.numel, 1), "dtype": wanted.name}
                 key = (tensor.source, scale.source)
                 if key not in made:
-                    made[key] = LazyTensor(spec, Derived(Block("workbench.ops.quantize:dequantize_elements", params, (tensor,), (spec,), "elements", (scale,)), 0), locked=tensor.locked or scale.locked)
+                    made[key] = LazyTensor(
+                        spec,
+                        Derived(Block("workbench.ops.quantize:dequantize_elements", params, (tensor,), (spec,), "elements", (scale,)), 0),
+                        locked=tensor.locked or scale.locked,
+                    )
                 yield name, made[key], name
             elif name not in scales:
                 yield name, tensor, name
@@ -141,7 +149,9 @@ def int8_elements(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks:
     return [out]
 
 
-def dequantize_elements(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
+def dequantize_elements(
+    params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int
+) -> list[torch.Tensor]:
     """A flat range of int8 values -> floating ones."""
     import torch
 

@@ -10,7 +10,9 @@ from workbench.errors import SelectionError
 from workbench.ops.scope import on_section
 
 
-def rename(ckpt: Checkpoint, mapping: Mapping[str, str] | Callable[[str], str], *, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+def rename(
+    ckpt: Checkpoint, mapping: Mapping[str, str] | Callable[[str], str], *, section: str | Path | None = None, everything: bool = False
+) -> Checkpoint:
     """Give tensors new names.
 
     Args:
@@ -28,7 +30,14 @@ def rename(ckpt: Checkpoint, mapping: Mapping[str, str] | Callable[[str], str], 
 
     target = ckpt if everything else ckpt.section(ckpt.weights_section.path) if section is None else ckpt.section(section)
     moved = pairs(target)  # a function cannot be written into a recipe; what it did can
-    step = Step("rename", {"mapping": {old: new for old, new in moved.items() if old != new} if callable(mapping) else dict(mapping), "section": section, "everything": everything})
+    step = Step(
+        "rename",
+        {
+            "mapping": {old: new for old, new in moved.items() if old != new} if callable(mapping) else dict(mapping),
+            "section": section,
+            "everything": everything,
+        },
+    )
     return on_section(ckpt, section, everything, step, lambda part: [(moved[name], tensor, name) for name, tensor in part.items()])
 
 

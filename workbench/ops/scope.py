@@ -12,7 +12,9 @@ from workbench.tensors import LazyTensor
 Entries = Iterable[tuple[str, LazyTensor, str]]
 
 
-def on_section(ckpt: Checkpoint, section: str | Path | None, everything: bool, step: Step, op: Callable[[Checkpoint], Entries]) -> Checkpoint:
+def on_section(
+    ckpt: Checkpoint, section: str | Path | None, everything: bool, step: Step, op: Callable[[Checkpoint], Entries]
+) -> Checkpoint:
     """Apply `op` to the weights of `ckpt` (or another section, or everything) and return the whole tree."""
     if everything and section is not None:
         raise SelectionError("give section= or everything=True, not both")
@@ -29,11 +31,7 @@ def floating(ckpt: Checkpoint, names: Patterns | None, *, matrices_only: bool = 
         SelectionError: nothing floating is selected.
     """
     chosen = require_names(names, ckpt) if names is not None else list(ckpt)
-    found = {
-        name
-        for name in chosen
-        if _holds_weights(ckpt[name]) and (names is not None or not matrices_only or ckpt[name].ndim >= 2)
-    }
+    found = {name for name in chosen if _holds_weights(ckpt[name]) and (names is not None or not matrices_only or ckpt[name].ndim >= 2)}
     if not found:
         what = f"that {names!r} selects is floating" if names is not None else "here is a floating matrix"
         raise SelectionError(f"no tensor {what}", hint="name tensors with names=; floating ones can be chosen")

@@ -40,7 +40,9 @@ def histogram(edges: Sequence[float], counts: Sequence[int], title: str, *, widt
     """Counts per bin, `width` inches wide; the count axis turns logarithmic where counts span more than three decades."""
     figure, (axes,) = _figure(1, (width, max(1.7, 0.43 * width)))
     positive = [count for count in counts if count > 0]
-    if positive and len(edges) == len(counts) + 1:
+    if len(positive) == 1 and edges[-1] - edges[0] <= 1e-5 * max(abs(edges[0]), 1e-6):
+        _note(axes, "all values are equal")
+    elif positive and len(edges) == len(counts) + 1:
         axes.stairs(counts, edges, fill=True, color=BLUE, baseline=0)
         if max(positive) > 1000 * min(positive):
             axes.set_yscale("log")

@@ -120,8 +120,6 @@ class View(anywidget.AnyWidget):
                 "message": f"{type(error).__name__}: {visible(error)}",
                 "hint": "this is a bug in the view; its log has the trace",
             }
-        else:
-            return
 
     def _did(self, line: str) -> None:
         """Record the one line of Python that does what was just done."""

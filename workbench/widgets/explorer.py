@@ -17,6 +17,8 @@ from workbench.widgets.base import View, finite, script
 from workbench.widgets.explorer_report import MEASURED, SECTION, explorer_report
 from workbench.widgets.jobs import Job
 
+_MAX_LISTED = 20  # names spelt out in a line of Python
+
 
 class Explorer(View):
     """Browse, filter, sort and select the tensors of a checkpoint.
@@ -111,7 +113,8 @@ class Explorer(View):
             chosen = [self.checkpoint[name] for name in self.selected]
             self.detail = tensor_panel.summary(chosen) if chosen else tensor_panel.overview(self.checkpoint, self._head)
             if self.selected:
-                self._did(f"ckpt.select({list(self.selected)!r})")
+                listed = repr(list(self.selected)) if len(self.selected) <= _MAX_LISTED else "explorer.selected"
+                self._did(f"ckpt.select({listed})")
             return
         name = self.selected[0]
         self._did(f"ckpt[{name!r}]")
