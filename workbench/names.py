@@ -46,13 +46,14 @@ def _compile(pattern: str) -> re.Pattern[str]:
 def match_names(patterns: Patterns, names: Iterable[str]) -> list[str]:
     """The names that any of `patterns` selects, in their own order.
 
-    A pattern is a name, a glob (``*`` any run of characters, dots too; ``?`` one), a folded range as the tree shows it
+    A pattern is a name (which then stands for itself alone), a glob (``*`` any run of characters, dots too; ``?`` one), a folded
+    range as the tree shows it
     (``layers.{0-11}.*``), or a regular expression that must match whole, after ``re:``.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    exact = set(wanted)
-    compiled = [_compile(pattern) for pattern in wanted]
-    return [name for name in names if name in exact or any(c.fullmatch(name) for c in compiled)]
+    known = list(names)
+    exact = {patterns} if isinstance(patterns, str) else set(patterns)
+    compiled = [_compile(pattern) for pattern in exact.difference(known)]
+    return [name for name in known if name in exact or any(c.fullmatch(name) for c in compiled)]
 
 
 def require_names(patterns: Patterns, names: Iterable[str], *, what: str = "tensor") -> list[str]:

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+from render_samples import HOSTILE, XSS, Sample, SampleReport, finding, transformer
+
+from workbench.errors import visible
+from workbench.render import html, text
+from workbench.tables import format_cell
+
+_VOID = {"img", "br", "hr", "input"}
+_ALLOWED = {"style", "div", "span", "bdi", "details", "summary", "section", "h4", "table", "thead", "tbody", "tr", "th", "td", "code"}
+
+
+class Page(HTMLParser):
+    """Reads a page back: every tag must be one of ours and closed in order; texts are gathered by tag."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in _ALLOWED, f"<{tag}> is not ours"
+        assert {name for name, _ in attrs} <= {"class", "title", "open"}
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag not in _VOID
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.texts.append((self.open[-1], data))
+
+    @property
+    def text(self) -> str:
+        return "".join(data for _, data in self.texts)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", *HOSTILE])
+@pytest.mark.parametrize("extra", [0, 200])
+def test_text_and_html_show_the_same_sections(name: str, extra: int) -> None:
+    report = SampleReport(name, rows=tuple((f"row {i}", "=", (i,), i, 0.5, 0.5, 0.5) for i in range(extra)))
+    shown, page = text.render_report(report), Page(html.render_report(report))
+    titles = [visible(t.title) for t in report.tables()]
+    assert [data for tag, data in page.texts if tag == "h4"] == titles
+    assert [block.splitlines()[0] for block in shown.split("\n\n")[1:]] == titles
+    assert visible(report.headline) in page.text
+    assert visible(report.headline) in shown
+    for table in report.tables():
+        for row in table.rows[: text.MAX_ROWS]:
+            for column, value in zip(table.columns, row, strict=True):
+                cell = format_cell(column.kind, value)
+                assert cell in page.text
+                assert cell in shown
+    left_out = f"… {len(report.tables()[0].rows) - text.MAX_ROWS:,} more rows in tables()"
+    assert (left_out in shown) == (left_out in page.text) == (extra > 0)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_and_nothing_else(name: str) -> None:
+    ckpt = Sample(
+        {name: (1,), f"deep.{name}.x": (3,), "x.y": (2,)},
+        name=name or "x",
+        extras={name: name},
+        findings=[finding(name, hint=name)],
+        sections=[name],
+    )
+    source = html.render_checkpoint(ckpt)
+    page = Page(source)
+    assert visible(name) in page.text
+    assert all(c.isprintable() or c == "\n" for c in source)
+
+
+def test_title_attributes_are_escaped() -> None:
+    name = XSS + "x" * 100
+    page = Page(html.render_checkpoint(Sample({name: (1,)})))
+    assert ("bdi", "title", name) in page.attributes
+
+
+def test_dangerous_findings_come_before_the_tensors() -> None:
+    findings = [finding("a warning", "warning"), finding("it calls os.system", hint="do not load it")]
+    page = Page(html.render_checkpoint(Sample(transformer(), findings=findings))).text
+    assert page.index("it calls os.system") < page.index("a warning") < page.index("embed.weight")
+    assert page.index("do not load it") < page.index("a warning")
+
+
+def test_same_checkpoint_gives_the_same_bytes() -> None:
+    assert html.render_checkpoint(Sample(transformer())) == html.render_checkpoint(Sample(transformer()))
+
+
+def test_the_tree_nests_like_the_text() -> None:
+    source = html.render_checkpoint(Sample(transformer()))
+    assert source.count("<details open>") == 1
+    assert "model.layers.{0-11}" in source
+    assert source.index("<details open>") > source.index("embed.weight")
+
+
+def test_a_huge_checkpoint_stays_small() -> None:
+    ckpt = Sample({f"m{i}.w": (i + 1,) for i in range(5000)})
+    source = html.render_checkpoint(ckpt)
+    assert len(source) < 200_000
+    assert "… 4,600 more" in source
