@@ -18,7 +18,7 @@ from workbench.errors import SelectionError, TensorNotFoundError
 from workbench.files import FileRef
 from workbench.names import Patterns, join_path, require_names, suggest, unique_name
 from workbench.tensors import LazyTensor
-from workbench.tree import NOTHING, Inert, get, is_mapping, is_module, is_rewritable, items_of, plain, walk, wrapped
+from workbench.tree import NOTHING, Inert, get, is_mapping, is_module, items_of, plain, walk, wrapped
 
 Path = tuple[Any, ...]
 Severity = Literal["info", "warning", "danger"]
@@ -67,6 +67,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         restored: alias -> kept name, for names that the file records but does not store.
         findings: what a reader should know, worst first.
         source: the file, or None for live objects and results of ops.
+        within: for a section, its path in the whole.
         history: the ops that led here.
     """
 
@@ -77,6 +78,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     restored: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     source: FileRef | None = None
+    within: Path = ()
     history: tuple[Step, ...] = ()
     _tensors: dict[str, LazyTensor] = field(init=False, default_factory=dict)
     _paths: dict[str, Path] = field(init=False, default_factory=dict)
@@ -198,7 +200,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
             raise SelectionError(f"there is no section {join_path(path)!r}", hint=f"sections here: {names}") from None
         if not path:
             return self
-        return replace(self, tree=node, name=f"{self.name} › {join_path(path)}", restored={}, findings=_kept(self.findings))
+        return replace(
+            self,
+            tree=node,
+            name=f"{self.name} › {join_path(path)}",
+            within=(*self.within, *path),
+            restored={},
+            findings=_kept(self.findings),
+        )
 
     @property
     def weights_section(self) -> Section:
@@ -206,11 +215,18 @@ class Checkpoint(Mapping[str, LazyTensor]):
         found = self.sections()
         if not found or found[0].kind == "optimizer":
             return Section((), "", "weights", len(self), self.nbytes, "the file holds no nested state dict, so all of it is taken")
-        rivals = [s for s in found[1:] if s.kind == found[0].kind and _known_rank(s) == _known_rank(found[0])]
-        if rivals:
-            others = ", ".join(s.name for s in rivals)
+        if self.rival_sections:
+            others = ", ".join(s.name for s in self.rival_sections)
             return replace(found[0], reason=f"{found[0].reason}; largest of several ({others} are others: use section())")
         return found[0]
+
+    @property
+    def rival_sections(self) -> tuple[Section, ...]:
+        """Sections that the names alone give as good a claim to be the weights as the one taken."""
+        first, *others = self.sections() or (None,)
+        if first is None or first.kind == "optimizer":
+            return ()
+        return tuple(s for s in others if s.kind == first.kind and _known_rank(s) == _known_rank(first))
 
     @property
     def weights(self) -> Checkpoint:
@@ -253,10 +269,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 raise SelectionError(f"two tensors would be called {new!r}: {taken[new]!r} and {old!r}", hint="rename one of them first")
             taken[new] = old
             produced.setdefault(old, []).append((new, tensor))
-        if all(is_rewritable(self.tree, path) for path in self._paths.values()) and not isinstance(self.tree, LazyTensor):
-            new_tree = self._rewritten_tree(produced)
-        else:  # tensors inside an object that stays inert: only they can be carried on
+        left: tuple[Finding, ...] = ()
+        new_tree: Any
+        if () in self._paths.values():  # the whole file is one tensor
+            results = [pair for pairs in produced.values() for pair in pairs]
+            new_tree = results[0][1] if [new for new, _ in results] == list(self._paths) else dict(results)
+        elif self._paths and all(_object_path(self.tree, path) == () for path in self._paths.values()):
+            # the root itself is an object that stays inert: only its tensors can be carried on
             new_tree = {new: tensor for results in produced.values() for new, tensor in results}
+            left = (Finding("object left behind", "warning", f"an op carried on the tensors of {plain(self.tree)} and nothing else of it"),)
+        else:
+            new_tree = self._rewritten_tree(produced)
         moved = {old: results[0][0] for old, results in produced.items()}
         return replace(
             self,
@@ -264,14 +287,23 @@ class Checkpoint(Mapping[str, LazyTensor]):
             source=None,
             metadata={key: value for key, value in self.metadata.items() if key not in self.restored},  # aliases are recorded anew
             restored={},
-            findings=_kept(self.findings),
+            findings=(*_kept(self.findings), *left),
             history=(*self.history, step),
         )
 
     def _rewritten_tree(self, produced: dict[str, list[tuple[str, LazyTensor]]]) -> Any:
         hoisted: list[tuple[str, LazyTensor]] = []
         plan: dict[Path, Any] = {}
+        inside: dict[Path, list[str]] = {}
         for old, path in self._paths.items():
+            if (at := _object_path(self.tree, path)) is not None:
+                inside.setdefault(at, []).append(old)
+                continue
+            if not produced.get(old) and not is_mapping(get(self.tree, path[:-1])):
+                raise SelectionError(
+                    f"{old!r} is an item of a list, and without it the others would change their names",
+                    hint="take them out of the list first: wb.open(dict(ckpt))",
+                )
             parent = join_path(path[:-1])
             pairs: list[tuple[Any, LazyTensor]] = []
             for new, tensor in produced.get(old, []):
@@ -285,6 +317,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
                     hoisted.append((new, tensor))
             if not (len(pairs) == 1 and pairs[0] == (path[-1], self._tensors[old])):
                 plan[path] = lambda _, node, pairs=pairs: [(key, _rewrapped(node, tensor)) for key, tensor in pairs]
+        for at, names in inside.items():
+            kept = [name for name in names if produced.get(name)]
+            if any(produced[name] != [(name, self._tensors[name])] for name in kept) or len(kept) not in (0, len(names)):
+                raise SelectionError(
+                    f"{names[0]!r} lies inside {plain(get(self.tree, at))}, an object that stays inert and is not changed",
+                    hint='choose other tensors or a section, or free them first: wb.save(ckpt, path, unsafe="drop")',
+                )
+            if not kept:
+                plan[at] = lambda *_: []
         new_tree = trees.replace(self.tree, plan) if plan else self.tree
         if hoisted:
             if not is_mapping(new_tree):
@@ -333,6 +374,16 @@ def _distinct(findings: Iterable[Finding]) -> list[Finding]:
 def _kept(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
     """Findings that stay true of a part or of a result; those about names are found anew."""
     return tuple(f for f in findings if f.kind not in ("name collision", "tree cut"))
+
+
+def _object_path(root: Any, path: Path) -> Path | None:
+    """Where the way to `path` enters an object whose entries cannot be replaced, or None."""
+    node = root
+    for depth, key in enumerate(path):
+        if not (is_mapping(node) or type(node) in (list, tuple)):
+            return path[:depth]
+        node = items_of(node)[key] if is_mapping(node) else node[key]
+    return None
 
 
 def _rewrapped(node: Any, tensor: LazyTensor) -> Any:
@@ -406,15 +457,17 @@ def _with_renamed_metadata(node: Any, moved: dict[str, str]) -> Any:
 def rename_modules(modules: Mapping[Any, Any], moved: Mapping[str, str]) -> dict[Any, Any]:
     """Module names renamed as their tensors were, from the evidence of each tensor below them.
 
-    A module with no tensor of its own follows its nearest ancestor; one whose tensors moved apart has no new name and is dropped.
+    A module with no tensor of its own follows its nearest ancestor. One whose tensors moved apart keeps its name if any of them
+    did, and is dropped otherwise.
     """
-    known: dict[str, str | None] = {}
+    homes: dict[str, set[str]] = {}
     for old, new in moved.items():
         for cut in [-1, *(i for i, c in enumerate(old) if c == ".")]:
             module, rest = old[: max(cut, 0)], old[cut + 1 :]
-            ends = new == rest or new.endswith("." + rest)
-            home = new[: len(new) - len(rest)].removesuffix(".") if ends else None
-            known[module] = home if known.get(module, home) == home else None
+            found = homes.setdefault(module, set())
+            if new == rest or new.endswith("." + rest):
+                found.add(new[: len(new) - len(rest)].removesuffix("."))
+    known = {module: module if module in found else next(iter(found)) if len(found) == 1 else None for module, found in homes.items()}
     out: dict[Any, Any] = {}
     for module, value in modules.items():
         ancestor = str(module)

@@ -9,6 +9,7 @@ Exit codes: 0 fine, 1 the finding is negative (a danger in the file), 2 the comm
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from typing import Any
 
 from workbench.checkpoint import Checkpoint
 from workbench.errors import WorkbenchError
-from workbench.formats import open_path
+from workbench.files import discard
+from workbench.opening import open as open_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,14 +33,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_argument("file", help="a .pt, .pth, .bin, .ckpt or .safetensors file, an index.json, or a folder with one of them")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    return _inspect(args.file, args.json)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character gets its escape
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _inspect(args.file, args.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as head has
+        discard(sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        print(f"workbench: the output cannot be written: {error.strerror}", file=sys.stderr)
+        discard(sys.stdout.fileno())
+        return 2
+    return code
 
 
 def _inspect(path: str, as_json: bool) -> int:
     ckpt: Checkpoint | None = None
     error: Exception | None = None
     try:
-        ckpt = open_path(path)
+        ckpt = open_checkpoint(path)
     except (WorkbenchError, OSError) as failure:
         error = failure
         ckpt = getattr(failure, "partial", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,12 +22,13 @@ from workbench.opening import open as open_checkpoint
 from workbench.report import Report
 from workbench.stream import Meter, ProgressFunction
 from workbench.tables import Column, Table, table
-from workbench.tensors import LazyTensor
+from workbench.tensors import LazyTensor, Memo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Status = Literal["added", "removed", "changed", "reshaped", "retyped", "equal", "unreadable"]
+_STEP = 1 << 18  # elements of both sides held at once
 MARKS: dict[str, str] = {"added": "+", "removed": "−", "changed": "~", "reshaped": "~", "retyped": "~", "equal": "=", "unreadable": "⚠"}
 
 
@@ -202,8 +204,7 @@ def _row(name: str, left: Checkpoint, old: str | None, b: LazyTensor, rtol: floa
         return DiffRow(name, "equal", **facts, **_ZERO)
     numbers, equal = _measure(a, b, rtol, atol, meter)
     status: Status = "retyped" if a.dtype != b.dtype else "equal" if equal else "changed"
-    note = "torch-quantized: the stored integers are compared" if a.spec.quantizer or b.spec.quantizer else ""
-    return DiffRow(name, status, note=note, **facts, **numbers)
+    return DiffRow(name, status, **facts, **numbers)
 
 
 _ZERO: dict[str, Any] = {"max_abs": 0.0, "mean_abs": 0.0, "l2": 0.0, "relative": 0.0, "cosine": 1.0, "changed": 0.0, "nonfinite": 0}
@@ -212,21 +213,23 @@ _ZERO: dict[str, Any] = {"max_abs": 0.0, "mean_abs": 0.0, "l2": 0.0, "relative":
 def _equal_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     import torch
 
-    for (_, x), (_, y) in zip(_chunks(a), _chunks(b), strict=True):
+    for x, y in zip(_chunks(a), _chunks(b), strict=True):
         if not torch.equal(dtypes.flat(x).view(torch.uint8), dtypes.flat(y).view(torch.uint8)):
             return False
     return True
 
 
-def _chunks(tensor: LazyTensor) -> Any:
-    """Flat chunks of a fixed number of elements, whatever the element type, so that two sides walk in step."""
-    step = 1 << 18
-    from workbench.tensors import Memo
+def _chunks(tensor: LazyTensor) -> Iterator[Any]:
+    """Flat chunks of a fixed number of elements, whatever the element type, so that two sides walk in step.
 
+    A torch-quantized tensor gives the numbers it stands for, held whole.
+    """
+    values = tensor.load().dequantize().reshape(-1) if tensor.spec.quantizer else None
     memo = Memo()
-    for start in range(0, tensor.numel, step):
+    for start in range(0, tensor.numel, _STEP):
+        stop = min(start + _STEP, tensor.numel)
         memo.step.clear()
-        yield start, tensor.read(start, min(start + step, tensor.numel), memo)
+        yield tensor.read(start, stop, memo) if values is None else values[start:stop]
 
 
 def _measure(a: LazyTensor, b: LazyTensor, rtol: float, atol: float, meter: Meter) -> tuple[dict[str, Any], bool]:
@@ -235,11 +238,12 @@ def _measure(a: LazyTensor, b: LazyTensor, rtol: float, atol: float, meter: Mete
 
     largest = total = squares = aa = bb = ab = 0.0
     differing = beyond = nonfinite = 0
-    for (_, raw_a), (_, raw_b) in zip(_chunks(a), _chunks(b), strict=True):
+    for raw_a, raw_b in zip(_chunks(a), _chunks(b), strict=True):
         x, y = _values64(raw_a), _values64(raw_b)
         finite = torch.isfinite(x) & torch.isfinite(y)
         if not bool(finite.all()):
-            same = (x == y) | (torch.isnan(x) & torch.isnan(y))
+            parts = [(x.real, y.real), (x.imag, y.imag)] if x.is_complex() and y.is_complex() else [(x, y)]
+            same = torch.stack([(p == q) | (torch.isnan(p) & torch.isnan(q)) for p, q in parts]).all(0)
             nonfinite += int((~finite & ~same).sum())
             x, y = x[finite], y[finite]
         delta = (y - x).abs()

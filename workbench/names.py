@@ -46,12 +46,13 @@ def _compile(pattern: str) -> re.Pattern[str]:
 def match_names(patterns: Patterns, names: Iterable[str]) -> list[str]:
     """The names that any of `patterns` selects, in their own order.
 
-    A pattern is a name (which then stands for itself alone), a glob (``*`` any run of characters, dots too; ``?`` one), a folded
-    range as the tree shows it
-    (``layers.{0-11}.*``), or a regular expression that must match whole, after ``re:``.
+    ``*`` is everything. A pattern is a name (which then stands for itself alone), a glob (``*`` any run of characters, dots too; ``?`` one), a
+    folded range as the tree shows it (``layers.{0-11}.*``), or a regular expression that must match whole, after ``re:``.
     """
     known = list(names)
     exact = {patterns} if isinstance(patterns, str) else set(patterns)
+    if "*" in exact:
+        return known
     compiled = [_compile(pattern) for pattern in exact.difference(known)]
     return [name for name in known if name in exact or any(c.fullmatch(name) for c in compiled)]
 
@@ -64,6 +65,8 @@ def require_names(patterns: Patterns, names: Iterable[str], *, what: str = "tens
     """
     known = list(names)
     found = match_names(patterns, known)
+    if not known and "*" in ({patterns} if isinstance(patterns, str) else patterns):
+        return []
     if not found:
         shown = patterns if isinstance(patterns, str) else ", ".join(patterns)
         close = suggest(shown, known)

@@ -28,10 +28,10 @@ def open(source: Any, *, snapshot: bool = False) -> Checkpoint:
     _show_live()
     if isinstance(source, Checkpoint):
         return source
-    if isinstance(source, (str, os.PathLike)):
-        if "://" in (text := os.fspath(source)):
+    if isinstance(source, (str, bytes, os.PathLike)):
+        if "://" in (text := os.fsdecode(source)):
             raise UnsupportedError(f"{text.partition('://')[0]}:// addresses are not read yet", hint="download the file first")
-        return open_path(source)
+        return open_path(text)
     from workbench.formats.memory import open_object
 
     return open_object(source, snapshot=snapshot)

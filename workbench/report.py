@@ -7,6 +7,7 @@ A negative finding (a difference, a failed parity, an unsafe scan) is a falsy re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ class Report:
 
 
 def to_plain(value: Any) -> Any:
-    """A value as JSON can hold it; an object that knows `to_dict` speaks for itself, anything else by its text."""
+    """A value as JSON can hold it; an object that knows `to_dict` speaks for itself, NaN, infinities and anything else by their text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if hasattr(value, "to_dict"):

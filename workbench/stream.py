@@ -195,7 +195,7 @@ def _as_bytes(tensor: LazyTensor | Storage) -> Storage | None:
     start = source.offset * tensor.dtype.itemsize
     if start + tensor.nbytes > source.storage.nbytes:
         return None
-    return Span(source.storage.file, source.storage.start + start, tensor.nbytes, source.storage.check)
+    return source.storage.part(start, tensor.nbytes)
 
 
 def _copy(storage: Storage, fd: int, offset: int, meter: Meter | None) -> Written:

@@ -47,7 +47,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Stored:
     """A strided view of stored elements; `offset` and `strides` count elements."""
 
@@ -55,6 +55,9 @@ class Stored:
     offset: int
     strides: tuple[int, ...]
     byteorder: str = "little"
+
+    def __init__(self, storage: Storage, offset: int, strides: tuple[int, ...], byteorder: str = "little") -> None:
+        self.__dict__.update(storage=storage, offset=offset, strides=strides, byteorder=byteorder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +125,7 @@ class Memo:
     step: dict[tuple[Block, int, int], tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class LazyTensor:
     """A tensor by description; its values are read on request.
 
@@ -135,6 +138,9 @@ class LazyTensor:
     source: Source
     requires_grad: bool = False
     locked: str | None = None
+
+    def __init__(self, spec: TensorSpec, source: Source, requires_grad: bool = False, locked: str | None = None) -> None:
+        self.__dict__.update(spec=spec, source=source, requires_grad=requires_grad, locked=locked)
 
     @property
     def dtype(self) -> DType:
@@ -335,8 +341,8 @@ def _whole(source: Derived, memo: Memo) -> torch.Tensor:
 
 
 def strided_nbytes(max_nbytes: int | None) -> int:
-    """Bytes to read at once from a tensor whose memory order is not its logical order: many runs a read, four copies in the budget."""
-    return max(HOT_NBYTES, min(max_nbytes or 256 << 20, 256 << 20) // 4)
+    """Bytes to read at once from a tensor whose memory order is not its logical order: many runs a read, and room in the budget for copies."""
+    return max(HOT_NBYTES, min(max_nbytes or 256 << 20, 256 << 20) // 8)
 
 
 def _entire(tensor: LazyTensor, memo: Memo) -> torch.Tensor:

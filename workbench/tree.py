@@ -202,15 +202,6 @@ def unique_entries(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return entries
 
 
-def is_rewritable(node: Any, path: tuple[Any, ...]) -> bool:
-    """Whether every container on the way to `path` is one whose entries can be replaced."""
-    for key in path:
-        if not (is_mapping(node) or type(node) in (list, tuple)):
-            return False
-        node = items_of(node)[key] if is_mapping(node) else node[key]
-    return True
-
-
 def get(node: Any, path: tuple[Any, ...]) -> Any:
     """The node at `path`.
 
@@ -225,6 +216,18 @@ def get(node: Any, path: tuple[Any, ...]) -> Any:
         else:
             raise KeyError(key)
     return node
+
+
+def live(value: Any) -> Any:
+    """A node as the object it stands for, as far as it is made of plain containers and tensors; anything else as text."""
+    value = wrapped(value)
+    if isinstance(value, LazyTensor):
+        return value.load()
+    if is_mapping(value):
+        return {key: live(child) for key, child in items_of(value).items()}
+    if type(value) in (list, tuple):
+        return type(value)(live(child) for child in value)
+    return plain(value)
 
 
 def plain(value: Any, depth: int = 6) -> Any:

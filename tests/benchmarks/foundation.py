@@ -51,7 +51,12 @@ def make_files(folder: Path, gib: float) -> None:
         torch.save({f"layers.{i // 4}.{'qkvo'[i % 4]}.weight": torch.randn(rows, 1024) for i in range(300)}, folder / "many.pt")
     side = int((gib * 2**28) ** 0.5)
     flat = torch.randn(side * side)
-    for name, tensor in (("flat", flat), ("row", flat.view(1, -1)), ("square", flat.view(side, side)), ("transposed", flat.view(side, side).t())):
+    for name, tensor in (
+        ("flat", flat),
+        ("row", flat.view(1, -1)),
+        ("square", flat.view(side, side)),
+        ("transposed", flat.view(side, side).t()),
+    ):
         if not (folder / f"{name}.pt").exists():
             torch.save({"weight": tensor}, folder / f"{name}.pt")
 
@@ -59,13 +64,21 @@ def make_files(folder: Path, gib: float) -> None:
 def listing(folder: Path) -> dict[str, object]:
     """Time and bytes to list the file of 300 tensors, in process and as a whole process."""
     path = str(folder / "many.pt")
-    tensors, seconds, nbytes, heavy = subprocess.run([sys.executable, "-c", LISTING, path], capture_output=True, text=True, check=True).stdout.split(maxsplit=3)
+    tensors, seconds, nbytes, heavy = subprocess.run(
+        [sys.executable, "-c", LISTING, path], capture_output=True, text=True, check=True
+    ).stdout.split(maxsplit=3)
     whole = []
     for _ in range(11):
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "workbench", "inspect", path, "--json"], capture_output=True, check=True)
         whole.append(time.perf_counter() - start)
-    return {"tensors": int(tensors), "list ms (median of 21)": 1e3 * float(seconds), "bytes read": float(nbytes), "heavy modules": heavy.strip(), "whole process s (median of 11)": statistics.median(whole)}
+    return {
+        "tensors": int(tensors),
+        "list ms (median of 21)": 1e3 * float(seconds),
+        "bytes read": float(nbytes),
+        "heavy modules": heavy.strip(),
+        "whole process s (median of 11)": statistics.median(whole),
+    }
 
 
 def naive_int8(source: Path, target: Path) -> None:
@@ -98,8 +111,14 @@ def side_by_side(peer: Callable[[], None], ours: Callable[[], None], rounds: int
             cpu, wall = time.process_time(), time.perf_counter()
             run()
             times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    out = {f"{name} {what} s": statistics.median(t[i] for t in held) for name, held in times.items() for i, what in enumerate(("cpu", "wall"))}
-    return {**out, "times faster by cpu": out["peer cpu s"] / out["ours cpu s"], "times faster by wall": out["peer wall s"] / out["ours wall s"]}
+    out = {
+        f"{name} {what} s": statistics.median(t[i] for t in held) for name, held in times.items() for i, what in enumerate(("cpu", "wall"))
+    }
+    return {
+        **out,
+        "times faster by cpu": out["peer cpu s"] / out["ours cpu s"],
+        "times faster by wall": out["peer wall s"] / out["ours wall s"],
+    }
 
 
 def int8(folder: Path, rounds: int) -> dict[str, float]:
@@ -149,10 +168,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import foundation, pathlib; foundation.make_files(pathlib.Path({str(folder)!r}), {args.gib})"], check=True)
-        figures: dict[str, object] = {"listing": listing(folder), "int8 per channel against load-abs-amax-round-save": int8(folder, args.rounds)}
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import foundation, pathlib; foundation.make_files(pathlib.Path({str(folder)!r}), {args.gib})",
+            ],
+            check=True,
+        )
+        figures: dict[str, object] = {
+            "listing": listing(folder),
+            "int8 per channel against load-abs-amax-round-save": int8(folder, args.rounds),
+        }
         for name in ("flat", "row", "square", "transposed"):
-            done = subprocess.run([sys.executable, __file__, "--peak", name, "--folder", str(folder)], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--peak", name, "--folder", str(folder)], capture_output=True, text=True, check=True
+            )
             figures[f"memory, {name}"] = json.loads(done.stdout)
     for title, numbers in figures.items():
         print(title)

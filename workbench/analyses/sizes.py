@@ -12,7 +12,7 @@ from workbench.opening import open as open_checkpoint
 from workbench.report import Report
 from workbench.strided import extent
 from workbench.tables import Column, Table, format_bytes, table
-from workbench.tensors import LazyTensor, Live, Stored
+from workbench.tensors import Derived, LazyTensor, Live, Stored
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class LedgerReport(Report):
 def ledger(ckpt: Any) -> LedgerReport:
     """Account for every byte: tensors by section and element type, storage that no tensor shows, and the container itself.
 
-    `ckpt` is anything `wb.open` takes. A storage that several tensors view is counted once, for the first of them. Results of ops that were never written
-    count their logical bytes.
+    `ckpt` is anything `wb.open` takes; of a section, only its own storages are counted. A storage that several tensors view is
+    counted once, for the first of them. Results of ops that were never written count their logical bytes.
 
     Cost: nothing is read but the index, which is open already.
     """
@@ -77,6 +77,7 @@ def ledger(ckpt: Any) -> LedgerReport:
     sums: dict[tuple[str, str, str], list[int]] = {}
     dragged: dict[str, int] = {}
     files: set[FileRef] = set()
+    counted: set[str] = set()
     stored = 0
     for tensors in _by_storage(ckpt):
         name, first = tensors[0]
@@ -84,7 +85,8 @@ def ledger(ckpt: Any) -> LedgerReport:
         what = {"weights": "weights", "ema": "averaged weights", "optimizer": "optimizer state"}.get(kind, "other tensors")
         size, shown = _storage_sizes([t for _, t in tensors])
         row = sums.setdefault((what, section, first.dtype.name), [0, 0])
-        row[0] += len(tensors)
+        row[0] += len({n for n, _ in tensors} - counted)
+        counted.update(n for n, _ in tensors)
         row[1] += shown
         if size > shown:
             dragged[section] = dragged.get(section, 0) + size - shown
@@ -99,26 +101,34 @@ def ledger(ckpt: Any) -> LedgerReport:
     rows += [
         LedgerRow("storage behind views, shown by no tensor", section, "", 0, nbytes, waste=True) for section, nbytes in dragged.items()
     ]
-    on_disk = sum(file.size for file in files)
-    if ckpt.source is not None and on_disk:
-        rows.append(LedgerRow("container: index, pickle, headers, padding", "", "", 0, on_disk - stored))
+    total = stored
+    if ckpt.source is not None and not ckpt.within:
+        total = sum(file.size for file in files)
+        rows.append(LedgerRow("container: index, pickle, headers, padding", "", "", 0, total - stored))
     rows.sort(key=lambda row: -row.nbytes)
-    return LedgerReport(tuple(rows), on_disk if ckpt.source is not None else stored, ckpt.nbytes)
+    return LedgerReport(tuple(rows), total, ckpt.nbytes)
 
 
 def _by_storage(ckpt: Checkpoint) -> Iterable[list[tuple[str, LazyTensor]]]:
+    """(name, tensor) by the storage that holds the bytes; a sparse or quantized tensor of a file by the storages of its parts."""
     groups: dict[Any, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in ckpt.items():
-        source = tensor.source
-        key: Any = (
-            source.storage
-            if isinstance(source, Stored)
-            else source.storage_key
-            if isinstance(source, Live) and tensor.spec.layout == "strided"
-            else source
-        )
-        groups.setdefault(key, []).append((name, tensor))
+        for leaf in _parts(tensor) if ckpt.source is not None else [tensor]:
+            source = leaf.source
+            key: Any = source
+            if isinstance(source, Stored):
+                key = source.storage
+            elif isinstance(source, Live) and leaf.spec.layout == "strided":
+                key = source.storage_key
+            groups.setdefault(key, []).append((name, leaf))
     return groups.values()
+
+
+def _parts(tensor: LazyTensor) -> list[LazyTensor]:
+    if not isinstance(tensor.source, Derived):
+        return [tensor]
+    block = tensor.source.block
+    return [leaf for part in (*block.rowed, *block.whole) for leaf in _parts(part)]
 
 
 def _storage_sizes(tensors: list[LazyTensor]) -> tuple[int, int]:

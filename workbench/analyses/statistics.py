@@ -61,6 +61,8 @@ class StatsReport(Report):
 
     @property
     def headline(self) -> str:
+        if not self.rows:
+            return "no tensors"
         bad = [row.name for row in self.rows if row.nan or row.inf]
         locked = [row.name for row in self.rows if row.locked]
         text = (

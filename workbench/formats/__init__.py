@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.checkpoint import Checkpoint
-from workbench.errors import SelectionError, UnknownFormatError, located, visible
+from workbench.errors import MissingFileError, SelectionError, UnknownFormatError, located, visible
 from workbench.files import FileRef, Span, file_ref
 from workbench.formats import safetensors_file, sharded, torch_zip
 
@@ -62,7 +62,9 @@ def open_path(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         MissingFileError, UnknownFormatError, CorruptFileError, UnsupportedError, MissingShardError.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
+    if not path:
+        raise MissingFileError("the path is empty")
     with located(path=os.path.abspath(path)):
         if os.path.isdir(path):
             path = _candidate(path)
@@ -163,7 +165,7 @@ def save(
     from workbench.formats.writing import Job
 
     if not isinstance(ckpt, Checkpoint):
-        ckpt = open_object(ckpt)
+        ckpt = open_path(ckpt) if isinstance(ckpt, (str, os.PathLike)) else open_object(ckpt)
     target = os.path.abspath(os.fspath(path))
     chosen = format or _EXTENSIONS.get(target.rpartition(".")[2].lower())
     job = Job(max_ram_mb, threads, executor, progress, cancel)

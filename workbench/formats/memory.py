@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import deque
 from typing import Any
 
 from workbench.checkpoint import Checkpoint
@@ -22,6 +22,8 @@ def open_object(value: Any, *, snapshot: bool = False) -> Checkpoint:
         UnsupportedError: nothing in it is a tensor container.
     """
     name = type(value).__name__
+    if isinstance(value, type):
+        raise UnsupportedError(f"{value.__name__} is a class, not an object", hint=f"make one: wb.open({value.__name__}(…))")
     if callable(getattr(value, "state_dict", None)):
         value = value.state_dict()
     if not isinstance(value, (dict, list, tuple)):
@@ -42,10 +44,14 @@ def _to_tree(value: Any, snapshot: bool, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)][0]
     made: Any
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.nn.Parameter):
+        tensor = lazy(value.detach().clone() if snapshot else value)
+        hooks = Inert(Global("collections", "OrderedDict"))
+        made = Inert(Global("torch._utils", "_rebuild_parameter"), (tensor, value.requires_grad, hooks))
+    elif isinstance(value, torch.Tensor):
         made = lazy(value.detach().clone() if snapshot else value)
     elif isinstance(value, dict):
-        made = Inert(Global("collections", "OrderedDict")) if isinstance(value, OrderedDict) else {}
+        made = {} if type(value) is dict else Inert(_class_of(value))
         memo[id(value)] = (made, value)
         entries = made if isinstance(made, dict) else made.items
         entries.update({key: _to_tree(child, snapshot, memo) for key, child in value.items()})
@@ -54,24 +60,53 @@ def _to_tree(value: Any, snapshot: bool, memo: dict[int, Any]) -> Any:
     elif type(value) is list:
         memo[id(value)] = (made := [], value)
         made += [_to_tree(child, snapshot, memo) for child in value]
-    elif type(value) in (tuple, torch.Size):
+    elif type(value) is tuple:
         made = tuple(_to_tree(child, snapshot, memo) for child in value)
-    elif value is None or isinstance(value, (bool, int, float, str, bytes, complex, set)):
+    elif value is None or type(value) in (bool, int, float, str, bytes, bytearray, complex, set):
         made = value
+    elif isinstance(value, (list, tuple, deque, frozenset)):  # other kinds of sequence keep their class, as a name
+        children = tuple(_to_tree(child, snapshot, memo) for child in value)
+        made = Inert(_class_of(value), (children,) if isinstance(value, torch.Size) else children)
+    elif isinstance(value, torch.device):
+        made = Inert(Global("torch", "device"), (value.type,) if value.index is None else (value.type, value.index))
     elif type(value).__module__ == "numpy" and hasattr(value, "item"):
-        made = lazy(torch.as_tensor(value)) if getattr(value, "shape", ()) else value.item()
+        made = _from_numpy(value)
     elif isinstance(value, torch.dtype):
         made = Global("torch", str(value).removeprefix("torch."))
-    elif callable(getattr(value, "state_dict", None)):
+    elif callable(getattr(value, "state_dict", None)) and not isinstance(value, type):
         made = _to_tree(value.state_dict(), snapshot, memo)
     else:
-        made = Inert(Global(type(value).__module__, type(value).__qualname__))
+        made = Inert(_class_of(value))
     memo[id(value)] = (made, value)  # holds the value, so that no id is used twice
     return made
 
 
+def _class_of(value: Any) -> Global:
+    return Global(type(value).__module__, type(value).__qualname__)
+
+
+def _from_numpy(value: Any) -> Any:
+    """A NumPy array as a tensor, a scalar as a number, anything torch has no element type for as an inert object."""
+    import numpy as np
+    import torch
+
+    if not getattr(value, "shape", ()):
+        return value.item()
+    try:
+        return lazy(torch.as_tensor(np.ascontiguousarray(value)))
+    except TypeError:
+        return Inert(_class_of(value))
+
+
 def lazy(tensor: Any) -> LazyTensor:
     """A LazyTensor that views one live tensor; a sparse or quantized one keeps its kind."""
+    from torch.nn.parameter import is_lazy
+
+    if is_lazy(tensor):
+        return LazyTensor(
+            TensorSpec(from_torch(tensor.dtype), ()), Live(tensor), locked="a lazy parameter: it has no shape and no values yet"
+        )
+    tensor = tensor.resolve_conj().resolve_neg()  # torch may keep a conjugate or a minus sign beside the bytes
     layout = str(tensor.layout).removeprefix("torch.")
     quantizer = str(tensor.qscheme()).removeprefix("torch.") if tensor.is_quantized else None
     if tensor.device.type == "meta":

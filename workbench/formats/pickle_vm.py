@@ -15,10 +15,10 @@ import math
 import re
 import struct
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from workbench.errors import CorruptFileError
+from workbench.formats.torch_template import INDICES, REFS, TEMPLATES, memo_index, view
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert
 
@@ -65,6 +65,7 @@ class Machine:
         self.proto = 0
         self.globals: dict[Global, int] = {}
         self.calls: dict[str, int] = {}
+        self._heads: dict[tuple[bytes, bytes, bytes], tuple[Global, str]] = {}  # the template's references, looked up once
         self.skipped = False  # whether the template left memo entries unwritten
         self.end = 0
 
@@ -211,10 +212,14 @@ class Machine:
 
     def op_binunicode(self) -> None:
         self.stack.append(self._sized(4).decode("utf-8", "surrogatepass"))
+        if self.tensor is not None:
+            self._template(self.pos)
 
     # memo and persistent ids
 
     def _put(self, index: int) -> None:
+        if index in self.memo:
+            self._heads.clear()
         self.memo[index] = self._top()
 
     def _get(self, index: int) -> None:
@@ -238,15 +243,12 @@ class Machine:
         self._put(index)
 
     def op_binget(self) -> None:
-        index = self.data[self.pos]
-        self.pos += 1
-        if self.tensor is None or not self._rebuild_fast(index):
-            self._get(index)
+        if self.tensor is None or self.data[self.pos + 1] != 0x28 or not self._template(self.pos - 1):
+            self._get(self._uint(1))
 
     def op_long_binget(self) -> None:
-        index = self._uint(4)
-        if self.tensor is None or not self._rebuild_fast(index):
-            self._get(index)
+        if self.tensor is None or not self._template(self.pos - 1):
+            self._get(self._uint(4))
 
     def op_persid(self) -> None:
         self.stack.append(self.persistent(self._line().decode("ascii")))
@@ -428,86 +430,70 @@ class Machine:
 
     # torch's own opcode template
 
-    def _rebuild_fast(self, index: int) -> bool:
-        """Carry out one tensor's opcodes at once, where they are spelled as torch.save spells them from the second tensor on.
+    def _template(self, start: int) -> bool:
+        """Carry out the opcodes of one tensor at once, and of the named ones after it, where they are spelled as torch.save does.
 
-        Anything unusual returns False and is run singly. The tuples on the way are not memoised, for torch never refers to
-        them again; a pickle that does (or counts the memo) is run again without this path. A pickle that would overwrite an
-        older memo entry with one of them is unusual.
+        They begin at `start` with the memo opcode of the name just pushed, or with the reference to the rebuild function.
+        Anything unusual ends it and is run singly. The tuples on the way are not memoised, for torch never refers to them
+        again; a pickle that does (or counts the memo) is run again without this path. A pickle that overwrites an older memo
+        entry here is unusual.
         """
-        memo, data = self.memo, self.data
-        if data[self.pos : self.pos + 2] != b"((" or memo.get(index) != _REBUILD:
-            return False
-        found = _TENSOR.match(data, self.pos)
-        if found is None:
-            return False
-        (
-            word,
-            cls,
-            length,
-            key,
-            key_put,
-            key_ref,
-            place,
-            numel,
-            pid_put,
-            offset,
-            size,
-            size_put,
-            stride,
-            stride_put,
-            grad,
-            hooks,
-            hooks_put,
-            args_put,
-            put,
-        ) = found.groups()
-        if any(_ref(skipped) in memo for skipped in (pid_put, size_put, stride_put, hooks_put, args_put) if skipped):
-            return False
-        cls, place = memo.get(_ref(cls)), memo.get(_ref(place))
-        if memo.get(_ref(word)) != "storage" or type(cls) is not Global or type(place) is not str or memo.get(_ref(hooks)) != _ORDERED_DICT:
-            return False
-        text = memo.get(_ref(key_ref)) if key_ref else key.decode("ascii")
-        if type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
-            return False
-        if key_put:
-            memo[_ref(key_put)] = text
-        self.skipped = True
-        self.calls.setdefault("torch._utils._rebuild_tensor_v2", self.pos)
-        self.pos = found.end()
-        tensor = self.tensor(cls, text, place, _number(numel), _number(offset), _numbers(size), _numbers(stride), grad == b"\x88")  # type: ignore[misc]
-        memo[_ref(put)] = tensor
-        self.stack.append(tensor)
-        return True
+        data, memo, stack, heads, make = self.data, self.memo, self.stack, self._heads, self.tensor
+        first, size = start, len(data)
+        while start < size:
+            pattern = TEMPLATES.get(data[start])
+            found = pattern.match(data, start) if pattern is not None else None
+            if found is None or make is None:
+                break
+            name_put, head, length, key, key_put, key_ref, place, numel, pid, offset, shape, shape_put, strides, strides_put, *rest = (
+                found.groups()
+            )
+            grad, hooks, hooks_put, args_put, put = rest
+            known = heads.get((head, place, hooks)) or self._head(head, place, hooks)
+            text = key.decode("ascii") if key else memo.get(memo_index(key_ref))
+            if known is None or type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
+                break
+            spelled = (name_put or b"") + (key_put or b"") + pid + (shape_put or b"") + (strides_put or b"") + hooks_put + args_put + put
+            written = spelled if len(put) == 1 else INDICES[len(spelled) // 4].unpack(spelled)
+            if not memo.keys().isdisjoint(written):
+                break
+            if name_put:
+                memo[written[0]] = stack[-1]
+            if key_put:
+                memo[written[1 if name_put else 0]] = text
+            self.skipped = True
+            tensor = make(*known, text, *view(numel, offset, shape, strides), grad == b"\x88")
+            memo[written[-1]] = tensor
+            stack.append(tensor)
+            start = self.pos = found.end()
+            if data[start] == 0x58:  # BINUNICODE: the next name
+                start += 5 + int.from_bytes(data[start + 1 : start + 5], "little")
+                if start > size:
+                    break
+                stack.append(data[self.pos + 5 : start].decode("utf-8", "surrogatepass"))
+                self.pos = start
+        return start != first
+
+    def _head(self, head: bytes, place: bytes, hooks: bytes) -> tuple[Global, str] | None:
+        """What the template's memo references stand for, if it is what torch means: (storage class, where it was saved)."""
+        memo = self.memo
+        func, word, cls = (memo.get(memo_index(spelled)) for spelled in REFS.findall(head))
+        where = memo.get(memo_index(place))
+        if (
+            func != _REBUILD
+            or word != "storage"
+            or type(cls) is not Global
+            or type(where) is not str
+            or memo.get(memo_index(hooks)) != _ORDERED_DICT
+        ):
+            return None
+        self._call(_REBUILD.dotted)
+        self._heads[head, place, hooks] = (cls, where)
+        return cls, where
 
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED_DICT = Global("collections", "OrderedDict")
-_I = rb"(?:K.|M..|J....|\x8a(?:\x01.|\x02..|\x03...|\x04....|\x05.....|\x06......|\x07.......|\x08........))"
-_P, _G = rb"(?:q.|r....)", rb"(?:h.|j....)"
-_S = rb"(\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t)((?<!\))%b)?" % (_I, _I, _I, _I, _P)
-_TENSOR = re.compile(
-    rb"\(\((%b)(%b)(?:X(....)([0-9]+)(%b)|(%b))(%b)(%b)t(%b)Q(%b)%b%b([\x88\x89])(%b)\)R(%b)t(%b)R(%b)"
-    % (_G, _G, _P, _G, _G, _I, _P, _I, _S, _S, _G, _P, _P, _P),
-    re.DOTALL,
-)
-_COUNTS = re.compile(_I, re.DOTALL)
-
-
-@lru_cache(maxsize=4096)
-def _numbers(spelled: bytes) -> tuple[int, ...]:
-    """The counts of a tuple, spelled from its first item to its closing opcode."""
-    return tuple(map(_number, _COUNTS.findall(spelled, spelled[:1] == b"(")))
-
-
-def _ref(spelled: bytes) -> int:
-    return spelled[1] if len(spelled) == 2 else int.from_bytes(spelled[1:], "little")
-
-
-def _number(spelled: bytes) -> int:
-    if len(spelled) <= 3 and spelled[0] != 0x8A:
-        return int.from_bytes(spelled[1:], "little")
-    return int.from_bytes(spelled[1 if spelled[0] == 0x4A else 2 :], "little", signed=True)
 
 
 def _strtol(line: bytes) -> int:

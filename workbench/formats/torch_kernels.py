@@ -8,6 +8,12 @@ from typing import Any
 import torch
 
 
+def resolve(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
+    """A flat range with the conjugate and the minus sign carried out."""
+    out = blocks[0].conj().resolve_conj() if params["conj"] else blocks[0]
+    return [-out if params["neg"] else out]
+
+
 def sparse(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
     """A sparse tensor of the stated layout from its index parts and values."""
     shape = params["shape"]

@@ -20,7 +20,7 @@ from workbench.files import Storage
 from workbench.formats.pickle_vm import Machine
 from workbench.strided import extent
 from workbench.tensors import Block, Derived, LazyTensor, Stored, TensorSpec
-from workbench.tree import Global, Inert
+from workbench.tree import Global, Inert, is_mapping, items_of
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
@@ -103,8 +103,8 @@ class TorchObjects:
     def template_tensor(
         self,
         cls: Global,
-        key: str,
         place: str,
+        key: str,
         numel: int,
         offset: int,
         shape: tuple[int, ...],
@@ -112,19 +112,13 @@ class TorchObjects:
         requires_grad: bool,
     ) -> LazyTensor:
         """`persistent` and `_rebuild_tensor_v2` at once, for the machine's fast path: a whole storage, met for the first time."""
-        dtype = _storage_dtype(cls)
-        if (
-            key in self.storages
-            or dtype is None
-            or offset
-            or numel < 0
-            or len(shape) != len(strides)
-            or (span := _span(shape, strides)) > numel
-        ):
+        spec = _plain_spec(cls, numel, offset, shape, strides)
+        if spec is None or key in self.storages:
             return self.tensor(self.persistent(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
+        dtype = spec.dtype
         ref = self.storages[key] = self._storage(key, dtype, numel, place, None)
-        source = Stored(_Nowhere(span * dtype.itemsize) if ref.stored is None else ref.stored, 0, strides, self._byteorder)
-        return LazyTensor(_spec(dtype, shape), source, requires_grad, ref.trouble)
+        source = Stored(_Nowhere(ref.nbytes) if ref.stored is None else ref.stored, 0, strides, self._byteorder)
+        return LazyTensor(spec, source, requires_grad, ref.trouble)
 
     def _storage(self, key: str, dtype: DType | None, numel: int, place: str, known: StorageRef | None) -> StorageRef:
         trouble: str | None
@@ -211,12 +205,13 @@ def _checked_sizes(value: tuple[int, ...]) -> tuple[int, ...]:
     return value
 
 
-_spec = lru_cache(maxsize=4096)(TensorSpec)  # a model has few shapes and many tensors
-
-
 @lru_cache(maxsize=4096)
-def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return extent(_checked_sizes(shape), _checked_sizes(strides))
+def _plain_spec(cls: Global, numel: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorSpec | None:
+    """The spec of a tensor that lies at the start of its typed storage and inside it; None where it is less plain than that."""
+    dtype = _storage_dtype(cls)
+    if dtype is None or offset or numel < 0 or len(shape) != len(strides) or extent(sizes(shape), sizes(strides)) > numel:
+        return None
+    return TensorSpec(dtype, shape)
 
 
 @lru_cache(maxsize=64)
@@ -240,14 +235,26 @@ def _v2(objects: TorchObjects, node: Inert) -> LazyTensor:
     if len(node.args) < 4:
         raise CorruptFileError("a tensor is rebuilt from too few arguments")
     storage, offset, shape, strides = node.args[:4]
-    return objects.tensor(storage, offset, shape, strides, None, node.args[4] if len(node.args) > 4 else False)
+    stored = objects.tensor(storage, offset, shape, strides, None, node.args[4] if len(node.args) > 4 else False)
+    return _resolved(stored, node.args[6] if len(node.args) > 6 else None)
 
 
 def _v3(objects: TorchObjects, node: Inert) -> LazyTensor:
     if len(node.args) < 7:
         raise CorruptFileError("a tensor is rebuilt from too few arguments")
     storage, offset, shape, strides, requires_grad = node.args[:5]
-    return objects.tensor(storage, offset, shape, strides, _dtype(node.args[6]), requires_grad)
+    stored = objects.tensor(storage, offset, shape, strides, _dtype(node.args[6]), requires_grad)
+    return _resolved(stored, node.args[7] if len(node.args) > 7 else None)
+
+
+def _resolved(stored: LazyTensor, bits: Any) -> LazyTensor:
+    """The tensor with the conjugate and minus sign that torch may keep beside the bytes (the last argument of a rebuild call)."""
+    marks = items_of(bits) if is_mapping(bits) else {}
+    if not (marks.get("conj") or marks.get("neg")):
+        return stored
+    params = {"conj": bool(marks.get("conj")), "neg": bool(marks.get("neg"))}
+    block = Block("workbench.formats.torch_kernels:resolve", params, (stored,), (stored.spec,))
+    return replace(stored, source=Derived(block, 0))
 
 
 def _subclass(objects: TorchObjects, node: Inert) -> Any:

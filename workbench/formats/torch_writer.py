@@ -35,16 +35,16 @@ def write(ckpt: Checkpoint, path: str, job: Job, *, unsafe: str = "refuse") -> S
     tree, left = drop_unsafe(ckpt.tree) if unsafe == "drop" else (ckpt.tree, [])
     if left:
         ckpt = Checkpoint({} if tree is NOTHING else tree, name=ckpt.name)
-    storages = _Storages()
+    storages = _Storages({id(tensor): name for name, tensor in ckpt.items()})
     try:
         pickle = PickleWriter(storages.place).dump(ckpt.tree)
     except RecursionError as error:
         raise UnsupportedError("the checkpoint nests too deeply to be written", path=path) from error
     root = _root(path)
     small = [("data.pkl", pickle), (".format_version", b"1"), (".storage_alignment", b"64"), ("byteorder", b"little")]
-    records: list[tuple[str, bytes | LazyTensor | Any]] = [(f"{root}/{name}", data) for name, data in small]
-    records += [(f"{root}/data/{key}", source) for key, source in storages.sources()]
-    records.append((f"{root}/version", b"3\n"))
+    records: list[tuple[str, Any, str]] = [(f"{root}/{name}", data, "") for name, data in small]
+    records += [(f"{root}/data/{key}", source, tensor_name) for key, source, tensor_name in storages.sources()]
+    records.append((f"{root}/version", b"3\n", ""))
     seconds, verify_seconds = write_layout(path, _layout(records), {n: t.spec for n, t in ckpt.items()}, torch_zip.open_file, job)
     return SaveReport(path, "torch-zip", len(ckpt), os.path.getsize(path), seconds, verify_seconds, left_behind=tuple(left))
 
@@ -57,30 +57,32 @@ def _root(path: str) -> str:
 class _Storages:
     """The storages of one file: views of one storage share it, tied results of an op share theirs."""
 
-    def __init__(self) -> None:
-        self._slots: dict[Any, tuple[str, Any]] = {}
+    def __init__(self, names: dict[int, str]) -> None:
+        self._names = names
+        self._slots: dict[Any, tuple[str, Any, str]] = {}
 
-    def sources(self) -> list[tuple[str, Any]]:
+    def sources(self) -> list[tuple[str, Any, str]]:
+        """(storage key, where its bytes come from, name of the first tensor on it)."""
         return list(self._slots.values())
 
-    def _key(self, identity: Any, source: Any) -> str:
-        return self._slots.setdefault(identity, (str(len(self._slots)), source))[0]
+    def _key(self, identity: Any, source: Any, tensor: LazyTensor) -> str:
+        return self._slots.setdefault(identity, (str(len(self._slots)), source, self._names.get(id(tensor), "")))[0]
 
     def place(self, tensor: LazyTensor) -> StorageSlot:
         source, dtype = tensor.source, tensor.dtype
         if tensor.spec.layout != "strided":
             raise UnsupportedError(f"a {tensor.spec.layout} tensor made by an op cannot be written as .pt")
         if isinstance(source, Stored) and (source.byteorder == "little" or dtype.unit == 1) and source.storage.nbytes % dtype.itemsize == 0:
-            key = self._key((source.storage, dtype), source.storage)
+            key = self._key((source.storage, dtype), source.storage, tensor)
             return StorageSlot(key, source.offset, source.strides, source.storage.nbytes // dtype.itemsize, dtype)
         if isinstance(source, Live) and not tensor.spec.quantizer:
             whole = _live_storage(source)
             if whole.nbytes % dtype.itemsize == 0:
-                key = self._key((source.storage_key, dtype), whole)
+                key = self._key((source.storage_key, dtype), whole, tensor)
                 return StorageSlot(key, int(source.tensor.storage_offset()), source.tensor.stride(), whole.nbytes // dtype.itemsize, dtype)
         if isinstance(source, Live) and tensor.spec.quantizer:
             raise UnsupportedError("a live torch-quantized tensor is not written; save it with torch.save")
-        key = self._key((source.block, source.slot) if isinstance(source, Derived) else (source, tensor.spec), tensor)
+        key = self._key((source.block, source.slot) if isinstance(source, Derived) else (source, tensor.spec), tensor, tensor)
         return StorageSlot(key, 0, row_major(tensor.shape), tensor.numel, dtype)
 
 
@@ -94,20 +96,20 @@ def _live_storage(source: Live) -> LazyTensor:
     return LazyTensor(TensorSpec(DTYPES["uint8"], (storage.nbytes(),)), Live(flat))
 
 
-def _layout(records: Sequence[tuple[str, Any]]) -> Layout:
-    """Headers and payloads one after another; the directory's CRCs are filled in by `finish`."""
+def _layout(records: Sequence[tuple[str, Any, str]]) -> Layout:
+    """Headers and payloads of (record, bytes or tensor, tensor's name) one after another; the directory's CRCs are filled in by `finish`."""
     fixed: list[tuple[int, bytes]] = []
     targets: list[Target] = []
     entries: list[tuple[bytes, int, int, bytes | None]] = []  # name, header offset, size, small payload
     at = 0
-    for name, source in records:
+    for name, source, tensor_name in records:
         raw = name.encode("utf-8")
         size = len(source) if isinstance(source, bytes) else source.nbytes
         head = _local_header(raw, size, at)
         if isinstance(source, bytes):
             fixed.append((at + len(head), source))
         else:
-            targets.append(Target(name, source, at + len(head)))
+            targets.append(Target(tensor_name or name, source, at + len(head)))
         fixed.append((at, head))
         entries.append((raw, at, size, source if isinstance(source, bytes) else None))
         at += len(head) + size

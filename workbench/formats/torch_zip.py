@@ -66,16 +66,15 @@ def open_file(file: FileRef) -> Checkpoint:
 
 
 def _root(index: ZipIndex) -> str:
-    roots = [name[: -len("data.pkl")] for name in index.records if name == "data.pkl" or name.endswith("/data.pkl")]
-    tops = [root for root in roots if root.count("/") <= 1]
-    names = index.records.keys()
-    if any(name.endswith("constants.pkl") for name in names):
+    told = [name for name in index.records if name.endswith(("data.pkl", "constants.pkl", "archive_format", "models/model.json"))]
+    tops = [name[: -len("data.pkl")] for name in told if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
+    if any(name.endswith("constants.pkl") for name in told):
         raise UnsupportedError(
             "this is a TorchScript archive, a program and not a checkpoint; it is not read yet",
             path=index.file.url,
             hint="save its state_dict() with torch.save",
         )
-    if any(name.endswith("archive_format") or name.endswith("models/model.json") for name in names):
+    if any(name.endswith(("archive_format", "models/model.json")) for name in told):
         raise UnsupportedError(
             "this is a torch.export archive (.pt2); it is not read yet", path=index.file.url, hint="save its state_dict with torch.save"
         )
@@ -84,7 +83,7 @@ def _root(index: ZipIndex) -> str:
     if not tops:
         what = (
             "a NumPy .npz archive"
-            if names and all(name.endswith(".npy") for name in names)
+            if index.records and all(name.endswith(".npy") for name in index.records)
             else "a zip archive without a torch checkpoint in it"
         )
         raise UnknownFormatError(f"this is {what}", path=index.file.url, hint="this version reads torch zip files and safetensors")

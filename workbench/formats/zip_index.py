@@ -29,6 +29,8 @@ from workbench.files import FileRef, Reader, Span, read_span
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _MAX_DIRECTORY = 1 << 30
 _ALIGNMENT = 64
+_FULL = 0xFFFFFFFF  # stands where a 64-bit field tells the value
+_CENTRAL = struct.Struct("<4s4xHH4xIIIHHHH6xI")
 
 
 class Record(NamedTuple):
@@ -42,6 +44,11 @@ class Record(NamedTuple):
     packed: int
     size: int
     header: int  # offset of the local header
+
+    def prove(self, pread: Callable[[int, int], bytes], start: int) -> None:
+        """Raise unless the local header tells the directory's story and its payload begins at `start`."""
+        if _payload_start(self, pread) != start:
+            raise CorruptFileError("the payload does not lie where the archive's layout says", record=self.name)
 
 
 @dataclass(frozen=True)
@@ -61,27 +68,22 @@ class ZipIndex:
         record = self.records.get(name)
         if record is None:
             raise CorruptFileError("the archive has no such record", record=name, path=self.file.url)
-        if record.flags & 0x2041:
+        _, raw_name, flags, method, _, packed, size, header = record
+        if flags & 0x2041:
             raise UnsupportedError("the record is encrypted", record=name, path=self.file.url)
-        if record.method not in (0, 8):
+        if method not in (0, 8):
             raise UnsupportedError(
-                f"the record is packed by method {record.method}; stored and deflated ones are read", record=name, path=self.file.url
+                f"the record is packed by method {method}; stored and deflated ones are read", record=name, path=self.file.url
             )
-        start = self._predicted(record)
-        if start is None:
+        end = self._next[header]
+        start = -(-(header + 34 + len(raw_name)) // _ALIGNMENT) * _ALIGNMENT
+        if end - start - packed not in ((16, 24) if flags & 8 else (0,)):  # not torch's layout, or not for certain
             with Span(self.file, 0, self.file.size).open() as reader:
-                start = _prove(record, lambda at, n: _pread(reader, at, n, self.file.size))
-        check = _Check(record, start)
-        span = Span(self.file, start, record.packed, check)
-        if start + record.packed > self._next[record.header]:
+                start = _payload_start(record, lambda at, n: _pread(reader, at, n, self.file.size))
+        if start + packed > end:
             raise CorruptFileError("the record runs into what follows it", record=name, path=self.file.url)
-        return span if record.method == 0 else Inflated(span, record.size, record.name)
-
-    def _predicted(self, record: Record) -> int | None:
-        start = -(-(record.header + 30 + len(record.raw_name) + 4) // _ALIGNMENT) * _ALIGNMENT
-        following = self._next.get(record.header)
-        descriptors = (16, 24) if record.flags & 8 else (0,)
-        return start if following is not None and following - start - record.packed in descriptors else None
+        span = Span(self.file, start, packed, record)
+        return span if method == 0 else Inflated(span, size, name)
 
     @cached_property
     def _next(self) -> dict[int, int]:
@@ -89,19 +91,7 @@ class ZipIndex:
         return dict(zip(starts, [*starts[1:], self.directory], strict=True))
 
 
-@dataclass(frozen=True)
-class _Check:
-    """The proof, made at each open, that a record's local header tells the directory's story."""
-
-    record: Record
-    start: int
-
-    def __call__(self, pread: Callable[[int, int], bytes]) -> None:
-        if _prove(self.record, pread) != self.start:
-            raise CorruptFileError("the payload does not lie where the archive's layout says", record=self.record.name)
-
-
-def _prove(record: Record, pread: Callable[[int, int], bytes]) -> int:
+def _payload_start(record: Record, pread: Callable[[int, int], bytes]) -> int:
     """Where the payload starts, after comparing the local header with the central one."""
     head = pread(record.header, 30 + len(record.raw_name))
     if len(head) < 30 or head[:4] != b"PK\x03\x04":
@@ -270,14 +260,15 @@ def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
 
 
 def _central_record(data: bytes, at: int) -> tuple[Record, int]:
-    if data[at : at + 4] != b"PK\x01\x02" or at + 46 > len(data):
+    if at + 46 > len(data):
         raise CorruptFileError("the directory is damaged", offset=at)
-    flags, method, crc, packed, size, n, e, c, disk, header = struct.unpack_from("<8xHH4xIIIHHHH6xI", data, at)
-    raw_name, extra = data[at + 46 : at + 46 + n], data[at + 46 + n : at + 46 + n + e]
-    if at + 46 + n + e + c > len(data):
-        raise CorruptFileError("a directory entry runs past the directory", offset=at)
-    if 0xFFFFFFFF in (packed, size, header):
-        size, packed, header = _zip64(extra, size, packed, header)
+    mark, flags, method, crc, packed, size, n, e, c, disk, header = _CENTRAL.unpack_from(data, at)
+    end = at + 46 + n + e + c
+    if mark != b"PK\x01\x02" or end > len(data):
+        raise CorruptFileError("the directory is damaged, or an entry runs past it", offset=at)
+    raw_name = data[at + 46 : at + 46 + n]
+    if packed == _FULL or size == _FULL or header == _FULL:
+        size, packed, header = _zip64(data[at + 46 + n : at + 46 + n + e], size, packed, header)
     if disk not in (0, 0xFFFF):
         raise CorruptFileError("a record lies on another disk", offset=at)
     try:
@@ -288,7 +279,7 @@ def _central_record(data: bytes, at: int) -> tuple[Record, int]:
         raise CorruptFileError("a record's name holds a NUL", record=name, offset=at)
     if method == 0 and packed != size:
         raise CorruptFileError(f"a stored record states {packed} packed bytes and {size} plain ones", record=name, offset=at)
-    return Record(name, raw_name, flags, method, crc, packed, size, header), at + 46 + n + e + c
+    return Record(name, raw_name, flags, method, crc, packed, size, header), end
 
 
 def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:

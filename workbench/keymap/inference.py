@@ -18,6 +18,8 @@ from workbench.opening import open as open_checkpoint
 from workbench.tensors import TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
+_MAX_FITS = 16  # targets that one source is tried on
+_MAX_ROUNDS = 64  # different prefixes in one file; past that, names are too unlike to be read this way
 
 
 def match(source: Any, target: Any) -> KeyMap:
@@ -46,15 +48,17 @@ def match(source: Any, target: Any) -> KeyMap:
         left_sources = {s: shape for s, shape in sources.items() if s not in used}
         if not left_targets or not left_sources:
             break
-        pairs, unclear = step(left_sources, left_targets)
+        pairs, unclear = step(left_sources, left_targets, bool(found))
         found.update({pair.target: pair for pair in pairs})
         ambiguous.update({a.target: a for a in unclear})
     used = {pair.source for pair in found.values()}
-    unmatched = tuple(_unmatched(t, targets[t], sources, used) for t in targets if t not in found and t not in ambiguous)
+    like = {bare_name(s): s for s in sources}
+    free = Counter(shape for s, shape in sources.items() if s not in used)
+    unmatched = tuple(_unmatched(t, targets[t], sources, used, like, free) for t in targets if t not in found and t not in ambiguous)
     unused = tuple(s for s in sources if s not in used)
-    return KeyMap(
-        tuple(found[t] for t in targets if t in found), unmatched, tuple(ambiguous.values()), unused, section.name, section.reason
-    )
+    rivals = tuple(s.name for s in ckpt.rival_sections if {n: t.shape for n, t in ckpt.section(s.path).items()} == sources)
+    found_in_order = tuple(found[t] for t in targets if t in found)
+    return KeyMap(found_in_order, unmatched, tuple(ambiguous.values()), unused, section.name, section.reason, rivals)
 
 
 def target_shapes(target: Any) -> Shapes:
@@ -79,23 +83,24 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
 Found = tuple[list[Pair], list[Ambiguous]]
 
 
-def _same_name(sources: Shapes, targets: Shapes) -> Found:
+def _same_name(sources: Shapes, targets: Shapes, partly: bool) -> Found:
     return [Pair(t, t, "same name", "certain", "name and shape agree") for t, shape in targets.items() if sources.get(t) == shape], []
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
+    """The name without the segments that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _without_wrappers(sources: Shapes, targets: Shapes) -> Found:
+def _without_wrappers(sources: Shapes, targets: Shapes, partly: bool) -> Found:
     by_bare: dict[str, list[str]] = defaultdict(list)
     for name in sources:
-        by_bare[_bare(name)].append(name)
-    rivals = Counter(_bare(name) for name in targets)
+        by_bare[bare_name(name)].append(name)
+    rivals = Counter(bare_name(name) for name in targets)
     pairs, unclear = [], []
     for target, shape in targets.items():
-        candidates = [s for s in by_bare.get(_bare(target), []) if sources[s] == shape]
-        if len(candidates) == 1 and rivals[_bare(target)] == 1:
+        candidates = [s for s in by_bare.get(bare_name(target), []) if sources[s] == shape]
+        if len(candidates) == 1 and rivals[bare_name(target)] == 1:
             rule, reason = _wrapper_rule(candidates[0], target)
             pairs.append(Pair(target, candidates[0], rule, "certain", reason))
         elif candidates:
@@ -111,16 +116,25 @@ def _wrapper_rule(source: str, target: str) -> tuple[str, str]:
     return ", ".join(words) or "move wrapper names", "written by " + "; ".join(owners) if owners else "wrapper names stand elsewhere"
 
 
-def _prefixes(sources: Shapes, targets: Shapes) -> Found:
-    """One prefix in place of another, best explained first, until nothing more is explained."""
+def _prefixes(sources: Shapes, targets: Shapes, partly: bool) -> Found:
+    """One prefix in place of another, best explained first, until nothing more is explained.
+
+    `partly` tells that other names were paired already: then no prefix explains everything, and none is certain.
+    """
     sources, targets = dict(sources), dict(targets)
+    alone = (len(sources), len(targets)) if not partly else (-1, -1)
     pairs: list[Pair] = []
     unclear: list[Ambiguous] = []
+    rounds = 0
     while sources and targets:
         ranked = sorted(_explained(sources, targets).items(), key=lambda entry: -len(entry[1]))
         if not ranked:
             break
         (old, new), explained = ranked[0]
+        if len(explained) == 1 or rounds > _MAX_ROUNDS:
+            unclear += _single(ranked, targets)
+            break
+        rounds += 1
         rivals = [(rule, held) for rule, held in ranked[1:] if len(held) == len(explained) and _conflict(held, explained)]
         if rivals:
             choices = [explained, *(held for _, held in rivals)]
@@ -129,37 +143,40 @@ def _prefixes(sources: Shapes, targets: Shapes) -> Found:
                 unclear.append(Ambiguous(target, candidates, f"{len(choices)} prefixes explain {len(explained)} keys each"))
                 targets.pop(target)
             continue
-        below = [t for t in targets if t.startswith(new)]
         structural = min(t[len(new) :].count(".") for t in explained) > 0 or len({t[len(new) :] for t in explained}) > 4
-        if len(explained) == 1 and not structural:
-            ((target, source),) = explained.items()
-            unclear.append(Ambiguous(target, (source,), "only the last part of the name and the shape agree"))
-            targets.pop(target)
-            continue
-        sure = structural and len(explained) >= 2 and len(explained) == len(below)
+        # One prefix taken off or put on that explains everything is proven; any other change of names is a reading of them.
+        whole = (not old and len(explained) == alone[0]) or (not new and len(explained) == alone[1])
         rule = f'strip "{old}"' if not new else f'add "{new}"' if not old else f'"{old}" becomes "{new}"'
-        reason = (
-            f"explains {len(explained)} of the {len(below)} names " + (f"below {new!r}" if new else "left in the model") + ", shapes agree"
-        )
+        reason = f"explains {len(explained)} of {len(targets)} names left in the model and {len(sources)} in the file; shapes agree"
         for target, source in explained.items():
-            pairs.append(Pair(target, source, rule, "certain" if sure else "likely", reason))
+            pairs.append(Pair(target, source, rule, "certain" if structural and whole else "likely", reason))
             targets.pop(target)
             sources.pop(source)
     return pairs, unclear
 
 
+def _single(ranked: list[tuple[tuple[str, str], dict[str, str]]], targets: Shapes) -> list[Ambiguous]:
+    """What is left when no prefix explains two names: candidates, each by the end of its name and its shape."""
+    candidates: dict[str, list[str]] = defaultdict(list)
+    for _, held in ranked:
+        for target, source in held.items():
+            candidates[target].append(source)
+    reason = "only the end of the name and the shape agree"
+    return [Ambiguous(target, tuple(dict.fromkeys(found))[:8], reason) for target, found in candidates.items() if target in targets]
+
+
 def _explained(sources: Shapes, targets: Shapes) -> dict[tuple[str, str], dict[str, str]]:
     """(old prefix, new prefix) -> target -> source, for every pair of prefixes whose change makes names and shapes agree."""
-    by_suffix: dict[str, list[str]] = defaultdict(list)
-    for target in targets:
+    by_suffix: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for target, shape in targets.items():
         for suffix in _suffixes(target):
-            by_suffix[suffix].append(target)
+            by_suffix[suffix, shape].append(target)
     out: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for source, shape in sources.items():
         for suffix in _suffixes(source):  # longest first
-            fits = [t for t in by_suffix.get(suffix, ()) if targets[t] == shape]
-            if fits and len(fits) <= 16:
-                for target in fits:
+            fits = by_suffix.get((suffix, shape), ())
+            if fits:
+                for target in fits[:_MAX_FITS]:
                     out[source[: len(source) - len(suffix)], target[: len(target) - len(suffix)]][target] = source
                 break
     return out
@@ -176,11 +193,12 @@ def _conflict(a: dict[str, str], b: dict[str, str]) -> bool:
     return any((t in a and a[t] != s) or (s in taken and taken[s] != t) for t, s in b.items())
 
 
-def _unmatched(target: str, shape: tuple[int, ...], sources: Shapes, used: set[str]) -> Unmatched:
-    same = target if target in sources else next((s for s in sources if _bare(s) == _bare(target)), None)
+def _unmatched(
+    target: str, shape: tuple[int, ...], sources: Shapes, used: set[str], like: dict[str, str], free: Counter[tuple[int, ...]]
+) -> Unmatched:
+    same = target if target in sources else like.get(bare_name(target))
     if same is not None and same not in used and sources[same] != shape:
         return Unmatched(target, f"{list(sources[same])} in the file and {list(shape)} in the model", same)
     if same is not None:
         return Unmatched(target, f"{same!r} fills another name")
-    fits = sum(s not in used and held == shape for s, held in sources.items())
-    return Unmatched(target, f"no name in the file is like it; {fits} unused tensors have its shape")
+    return Unmatched(target, f"no name in the file is like it; {free[shape]} unused tensors have its shape")

@@ -1,7 +1,8 @@
 """load_into: put a checkpoint's values into a model, tensor by tensor, and prove that they are there.
 
-The module's own loading code is asked first (its hooks may accept names that a plain comparison rejects, and may fill
-tensors itself); only when it is content, or strict is False, is a single value copied. Memory: the model and one chunk.
+The module's own load_state_dict is asked first (it may accept names that a plain comparison rejects, and may fill tensors
+itself); only when it is content, or strict is False, is a single value copied. A model with loading code of its own is
+loaded through that code, for it may change values. What counts is read from a new state_dict() afterwards.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench import dtypes
-from workbench.checkpoint import Checkpoint
-from workbench.errors import SpecMismatchError, UnsupportedError, located, visible
-from workbench.keymap.inference import match
+from workbench.checkpoint import Checkpoint, Step, rename_modules
+from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError, WorkbenchError, located, visible
+from workbench.keymap.inference import bare_name, match
 from workbench.keymap.rules import KeyMap, Pair
 from workbench.opening import open as open_checkpoint
 from workbench.report import Report
 from workbench.tables import Column, Table, format_bytes, table
-from workbench.tensors import LazyTensor
-from workbench.tree import Inert, is_mapping, items_of, plain
+from workbench.tensors import LazyTensor, Live
+from workbench.tree import Inert, is_mapping, items_of, live, plain, wrapped
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ class LoadCertificate(Report):
 
     @property
     def ok(self) -> bool:
-        return all(row.state != "wrong" for row in self.rows) and any(row.state == "loaded" for row in self.rows)
+        return all(row.state != "wrong" for row in self.rows) and any(row.state in ("loaded", "set by the module") for row in self.rows)
 
     @property
     def coverage(self) -> float:
@@ -133,33 +134,110 @@ def load_into(model: torch.nn.Module, ckpt: Any, keymap: KeyMap | None = None, s
     Returns:
         LoadCertificate; falsy when a value in the model differs from the file.
     Raises:
-        SpecMismatchError: strict, and names, shapes or kinds do not fit; the model is as it was.
-    Cost: two reads of each tensor (one to copy, one to prove); memory is one chunk.
+        SpecMismatchError: strict, and names, shapes or kinds do not fit, or the module's own code refuses; the model is as it was.
+        SelectionError: two sections of the file fit equally well, and none was chosen.
+    Cost: two reads of each tensor (one to copy, one to prove); memory is one chunk. A model with loading code of its own (hooks,
+    an override, state that is computed) is loaded through it instead, which holds the file's tensors in memory.
     """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise SelectionError(
+            f"a {type(model).__name__} is no nn.Module to load into", hint="wb.match(…).apply(ckpt) gives tensors under other names"
+        )
     opened = open_checkpoint(ckpt)
     chosen = keymap if keymap is not None else _certain(match(opened, model))
-    part = opened.section(chosen.section) if chosen.section else opened.weights
-    own = {name: value for name, value in model.state_dict().items() if _is_tensor(value)}
+    if keymap is None and chosen.rivals:
+        sections = ", ".join(map(repr, (chosen.section, *chosen.rivals)))
+        raise SelectionError(
+            f"the sections {sections} fit the model equally well", hint="give one of them: wb.load_into(model, ckpt.section(…))"
+        )
+    own = _tensors(model)
     _require_real(own)
+    part = _apart(chosen.part(opened), own)
     pairs, misfits = _fitting(chosen, part, own)
-    before = {name: own[name].clone() for name in own if name not in pairs}
-    missing, unexpected, verdict = _ask_module(model, own, pairs, part, chosen)
+    through = _loads_itself(model, own)
+    before = {name: value.clone() for name, value in own.items() if through or name not in pairs}
     ties = _ties(own, pairs)
+    missing, unexpected, verdict = _ask_module(model, own, pairs, part, chosen, through)
     missing = [name for name in missing if name not in ties]
-    if strict and (missing or unexpected or misfits):
-        _restore(own, before)
-        raise _refusal(missing, unexpected, misfits, chosen, part)
-    for name, pair in pairs.items():
-        with located(tensor=pair.source):
-            _copy(part[pair.source], own[name])
-    rows = tuple(_row(name, own[name], pairs.get(ties.get(name, name)), part, before, misfits, ties.get(name)) for name in own)
+    if verdict.startswith(_REFUSED) or (strict and (missing or unexpected or misfits)):
+        _restore(model, before)
+        raise _refusal(missing, unexpected, misfits, chosen, part, verdict)
+    if not through:
+        _copy_all(part, pairs, own)
+    held = _tensors(model)  # read anew: only now does it show whether what state_dict() computes was loaded
+    rows = [_row(name, held[name], pairs.get(ties.get(name, name)), part, before, misfits, ties.get(name), through) for name in held]
+    rows += [LoadedTensor(name, name, "set by the module", (), "object", None, 0) for name in _objects(part, model)]
     used = {pair.source for pair in pairs.values()}
-    unused = tuple(
-        (name, "the module accepted it" if name not in unexpected else "the module has no place for it")
-        for name in part
-        if name not in used
+    reasons = ("the module accepted it", "the module has no place for it")
+    unused = tuple((name, reasons[name in unexpected]) for name in part if name not in used)
+    return LoadCertificate(tuple(rows), unused, strict, chosen, verdict, _mode(model))
+
+
+_REFUSED = "it refused: "
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def _objects(part: Checkpoint, model: torch.nn.Module) -> dict[str, Any]:
+    """What the model's state dict holds beside tensors (extra state, packed parameters), from the file's entry of the same bare name."""
+    entries = items_of(part.tree) if is_mapping(part.tree) else {}
+    named = {bare_name(name): wrapped(value) for name, value in entries.items() if isinstance(name, str)}
+    wanted = [name for name, value in model.state_dict().items() if not hasattr(value, "data_ptr")]
+    found = {name: named[bare_name(name)] for name in wanted if bare_name(name) in named}
+    return {name: live(value) for name, value in found.items() if not isinstance(value, LazyTensor)}
+
+
+def _apart(part: Checkpoint, own: dict[str, torch.Tensor]) -> Checkpoint:
+    """The source, with copies of those live tensors that share memory with the model: copying must not change what is copied."""
+    held = {Live(value).storage_key for value in own.values() if value.layout == _strided()}
+    shared = {name for name, t in part.items() if isinstance(t.source, Live) and t.source.storage_key in held}
+    if not shared:
+        return part
+    return part.rewrite(
+        [(n, replace(t, source=Live(t.load().clone())) if n in shared else t, n) for n, t in part.items()], Step("copy", {})
     )
-    return LoadCertificate(rows, unused, strict, chosen, verdict, _mode(model))
+
+
+def _strided() -> Any:
+    import torch
+
+    return torch.strided
+
+
+def _copy_all(part: Checkpoint, pairs: dict[str, Pair], own: dict[str, torch.Tensor]) -> None:
+    for done, (name, pair) in enumerate(pairs.items()):
+        try:
+            with located(tensor=pair.source):
+                _copy(part[pair.source], own[name])
+        except WorkbenchError as error:
+            if done:
+                error.hint = f"{done} of {len(pairs)} tensors of the model were overwritten before this: build it anew" + (
+                    f"; {error.hint}" if error.hint else ""
+                )
+            raise
+
+
+def _loads_itself(model: torch.nn.Module, own: dict[str, torch.Tensor]) -> bool:
+    """Whether the model has loading code that may change values: hooks, an override outside torch.nn, or state computed at each look."""
+    import torch
+
+    again = _tensors(model)
+    if any(value.data_ptr() != again[name].data_ptr() or value.is_quantized for name, value in own.items()):
+        return True
+    if type(model).load_state_dict is not torch.nn.Module.load_state_dict:
+        return True
+    for module in model.modules():
+        override = type(module)._load_from_state_dict
+        patched = "_load_from_state_dict" in vars(module) or not override.__module__.startswith("torch.nn.modules.")
+        if patched or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+            return True
+    return False
 
 
 def _ties(own: dict[str, torch.Tensor], pairs: dict[str, Pair]) -> dict[str, str]:
@@ -173,20 +251,22 @@ def _certain(keymap: KeyMap) -> KeyMap:
     return replace(keymap, pairs=tuple(pair for pair in keymap.pairs if pair.confidence == "certain"))
 
 
-def _is_tensor(value: Any) -> bool:
+def _require_real(own: dict[str, torch.Tensor]) -> None:
     import torch
 
-    return isinstance(value, torch.Tensor)
-
-
-def _require_real(own: dict[str, torch.Tensor]) -> None:
-    meta = [name for name, value in own.items() if value.device.type == "meta"]
-    if meta:
-        raise UnsupportedError(
-            f"{len(meta)} tensors of the model are on the meta device and hold no values",
-            tensor=meta[0],
-            hint='give it memory first: model.to_empty(device="cpu")',
-        )
+    for name, value in own.items():
+        if torch.nn.parameter.is_lazy(value):
+            raise UnsupportedError(
+                "the model has a lazy parameter without a shape", tensor=name, hint="run the model once on an example first"
+            )
+        if value.device.type == "meta":
+            raise UnsupportedError(
+                "the model is on the meta device and holds no values",
+                tensor=name,
+                hint='give it memory first: model.to_empty(device="cpu")',
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            raise UnsupportedError("the model's tensor is expanded: its elements share memory and cannot each take a value", tensor=name)
 
 
 def _fitting(keymap: KeyMap, part: Checkpoint, own: dict[str, torch.Tensor]) -> tuple[dict[str, Pair], dict[str, str]]:
@@ -214,48 +294,56 @@ def _fitting(keymap: KeyMap, part: Checkpoint, own: dict[str, torch.Tensor]) -> 
 
 
 def _ask_module(
-    model: torch.nn.Module, own: dict[str, torch.Tensor], pairs: dict[str, Pair], part: Checkpoint, keymap: KeyMap
+    model: torch.nn.Module, own: dict[str, torch.Tensor], pairs: dict[str, Pair], part: Checkpoint, keymap: KeyMap, through: bool
 ) -> tuple[list[str], list[str], str]:
-    """(missing, unexpected, verdict) by the module's own load_state_dict, given its own tensors for what fits.
+    """(missing, unexpected, verdict) by the module's own load_state_dict.
 
-    What fits is copied onto itself, so only the module's hooks can change anything: they see the file's left-over tensors.
+    Given the file's tensors where the model has loading code of its own. Otherwise what fits is copied onto itself, and the
+    module sees the file's left-over tensors only.
     """
     used = {pair.source for pair in pairs.values()}
-    state: OrderedDict[str, Any] = OrderedDict((name, own[name]) for name in pairs)
+    state: OrderedDict[str, Any] = OrderedDict((name, part[pair.source].load() if through else own[name]) for name, pair in pairs.items())
     state.update({name: tensor.load() for name, tensor in part.items() if name not in used and name not in own and tensor.locked is None})
-    extra = {name: value for name, value in model.state_dict().items() if name not in own}
-    state.update(extra)
-    if (metadata := _metadata(part)) is not None and all(pair.source == pair.target for pair in pairs.values()):
+    state.update(_objects(part, model))
+    if (metadata := _metadata(part, keymap)) is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
     try:
         result = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        missing = [name for name in own if name not in pairs]
-        return missing, [name for name in part if name not in used], f"it refused: {str(error).splitlines()[-1].strip()}"
+    except Exception as error:  # the model's own code may raise anything
+        return [name for name in own if name not in pairs], [], _REFUSED + f"{type(error).__name__}: {error}".splitlines()[-1].strip()
     missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
-    words = (
-        "accepts the names as they are"
-        if not missing and not unexpected
-        else f"misses {len(missing)} names, does not know {len(unexpected)}"
-    )
-    return missing, unexpected, f"load_state_dict {words}"
+    if missing or unexpected:
+        return missing, unexpected, f"load_state_dict misses {len(missing)} names, does not know {len(unexpected)}"
+    return missing, unexpected, "load_state_dict accepts the names as they are"
 
 
-def _metadata(part: Checkpoint) -> Any:
+def _metadata(part: Checkpoint, keymap: KeyMap) -> Any:
+    """The file's `_metadata` under the model's module names, which loading code asks for versions."""
     if isinstance(part.tree, Inert) and isinstance(part.tree.state, dict) and is_mapping(part.tree.state.get("_metadata")):
-        return OrderedDict((key, plain(value)) for key, value in items_of(part.tree.state["_metadata"]).items())
+        return OrderedDict(
+            rename_modules({key: plain(value) for key, value in items_of(part.tree.state["_metadata"]).items()}, keymap.mapping)
+        )
     return None
 
 
-def _restore(own: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> None:
+def _restore(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Put back what the module's loading code may have touched."""
     import torch
 
     with torch.no_grad():
-        for name, value in before.items():
-            own[name].copy_(value)
+        for name, value in _tensors(model).items():
+            if name in before and not value.is_quantized and not _same_bytes(before[name], value):
+                value.copy_(before[name])
 
 
-def _refusal(missing: list[str], unexpected: list[str], misfits: dict[str, str], keymap: KeyMap, part: Checkpoint) -> SpecMismatchError:
+def _refusal(
+    missing: list[str], unexpected: list[str], misfits: dict[str, str], keymap: KeyMap, part: Checkpoint, verdict: str
+) -> SpecMismatchError:
+    if verdict.startswith(_REFUSED):
+        return SpecMismatchError(
+            f"the module's own loading code refused, and nothing was loaded: {verdict.removeprefix(_REFUSED)}",
+            hint="model.load_state_dict shows its whole message",
+        )
     lines = [f"{name}: {why}" for name, why in misfits.items()]
     reshaped = {u.source for u in keymap.unmatched if u.source is not None}
     unexpected = [name for name in unexpected if name not in misfits and name not in reshaped]
@@ -296,6 +384,7 @@ def _row(
     before: dict[str, torch.Tensor],
     misfits: dict[str, str],
     tied_to: str | None,
+    through: bool,
 ) -> LoadedTensor:
     shape, nbytes = tuple(value.shape), value.numel() * value.element_size()
     dtype = dtypes.from_torch(value.dtype).name
@@ -304,16 +393,21 @@ def _row(
         return LoadedTensor(name, None, "initial" if untouched else "set by the module", shape, dtype, None, nbytes, misfits.get(name, ""))
     source = part[pair.source]
     wrong = _difference(source, value)
+    if wrong and through:
+        wrong += "; the model's own loading code ran, and whether it meant this cannot be proven"
     notes = [f"tied to {tied_to}"] * bool(tied_to) + [f"{source.dtype} became {dtype}"] * (source.dtype.name != dtype)
-    note = wrong or "; ".join(notes)
-    return LoadedTensor(name, pair.source, "wrong" if wrong else "loaded", shape, dtype, source.dtype.name, nbytes, note)
+    return LoadedTensor(
+        name, pair.source, "wrong" if wrong else "loaded", shape, dtype, source.dtype.name, nbytes, wrong or "; ".join(notes)
+    )
 
 
 def _difference(source: LazyTensor, value: torch.Tensor) -> str:
     """Empty when the model's tensor holds the file's values after the cast, else what is wrong."""
     import torch
 
-    if source.spec.quantizer or value.layout is not torch.strided:
+    if tuple(value.shape) != source.shape:
+        return "the model's tensor has another shape now"
+    if source.spec.quantizer or value.is_quantized or value.layout is not torch.strided:
         return "" if torch.equal(source.load().to(value.device), value) else "the model's values differ from the file's"
     flat = value.detach().reshape(-1)
     for start, chunk in source.chunks():
@@ -321,9 +415,19 @@ def _difference(source: LazyTensor, value: torch.Tensor) -> str:
         cast = chunk.to(value.dtype)
         if not _same_bytes(cast, held):
             return "the model's values differ from the file's"
-        if cast.dtype != chunk.dtype and bool((torch.isfinite(chunk.double()) & ~torch.isfinite(cast.double())).any()):
-            return f"values of the file overflow {dtypes.from_torch(value.dtype)}"
+        if cast.dtype != chunk.dtype and _loses_range(chunk, cast):
+            return f"values of the file do not fit {dtypes.from_torch(value.dtype)}"
     return ""
+
+
+def _loses_range(chunk: torch.Tensor, cast: torch.Tensor) -> bool:
+    """Whether a cast made another number of a whole one, or a finite one infinite."""
+    import torch
+
+    if not cast.dtype.is_floating_point and not cast.is_complex():
+        return not torch.equal(cast.to(torch.int64), chunk.to(torch.int64)) or not torch.equal(cast.to(chunk.dtype), chunk)
+    wide = torch.complex128 if cast.is_complex() else torch.float64
+    return bool((torch.isfinite(chunk.to(wide)) & ~torch.isfinite(cast.to(wide))).any())
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

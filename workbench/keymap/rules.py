@@ -60,6 +60,7 @@ class KeyMap(Report):
         pairs: in the target's order.
         unused: source names that fill nothing.
         section: the section of the source that was taken, and `section_reason` why.
+        rivals: other sections with the same names and shapes and as good a claim.
     """
 
     pairs: tuple[Pair, ...]
@@ -68,10 +69,11 @@ class KeyMap(Report):
     unused: tuple[str, ...] = ()
     section: str = ""
     section_reason: str = ""
+    rivals: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return not self.unmatched and not self.ambiguous
+        return not self.unmatched and not self.ambiguous and not self.rivals
 
     @property
     def mapping(self) -> dict[str, str]:
@@ -95,6 +97,7 @@ class KeyMap(Report):
             self.ambiguous
         )
         parts += [f"{len(self.unused)} names of the file are unused"] * bool(self.unused)
+        parts += [f"taken from {self.section!r}, but {', '.join(map(repr, self.rivals))} fits as well"] * bool(self.rivals)
         return "; ".join([text, *parts])
 
     def tables(self) -> tuple[Table, ...]:
@@ -133,10 +136,14 @@ class KeyMap(Report):
         Raises:
             SelectionError: the checkpoint lacks a source that the map names.
         """
-        part = ckpt.section(self.section) if self.section in {s.name for s in ckpt.sections()} else ckpt.weights
+        part = self.part(ckpt)
         if missing := [p.source for p in self.pairs if p.source not in part]:
             raise SelectionError(f"{len(missing)} names of the map are not in the checkpoint, first {missing[0]!r}")
         return part.rewrite([(p.target, part[p.source], p.source) for p in self.pairs], Step("apply_keymap", {"mapping": self.mapping}))
+
+    def part(self, ckpt: Checkpoint) -> Checkpoint:
+        """The section that the map was made for, or the weights where `ckpt` is that section already."""
+        return ckpt.section(self.section) if self.section in {s.name for s in ckpt.sections()} else ckpt.weights
 
     def inverse(self) -> KeyMap:
         """The map the other way round."""
@@ -154,10 +161,11 @@ class KeyMap(Report):
             tuple(data["unused"]),
             data["section"],
             data["section_reason"],
+            tuple(data["rivals"]),
         )
 
     def code(self) -> str:
-        """Python that does the same to a plain state dict, without this library."""
-        changed = {source: target for source, target in self.mapping.items() if source != target}
-        lines = ["renames = {", *(f"    {source!r}: {target!r}," for source, target in changed.items()), "}"]
-        return "\n".join([*lines, "state_dict = {renames.get(name, name): tensor for name, tensor in state_dict.items()}"])
+        """Python that does the same to what torch.load gives, without this library: the matched tensors under their target names."""
+        path = "".join(f"[{part!r}]" for part in self.section.split(".")) if self.section else ""
+        lines = [f"source = checkpoint{path}", "sources = {", *(f"    {p.target!r}: {p.source!r}," for p in self.pairs), "}"]
+        return "\n".join([*lines, "state_dict = {target: source[name] for target, name in sources.items()}"])

@@ -117,9 +117,9 @@ def int8_rows(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Seq
     import torch
 
     rows = blocks[0].shape[0]
-    values = _float(blocks[0].reshape(rows, -1))
-    if not values.numel():
+    if not blocks[0].numel():
         return [blocks[0].to(torch.int8), torch.ones(rows, 1)]
+    values = _float(blocks[0].reshape(rows, -1))
     scale = _scale(torch.maximum(values.amax(1), -values.amin(1)))
     quantized = (values / scale[:, None]).round_().to(torch.int8)
     return [quantized.view(blocks[0].shape), scale.float()[:, None]]

@@ -15,9 +15,18 @@ Entries = Iterable[tuple[str, LazyTensor, str]]
 def on_section(
     ckpt: Checkpoint, section: str | Path | None, everything: bool, step: Step, op: Callable[[Checkpoint], Entries]
 ) -> Checkpoint:
-    """Apply `op` to the weights of `ckpt` (or another section, or everything) and return the whole tree."""
+    """Apply `op` to the weights of `ckpt` (or another section, or everything) and return the whole tree.
+
+    Raises:
+        SelectionError: both were given, or several sections have an equal claim to be the weights and neither was.
+    """
     if everything and section is not None:
         raise SelectionError("give section= or everything=True, not both")
+    if not everything and section is None and ckpt.rival_sections:
+        names = ", ".join(repr(s.name) for s in (ckpt.weights_section, *ckpt.rival_sections))
+        raise SelectionError(
+            f"the sections {names} have an equal claim to be the weights", hint="give section= one of them, or everything=True"
+        )
     path = () if everything else ckpt.weights_section.path if section is None else section
     part = ckpt.section(path)
     result = part.rewrite(op(part), step)

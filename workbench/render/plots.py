@@ -161,9 +161,10 @@ def to_png(figure: Figure, *, dpi: int = 110) -> bytes:
 
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    from workbench.render.picture import Picture
+
+    figure = Picture(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
     for ax in axes:

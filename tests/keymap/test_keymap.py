@@ -1,0 +1,201 @@
+"""match and load_into: rules with reasons, nothing guessed, and a certificate that can fail. Oracle: load_state_dict."""
+
+import json
+
+import pytest
+import torch
+from strategies import same
+
+import workbench as wb
+from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError
+from workbench.keymap.rules import KeyMap
+
+
+class Net(torch.nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem = torch.nn.Linear(4, width)
+        self.body = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, width))
+        self.head = torch.nn.Linear(width, 3)
+
+
+def net(seed, width=8):
+    torch.manual_seed(seed)
+    return Net(width)
+
+
+def holds(model, state):
+    return all(same(value, state[name]) for name, value in model.state_dict().items())
+
+
+WRAPPINGS = {
+    "as it is": lambda s: s,
+    "DataParallel": lambda s: {f"module.{n}": t for n, t in s.items()},
+    "torch.compile": lambda s: {f"_orig_mod.{n}": t for n, t in s.items()},
+    "both": lambda s: {f"module._orig_mod.{n}": t for n, t in s.items()},
+    "compiled inside": lambda s: {n.replace("body.", "body._orig_mod."): t for n, t in s.items()},
+    "inside a trainer": lambda s: {f"backbone.{n}": t for n, t in s.items()},
+    "a training checkpoint": lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}, "epoch": 1},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_common_wrappings_load_and_are_proven(wrapping, tmp_path):
+    source, target = net(1), net(2)
+    torch.save(WRAPPINGS[wrapping](source.state_dict()), tmp_path / "w.pt")
+    certificate = wb.load_into(target, tmp_path / "w.pt")
+    assert certificate
+    assert certificate.coverage == 1
+    assert holds(target, source.state_dict())
+
+
+def test_the_reverse_direction_strips_from_the_model():
+    source, target = net(1), torch.nn.ModuleDict({"module": net(2)})
+    assert wb.load_into(target, source)
+    assert holds(target["module"], source.state_dict())
+
+
+def test_two_layers_that_fit_alike_are_ambiguous_and_none_is_chosen():
+    keymap = wb.match({"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2, 2)}, {"x.weight": (2, 2)})
+    assert not keymap
+    assert keymap.pairs == ()
+    assert set(keymap.ambiguous[0].candidates) == {"a.weight", "b.weight"}
+
+
+def test_a_pair_of_one_name_and_another_shape_is_no_pair():
+    keymap = wb.match({"w": torch.ones(2, 3)}, {"w": (3, 2)})
+    assert keymap.pairs == ()
+    assert "[2, 3]" in keymap.unmatched[0].reason
+    assert "[3, 2]" in keymap.unmatched[0].reason
+
+
+def test_no_source_is_used_twice_and_no_target_is_filled_twice():
+    source = {f"{p}.{n}": t for p in ("student", "teacher") for n, t in net(1).state_dict().items()}
+    keymap = wb.match(source, net(2))
+    assert len({p.source for p in keymap.pairs}) == len(keymap.pairs) == len({p.target for p in keymap.pairs})
+    assert not [p for p in keymap.pairs if p.confidence == "certain"]
+
+
+def test_a_keymap_goes_through_json_applies_and_inverts():
+    source, target = WRAPPINGS["inside a trainer"](net(1).state_dict()), net(2)
+    keymap = wb.match(source, target)
+    again = KeyMap.from_dict(json.loads(json.dumps(keymap.to_dict())))
+    assert again == keymap
+    fixed = again.apply(wb.open(source))
+    assert set(fixed) == set(target.state_dict())
+    back = keymap.inverse().apply(fixed)
+    assert {n: t.shape for n, t in back.items()} == {n: tuple(t.shape) for n, t in source.items()}
+    scope = {"checkpoint": source}
+    exec(keymap.code(), scope)
+    assert set(scope["state_dict"]) == set(target.state_dict())
+
+
+def test_a_target_without_tensors_is_refused():
+    with pytest.raises(SelectionError):
+        wb.match({"w": torch.ones(1)}, torch.nn.ReLU())
+
+
+# loading
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "shape", "kind"])
+def test_strict_refuses_before_a_single_value_is_copied(fault):
+    target = net(2)
+    before = {n: t.clone() for n, t in target.state_dict().items()}
+    state = dict(net(1).state_dict())
+    if fault == "missing":
+        state.pop("head.bias")
+    elif fault == "left over":
+        state["extra.weight"] = torch.ones(3)
+    elif fault == "shape":
+        state["head.weight"] = torch.ones(5, 8)
+    else:
+        state["head.bias"] = torch.ones(3, dtype=torch.int64)
+    with pytest.raises(SpecMismatchError, match="nothing was loaded"):
+        wb.load_into(target, state)
+    assert holds(target, before)
+
+
+def test_not_strict_loads_the_rest_and_lists_what_stayed():
+    target, source = net(2), net(1)
+    state = dict(source.state_dict())
+    state.pop("head.bias")
+    state["head.weight"] = torch.ones(5, 8)
+    before = target.head.weight.detach().clone()
+    certificate = wb.load_into(target, state, strict=False)
+    assert {row.name for row in certificate.rows if row.state == "initial"} == {"head.bias", "head.weight"}
+    assert same(target.head.weight, before)
+    assert same(target.stem.weight, source.stem.weight)
+
+
+def test_what_strict_load_state_dict_accepts_is_accepted():
+    source, target = net(1), net(2)
+    assert wb.load_into(target, source.state_dict())
+    oracle = net(3)
+    oracle.load_state_dict(source.state_dict())
+    assert holds(target, oracle.state_dict())
+
+
+def test_a_cast_is_the_cast_that_load_state_dict_makes(tmp_path):
+    source = net(1)
+    torch.save({n: t.half() if t.is_floating_point() else t for n, t in source.state_dict().items()}, tmp_path / "h.pt")
+    target, oracle = net(2), net(3)
+    assert wb.load_into(target, tmp_path / "h.pt")
+    oracle.load_state_dict(torch.load(tmp_path / "h.pt", weights_only=True))
+    assert holds(target, oracle.state_dict())
+
+
+def test_values_that_overflow_the_model_make_the_certificate_false():
+    target = torch.nn.Linear(2, 2).half()
+    certificate = wb.load_into(target, {"weight": torch.full((2, 2), 1e6), "bias": torch.zeros(2)})
+    assert not certificate
+    with pytest.raises(wb.errors.ReportFailedError):
+        certificate.check()
+
+
+def test_old_weight_norm_names_load_as_the_module_allows():
+    new = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    state = {"weight_g": torch.full((2, 1), 2.0), "weight_v": torch.ones(2, 3), "bias": torch.zeros(2)}
+    oracle = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2))
+    oracle.load_state_dict(dict(state))
+    wb.load_into(new, state)
+    assert holds(new, oracle.state_dict())
+
+
+def test_tied_weights_load_and_stay_tied():
+    def tied(seed):
+        torch.manual_seed(seed)
+        model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(3, 3)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    source, target = tied(1), tied(2)
+    assert wb.load_into(target, source)
+    assert target["a"].weight is target["b"].weight
+    assert holds(target, source.state_dict())
+
+
+def test_training_mode_gradients_and_identity_are_kept():
+    target = net(2)
+    target.stem.weight.requires_grad_(False)
+    parameters = dict(target.named_parameters())
+    wb.load_into(target, net(1))
+    assert target.training
+    assert not target.stem.weight.requires_grad
+    assert target.head.weight.requires_grad
+    assert all(parameters[n] is p for n, p in target.named_parameters())
+
+
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        target = Net()
+    with pytest.raises(UnsupportedError, match="meta"):
+        wb.load_into(target, net(1))
+
+
+def test_a_strided_or_transposed_parameter_takes_the_values():
+    target = torch.nn.Linear(4, 4, bias=False)
+    target.weight = torch.nn.Parameter(torch.empty(4, 4).t())
+    source = torch.randn(4, 4)
+    assert wb.load_into(target, {"weight": source})
+    assert torch.equal(target.weight, source)

@@ -1,0 +1,14 @@
+"""A figure that shows itself at the end of a notebook cell, without pyplot and its global state."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+
+class Picture(Figure):
+    """A matplotlib Figure with a PNG of its own."""
+
+    def _repr_png_(self) -> bytes:
+        from workbench.render.plots import to_png
+
+        return to_png(self)
