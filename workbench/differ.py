@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from workbench import dtypes
 from workbench.analyses.statistics import as_float64
 from workbench.checkpoint import Checkpoint
-from workbench.errors import located
+from workbench.errors import located, visible
 from workbench.keymap.inference import match
 from workbench.names import Patterns, match_names, require_names
 from workbench.opening import open as open_checkpoint
@@ -88,7 +88,7 @@ class DiffReport(Report):
         text = told or "no tensors on either side"
         text += f"; {renamed} renamed" if renamed else ""
         text += f"; {len(self.values)} other values differ" if self.values else ""
-        return f"{self.a} → {self.b}: {text}"
+        return f"{visible(self.a)} → {visible(self.b)}: {text}"
 
     def tables(self) -> tuple[Table, ...]:
         columns = (
@@ -164,7 +164,8 @@ def diff(
             for p in match(left, right).pairs
             if p.confidence == "certain" and p.target in right and p.source in left and p.target not in other and p.source not in taken
         }
-    removed = [name for name in left if name not in set(other.values())]
+    paired = set(other.values())
+    removed = [name for name in left if name not in paired]
     chosen = set(require_names(names, [*right, *removed])) if left or right else set()
     meter = Meter("diff", sum(right[n].nbytes + left[other[n]].nbytes for n in right if n in chosen and n in other), progress, cancel)
     rows = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from workbench.errors import SelectionError
+from workbench.errors import SelectionError, UnsupportedError
 from workbench.tensors import LazyTensor
 
 MAX_DEPTH = 500
@@ -219,7 +219,11 @@ def get(node: Any, path: tuple[Any, ...]) -> Any:
 
 
 def live(value: Any) -> Any:
-    """A node as the object it stands for, as far as it is made of plain containers and tensors; anything else as text."""
+    """A node as the object it stands for.
+
+    Raises:
+        UnsupportedError: it holds an object that stays inert.
+    """
     value = wrapped(value)
     if isinstance(value, LazyTensor):
         return value.load()
@@ -227,7 +231,9 @@ def live(value: Any) -> Any:
         return {key: live(child) for key, child in items_of(value).items()}
     if type(value) in (list, tuple):
         return type(value)(live(child) for child in value)
-    return plain(value)
+    if isinstance(value, (Inert, Global)):
+        raise UnsupportedError(f"an object of class {value.dotted} stays inert")
+    return value
 
 
 def plain(value: Any, depth: int = 6) -> Any:

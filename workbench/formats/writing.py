@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from workbench.checkpoint import Checkpoint
-from workbench.errors import CorruptFileError, SelectionError
+from workbench.errors import CorruptFileError, SelectionError, visible
 from workbench.files import FileRef, Output, Span, atomic_write, checksum, file_ref
 from workbench.report import Report
 from workbench.stream import ProgressFunction, Target, Written, stream
@@ -55,8 +55,8 @@ class SaveReport(Report):
 
     @property
     def headline(self) -> str:
-        left = f"; {len(self.left_behind)} objects were left behind" if self.left_behind else ""
-        return f"{self.tensors} tensors, {format_bytes(self.nbytes)}, written to {os.path.basename(self.path)} and read back equal{left}"
+        left = f"; left behind: {len(self.left_behind)}" if self.left_behind else ""
+        return f"{self.tensors} tensors, {format_bytes(self.nbytes)}, written to {visible(os.path.basename(self.path))} and read back equal{left}"
 
     def tables(self) -> tuple[Table, ...]:
         facts: list[tuple[str, str]] = [

@@ -8,6 +8,7 @@ loaded through that code, for it may change values. What counts is read from a n
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,11 @@ def load_into(model: torch.nn.Module, ckpt: Any, keymap: KeyMap | None = None, s
     through = _loads_itself(model, own)
     before = {name: value.clone() for name, value in own.items() if through or name not in pairs}
     ties = _ties(own, pairs)
-    missing, unexpected, verdict = _ask_module(model, own, pairs, part, chosen, through)
+    objects = _objects(part, model)
+    within = {(key,) for key, _ in objects.values()}
+    used = {pair.source for pair in pairs.values()}
+    spare = [name for name in part if name not in used and part.paths[name][:1] not in within]
+    missing, unexpected, verdict = _ask_module(model, own, pairs, part, chosen, spare, {n: v for n, (_, v) in objects.items()}, through)
     missing = [name for name in missing if name not in ties]
     if verdict.startswith(_REFUSED) or (strict and (missing or unexpected or misfits)):
         _restore(model, before)
@@ -168,10 +173,9 @@ def load_into(model: torch.nn.Module, ckpt: Any, keymap: KeyMap | None = None, s
         _copy_all(part, pairs, own)
     held = _tensors(model)  # read anew: only now does it show whether what state_dict() computes was loaded
     rows = [_row(name, held[name], pairs.get(ties.get(name, name)), part, before, misfits, ties.get(name), through) for name in held]
-    rows += [LoadedTensor(name, name, "set by the module", (), "object", None, 0) for name in _objects(part, model)]
-    used = {pair.source for pair in pairs.values()}
+    rows += [LoadedTensor(name, name, "set by the module", (), "object", None, 0) for name in objects]
     reasons = ("the module accepted it", "the module has no place for it")
-    unused = tuple((name, reasons[name in unexpected]) for name in part if name not in used)
+    unused = tuple((name, reasons[name in unexpected]) for name in spare)
     return LoadCertificate(tuple(rows), unused, strict, chosen, verdict, _mode(model))
 
 
@@ -184,13 +188,20 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-def _objects(part: Checkpoint, model: torch.nn.Module) -> dict[str, Any]:
-    """What the model's state dict holds beside tensors (extra state, packed parameters), from the file's entry of the same bare name."""
+def _objects(part: Checkpoint, model: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What the model's state dict holds beside tensors (extra state, packed parameters): name -> the file's key of the same bare name, value.
+
+    An entry that holds an object which stays inert is left out; the module then misses it, and says so.
+    """
     entries = items_of(part.tree) if is_mapping(part.tree) else {}
-    named = {bare_name(name): wrapped(value) for name, value in entries.items() if isinstance(name, str)}
-    wanted = [name for name, value in model.state_dict().items() if not hasattr(value, "data_ptr")]
-    found = {name: named[bare_name(name)] for name in wanted if bare_name(name) in named}
-    return {name: live(value) for name, value in found.items() if not isinstance(value, LazyTensor)}
+    keys = {bare_name(key): key for key in entries if isinstance(key, str)}
+    out = {}
+    for name, value in model.state_dict().items():
+        key = keys.get(bare_name(name))
+        if key is not None and not hasattr(value, "data_ptr") and not isinstance(wrapped(entries[key]), LazyTensor):
+            with suppress(UnsupportedError):
+                out[name] = (key, live(entries[key]))
+    return out
 
 
 def _apart(part: Checkpoint, own: dict[str, torch.Tensor]) -> Checkpoint:
@@ -294,17 +305,23 @@ def _fitting(keymap: KeyMap, part: Checkpoint, own: dict[str, torch.Tensor]) -> 
 
 
 def _ask_module(
-    model: torch.nn.Module, own: dict[str, torch.Tensor], pairs: dict[str, Pair], part: Checkpoint, keymap: KeyMap, through: bool
+    model: torch.nn.Module,
+    own: dict[str, torch.Tensor],
+    pairs: dict[str, Pair],
+    part: Checkpoint,
+    keymap: KeyMap,
+    spare: list[str],
+    objects: dict[str, Any],
+    through: bool,
 ) -> tuple[list[str], list[str], str]:
     """(missing, unexpected, verdict) by the module's own load_state_dict.
 
     Given the file's tensors where the model has loading code of its own. Otherwise what fits is copied onto itself, and the
-    module sees the file's left-over tensors only.
+    module sees only the file's spare tensors.
     """
-    used = {pair.source for pair in pairs.values()}
     state: OrderedDict[str, Any] = OrderedDict((name, part[pair.source].load() if through else own[name]) for name, pair in pairs.items())
-    state.update({name: tensor.load() for name, tensor in part.items() if name not in used and name not in own and tensor.locked is None})
-    state.update(_objects(part, model))
+    state.update({name: part[name].load() for name in spare if name not in own and part[name].locked is None})
+    state.update(objects)
     if (metadata := _metadata(part, keymap)) is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
     try:

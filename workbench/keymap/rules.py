@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from workbench.checkpoint import Checkpoint, Step
-from workbench.errors import SelectionError
+from workbench.errors import SelectionError, visible
 from workbench.report import Report
 from workbench.tables import Column, Table, table
 
@@ -98,7 +98,7 @@ class KeyMap(Report):
         )
         parts += [f"{len(self.unused)} names of the file are unused"] * bool(self.unused)
         parts += [f"taken from {self.section!r}, but {', '.join(map(repr, self.rivals))} fits as well"] * bool(self.rivals)
-        return "; ".join([text, *parts])
+        return visible("; ".join([text, *parts]))
 
     def tables(self) -> tuple[Table, ...]:
         rules: dict[tuple[str, str, str], int] = {}
