@@ -54,3 +54,17 @@ def test_layers_as_a_heat_map(lab: Lab) -> None:
     expect(page.locator(".wb-grid")).to_be_hidden()
     page.locator(".wb-rail").get_by_role("button", name="Rows").click()
     expect(page.locator(".wb-grid")).to_be_visible()
+
+
+def test_nothing_differs_is_a_finding_in_a_low_frame(lab: Lab) -> None:
+    page = lab.open("import torch\na = wb.open({f'w{i}': torch.ones(i) for i in range(18)})", "Differ(wb.diff(a, a))")
+    expect(page.get_by_text("Nothing differs: 18 tensors are equal")).to_be_visible()
+    middle = page.locator(".wb-middle")
+    low = middle.bounding_box()
+    page.get_by_role("button", name="show =18").click()
+    expect(page.get_by_text("18 of 18")).to_be_visible()
+    expect(page.get_by_role("button", name="18 equal")).to_have_attribute("aria-pressed", "true")
+    high = middle.bounding_box()
+    assert low
+    assert high
+    assert low["height"] < 0.5 * high["height"] <= 220

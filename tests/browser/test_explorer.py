@@ -232,3 +232,17 @@ def test_narrow_page_puts_the_panel_below(lab: Lab) -> None:
     assert panel["y"] >= middle["y"] + middle["height"] - 1
     assert rail["y"] + rail["height"] <= middle["y"] + 1
     assert page.locator(".wb-frame").evaluate("(frame) => frame.scrollWidth <= frame.clientWidth + 1")
+
+
+def test_long_labels_of_the_rail_lose_their_middle(lab: Lab) -> None:
+    section = "a_rather_long_name_of_a_state_dict"
+    page = lab.open(
+        f"import torch\nckpt = wb.open({{'{section}': {{'w': torch.ones(2)}}, 'model': {{'w': torch.ones(2)}}}})", "Explorer(ckpt)"
+    )
+    label = page.locator(f".wb-rail-label[title^='{section}']")
+    expect(label).to_contain_text("…")
+    shown = label.text_content() or ""
+    assert section.startswith(shown.split("…")[0])
+    assert section.endswith(shown.split("…")[1])
+    assert label.evaluate("(node) => node.scrollWidth <= node.clientWidth")
+    expect(page.locator(".wb-rail-label", has_text="model")).to_have_text("model")

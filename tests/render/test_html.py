@@ -27,7 +27,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in _ALLOWED, f"<{tag}> is not ours"
-        assert {name for name, _ in attrs} <= {"class", "title", "open"}
+        assert {name for name, _ in attrs} <= {"class", "title", "open", "style"}
+        assert dict(attrs).get("style") in (None, "text-align:left")
         self.attributes += [(tag, name, value) for name, value in attrs]
         self.open.append(tag)
 
@@ -108,3 +109,10 @@ def test_a_huge_checkpoint_stays_small() -> None:
     source = html.render_checkpoint(ckpt)
     assert len(source) < 200_000
     assert "… 4,600 more" in source
+
+
+def test_words_are_left_and_numbers_right_whatever_the_page_says() -> None:
+    source = html.render_report(SampleReport())
+    assert '<td style="text-align:left"><bdi>fc.weight</bdi></td>' in source
+    assert '<td style="text-align:left">[10, 512]</td>' in source
+    assert '<td class="wb-right">44.7 MB</td>' in source

@@ -77,3 +77,12 @@ def test_missing_cells_are_dashes_and_an_empty_map_says_so() -> None:
 
 def test_the_same_numbers_give_the_same_bytes() -> None:
     assert plots.to_png(plots.histogram([0.0, 1.0], [1], "t")) == plots.to_png(plots.histogram([0.0, 1.0], [1], "t"))
+
+
+@pytest.mark.parametrize("length", [20, 120, 170, 400])
+def test_a_long_title_stays_inside_the_figure(length: int) -> None:
+    figure = plots.parity_scatter([0.0, 1.0], [0.0, 1.1], ("the largest difference is 3.4e-03 " * 20)[:length])
+    title = figure.texts[0]
+    box = title.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    assert box.x1 <= figure.bbox.x1
+    assert title.get_text().count("\n") == (length > 93)

@@ -222,6 +222,28 @@ def test_empty_checkpoints_and_equal_ones_have_views() -> None:
     assert "holds no tensors" in Explorer(wb.open({})).detail["note"]
     view = Differ(wb.diff(wb.open(small()), wb.open(small())))
     assert [kind["count"] for kind in shipped(view)["kinds"]] == [0, 0, 0, 7]
+    assert shipped(view)["nothing"] == "Nothing differs: 7 tensors are equal"
+    assert shipped(Differ(wb.diff(wb.open({}), wb.open({}))))["nothing"] == "Nothing differs: neither side holds a tensor"
+
+
+def test_the_result_of_an_op_says_that_it_is_not_saved(tmp_path: Any) -> None:
+    torch.save(small(), tmp_path / "a.pt")
+    ckpt = wb.open(tmp_path / "a.pt")
+    assert dict(Explorer(ckpt).detail["facts"])["format"] == "torch-zip"
+    made = Explorer(wb.ops.rename(ckpt, {"embed.weight": "stem.weight"}))
+    facts = dict(made.detail["facts"])
+    assert facts["file"] == "not saved · rename"
+    assert "format" not in facts
+    assert shipped(made)["title"]["parts"][-1] == "not saved · rename"
+    assert "not saved" not in repr(ckpt)
+
+
+def test_the_shape_column_has_room_for_four_dimensions() -> None:
+    def width(*shape: int) -> int:
+        columns = shipped(Explorer(wb.open({"w": torch.zeros(shape)})))["columns"]
+        return int(next(column["width"] for column in columns if column["id"] == "shape").removesuffix("px"))
+
+    assert width(2) < width(64, 32, 3, 3) < width(1024, 4, 3, 3) < width(*[1] * 30) == 140
 
 
 def test_differ_reads_back(differ: Differ) -> None:

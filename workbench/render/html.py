@@ -59,7 +59,7 @@ def render_table(table: Table) -> str:
     title = f"<h4>{escape(table.title)}</h4>"
     if not table.rows:
         return f'<section>{title}<div class="wb-quiet">{escape(table.empty)}</div></section>'
-    headings = "".join(f"<th{_right(c)}{_note(c)}>{escape(c.title)}</th>" for c in table.columns)
+    headings = "".join(f"<th{_aligned(c)}{_note(c)}>{escape(c.title)}</th>" for c in table.columns)
     rows = "".join(f"<tr>{_cells(table.columns, row)}</tr>" for row in table.rows[:MAX_ROWS])
     more = f'<div class="wb-quiet">… {len(table.rows) - MAX_ROWS:,} more rows in tables()</div>' if len(table.rows) > MAX_ROWS else ""
     return f"<section>{title}<table><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{more}</section>"
@@ -115,8 +115,9 @@ def _row(row: Line) -> str:
     return f'<span class="wb-row"><bdi{whole}>{escape(shorten(visible(row.label), 48))}</bdi> {cells}</span>'
 
 
-def _right(column: Column) -> str:
-    return ' class="wb-right"' if column.right_aligned else ""
+def _aligned(column: Column) -> str:
+    """Numbers to the right; the rest to the left in the tag itself, because JupyterLab's own rule for tables outweighs a style block."""
+    return ' class="wb-right"' if column.right_aligned else ' style="text-align:left"'
 
 
 def _note(column: Column) -> str:
@@ -124,7 +125,7 @@ def _note(column: Column) -> str:
 
 
 def _cells(columns: Sequence[Column], row: Sequence[Any]) -> str:
-    return "".join(f"<td{_right(c)}>{_cell(c, value)}</td>" for c, value in zip(columns, row, strict=True))
+    return "".join(f"<td{_aligned(c)}>{_cell(c, value)}</td>" for c, value in zip(columns, row, strict=True))
 
 
 def _cell(column: Column, value: Any) -> str:

@@ -87,10 +87,17 @@ def head(ckpt: Any) -> Head:
         f"{count:,} tensor{'' if count == 1 else 's'}",
         format_bytes(nbytes),
         _list_of(dtypes),
+        origin(ckpt),
     )
     rank = {"danger": 0, "warning": 1}
     findings = tuple(sorted(ckpt.findings, key=lambda finding: rank.get(finding.severity, 2)))
     return Head(ckpt.name or "unnamed checkpoint", tuple(part for part in parts if part), findings, sections, aliases, nbytes)
+
+
+def origin(ckpt: Any) -> str:
+    """`not saved · quantize_int8` for what an op made; empty for what was opened."""
+    history = getattr(ckpt, "history", ())
+    return f"not saved · {history[-1].op}" if history and ckpt.source is None else ""
 
 
 def _list_of(words: list[str]) -> str:

@@ -76,7 +76,7 @@ def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title
         right.annotate(f"largest {worst:+.2g}", (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8, color=_INK)
     _titled(left, "", "reference output", "candidate output")
     _titled(right, "", "candidate − reference", "elements")
-    figure.suptitle(visible(title), parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
+    _headed(figure, title)
     return figure
 
 
@@ -96,7 +96,7 @@ def size_accuracy(variants: Sequence[Variant], title: str) -> Figure:
     _titled(points, "", "size on disk (MB)", "accuracy (%)")
     if timed:
         _latency_bars(panels[1], timed)
-    figure.suptitle(visible(title), parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
+    _headed(figure, title)
     _label_points(figure, points, [(s, 100 * v.accuracy, v) for s, v in zip(sizes, variants, strict=True)])
     return figure
 
@@ -181,6 +181,12 @@ def _titled(axes: Axes, title: str, x: str, y: str) -> None:
         axes.set_title(shorten(visible(title), 90), parse_math=False, fontsize=10, color=_INK, loc="left")
     axes.set_xlabel(x, fontsize=8, color=_INK)
     axes.set_ylabel(y, fontsize=8, color=_INK)
+
+
+def _headed(figure: Figure, title: str) -> None:
+    """A title over all panels, wrapped at the width of the figure."""
+    text = _wrapped(title, int(13 * figure.get_figwidth()))
+    figure.suptitle(text, parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
 
 
 def _wrapped(title: str, width: int) -> str:

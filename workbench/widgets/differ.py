@@ -165,6 +165,19 @@ def _kind(kind: str, count: int) -> dict[str, Any]:
     return {"id": kind, "mark": MARKS[kind], "count": count, "unit": _UNITS.get(kind, ""), "note": _NOTES[kind]}
 
 
+def _nothing(diff: DiffReport) -> str:
+    """What the table says while it has no row of the chosen kinds."""
+    if any(row.status != "equal" for row in diff.rows):
+        return "No row is of the chosen kinds"
+    equal = f"{len(diff.rows):,} tensors are equal" if len(diff.rows) != 1 else "1 tensor is equal"
+    if not diff.rows:
+        equal = "neither side holds a tensor"
+    renamed = sum(row.was is not None for row in diff.rows)
+    others = [f"{renamed:,} renamed"] if renamed else []
+    others += [f"{len(diff.values):,} other values differ"] if diff.values else []
+    return "; ".join([equal[0].upper() + equal[1:], *others]) if others else f"Nothing differs: {equal}"
+
+
 def _report(diff: DiffReport, rows: Sequence[DiffRow]) -> dict[str, Any]:
     """Everything the page draws, in columns."""
     present = [kind for kind in KINDS if kind in _ALWAYS or diff.counts.get(kind)]
@@ -174,6 +187,7 @@ def _report(diff: DiffReport, rows: Sequence[DiffRow]) -> dict[str, Any]:
         "findings": [],
         "rail": [{"id": "rows", "label": "Rows", "count": len(rows)}, {"id": "layers", "label": "By layer", "count": None}],
         "kinds": [_kind(kind, diff.counts.get(kind, 0)) for kind in present],
+        "nothing": _nothing(diff),
         "columns": _COLUMNS,
         "data": {
             "name": [visible(row.name) for row in rows],

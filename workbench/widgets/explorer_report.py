@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from workbench.checkpoint import Checkpoint
 from workbench.errors import visible
 from workbench.render import outline
+from workbench.tables import format_cell
 from workbench.widgets.base import finding_dicts
 
 SECTION = "section:"  # how the rail names a section of the checkpoint
 _MAX_FACTS = 200
 
-_COLUMNS = [
+_COLUMNS: list[dict[str, Any]] = [
     {"id": "name", "title": "name", "kind": "name", "width": "minmax(0, 1fr)"},
     {"id": "count", "title": "tensors", "kind": "count", "width": "48px", "right": True, "tree": True, "drop": 2},
-    {"id": "shape", "title": "shape", "kind": "shape", "width": "96px", "right": True},
+    {"id": "shape", "title": "shape", "kind": "shape", "width": "", "right": True},
     {"id": "dtype", "title": "dtype", "kind": "text", "width": "56px", "drop": 1},
     {"id": "nbytes", "title": "size", "kind": "bytes", "width": "58px", "right": True},
     {"id": "share", "title": "share", "kind": "percent", "width": "44px", "bar": True, "drop": 3, "note": "part of all bytes"},
@@ -45,7 +47,7 @@ def explorer_report(ckpt: Checkpoint, title: outline.Head, root: outline.Node) -
         "findings": finding_dicts(title.findings),
         "rail": rail,
         "metadata": facts,
-        "columns": _COLUMNS,
+        "columns": [{**c, "width": _shape_width({tensor.shape for tensor in tensors})} if c["id"] == "shape" else c for c in _COLUMNS],
         "measured": MEASURED,
         "nbytes": root.nbytes,
         "data": {
@@ -57,6 +59,12 @@ def explorer_report(ckpt: Checkpoint, title: outline.Head, root: outline.Node) -
         "dtypes": list(dtypes),
         "shapes": list(shapes),
     }
+
+
+def _shape_width(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Room for the longest shape, so that four dimensions fit; a longer one is whole on hover."""
+    longest = max((len(format_cell("shape", shape)) for shape in shapes), default=0)
+    return f"{min(max(76, round(7.4 * longest)), 140)}px"
 
 
 def _tree(ckpt: Checkpoint, root: outline.Node) -> dict[str, list[Any]]:

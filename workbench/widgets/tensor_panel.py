@@ -12,7 +12,7 @@ from workbench.analyses.statistics import TensorStats
 from workbench.checkpoint import Checkpoint
 from workbench.errors import visible
 from workbench.render import plots
-from workbench.render.outline import Head
+from workbench.render.outline import Head, origin
 from workbench.tables import format_bytes, format_cell, format_number
 from workbench.tensors import LazyTensor
 from workbench.widgets.base import data_uri
@@ -27,7 +27,12 @@ def overview(ckpt: Checkpoint, head: Head) -> Detail:
     """What is said while nothing is selected."""
     if not len(ckpt):
         return {"heading": visible(ckpt.name), "note": "This checkpoint holds no tensors."}
-    facts = [["format", ckpt.format], ["tensors", format_number(len(ckpt))], ["size", format_bytes(head.nbytes)]]
+    made = origin(ckpt)
+    facts = [
+        ["file", made] if made else ["format", ckpt.format],
+        ["tensors", format_number(len(ckpt))],
+        ["size", format_bytes(head.nbytes)],
+    ]
     facts += [[section.name, f"{section.kind} · {section.reason}"] for section in head.sections]
     return {"heading": visible(ckpt.name), "facts": _visible(facts), "note": "Select a tensor to see its values."}
 

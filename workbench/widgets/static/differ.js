@@ -38,20 +38,32 @@ class Differ {
     const kinds = new Set(state.kinds);
     const pattern = compileFilter(state.filter);
     const items = [];
+    let ofKinds = 0;
     this.names.forEach((name, row) => {
       const shown = kinds.has(this.report.kinds[this.report.data.kind[row]].id);
+      if (shown) ofKinds += 1;
       if (shown && pattern !== undefined && (!pattern || pattern.test(name))) items.push(row);
     });
     const isFigure = state.pane === "layers";
     this.grid.root.hidden = this.bar.node.hidden = isFigure;
     this.figure.hidden = !isFigure;
+    this.frame.fitRows(isFigure ? this.names.length + 20 : ofKinds);
     this.frame.drawRail(this.report.rail, state.pane, (pane) => this.frame.change({ pane }));
     for (const chip of this.chips) chip.setAttribute("aria-pressed", String(kinds.has(chip.dataset.kind)));
     if (document.activeElement !== this.bar.input && this.bar.input.value !== state.filter) this.bar.input.value = state.filter;
     const counts = `${items.length.toLocaleString("en-US")} of ${this.names.length.toLocaleString("en-US")}`;
     this.bar.count.textContent = pattern === undefined ? "not a pattern" : counts;
     this.grid.setColumns(this.report.columns, state.sort);
-    this.grid.setItems(this.sorted(items), { tree: false, empty: "nothing of these kinds" });
+    this.grid.setItems(this.sorted(items), { tree: false, empty: ofKinds ? "no name matches the filter" : this.nothing() });
+  }
+
+  /** Said where no row is of the chosen kinds: the finding, and the action that shows the rows that there are. */
+  nothing() {
+    const present = this.report.kinds.filter((kind) => kind.count);
+    if (!present.length) return this.report.nothing;
+    const marks = present.map((kind) => `${kind.mark}${kind.count.toLocaleString("en-US")}${kind.unit}`).join(" ");
+    const show = () => this.frame.change({ kinds: [...new Set([...this.state.kinds, ...present.map((kind) => kind.id)])] });
+    return [element("span", "", this.report.nothing), action(`show ${marks}`, "wb-button", show)];
   }
 
   drawFigure() {

@@ -114,6 +114,8 @@ class Frame {
     el.append(this.root);
     this.showLog = false;
     this.watches = [];
+    this.resize = new ResizeObserver(() => this.fitRail());
+    this.resize.observe(this.rail);
     this.drawTitle();
     this.watch("detail", () => this.drawPanel());
     for (const trait of ["job", "code", "error"]) this.watch(trait, () => this.drawFoot(), trait === "error");
@@ -126,6 +128,7 @@ class Frame {
   }
 
   destroy() {
+    this.resize.disconnect();
     for (const [event, run] of this.watches) this.model.off(event, run);
   }
 
@@ -186,12 +189,29 @@ class Frame {
       ...items.map((item) => {
         const node = action("", "wb-rail-item", () => go(item.id));
         const label = element("bdi", "wb-rail-label", item.label);
-        label.title = item.note || item.label;
+        label.dataset.whole = item.label;
+        label.title = item.note ? `${item.label}: ${item.note}` : item.label;
         node.append(label, element("span", "wb-count", item.count === null ? "" : item.count.toLocaleString("en-US")));
         if (item.id === current) node.setAttribute("aria-current", "true");
         return node;
       }),
     );
+    this.fitRail();
+  }
+
+  /** Labels that the rail has no room for are cut in the middle. */
+  fitRail() {
+    for (const label of this.rail.querySelectorAll(".wb-rail-label")) {
+      const { whole } = label.dataset;
+      let length = whole.length;
+      label.textContent = whole;
+      while (label.scrollWidth > label.clientWidth && length > 3) label.textContent = cut(whole, --length);
+    }
+  }
+
+  /** As low as so many rows, within the bounds of the style sheet. */
+  fitRows(count) {
+    this.root.style.setProperty("--wb-rows", String(count));
   }
 
   drawPanel() {
@@ -224,7 +244,7 @@ class Frame {
     for (const [label, value] of facts) {
       const text = element("dd", "", value);
       text.title = value;
-      const pair = element("div", "wb-fact");
+      const pair = element("div", label.length > 10 ? "wb-fact wb-long" : "wb-fact");
       pair.append(element("dt", "", label), text);
       list.append(pair);
     }

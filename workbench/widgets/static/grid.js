@@ -142,7 +142,7 @@ class Grid {
     this.root.setAttribute("aria-rowcount", String(items.length + 1));
     this.root.setAttribute("aria-multiselectable", "true");
     this.sizer.style.height = `${items.length * ROW_HEIGHT}px`;
-    this.empty.textContent = items.length ? "" : empty;
+    this.empty.replaceChildren(...(items.length ? [] : [empty].flat()));
     this.paint();
   }
 
