@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from workbench import tree as trees
 from workbench.errors import SelectionError, TensorNotFoundError
@@ -348,9 +348,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
             ((n, t, n) for n, t in self.items() if n not in chosen),
             Step("drop", {"names": names if isinstance(names, str) else list(names)}),
         )
-
-    def with_findings(self, findings: Iterable[Finding]) -> Self:
-        return replace(self, findings=(*self.findings, *findings))
 
     # shown
 

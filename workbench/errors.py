@@ -6,7 +6,7 @@
     │  ├─ CorruptFileError                 the bytes contradict their own format
     │  ├─ UnsupportedError                 a valid thing this library does not read or write
     │  └─ FileChangedError                 the file is not the one that was opened
-    ├─ UntrustedError                      a program or class was asked to run without trust; .globals
+    ├─ UntrustedError                      a program or class was asked to run, or to be written, without trust
     ├─ MissingShardError(FileNotFoundError)
     ├─ MissingFileError(FileNotFoundError)
     ├─ MissingDependencyError(ImportError) names the pip extra
@@ -16,7 +16,6 @@
     ├─ BudgetError                         would pass max_ram_mb; hint = the plan that fits
     ├─ CancelledError                      the caller's cancel was set; nothing was written
     ├─ WriteError(OSError)                 disk full, read-only or vanished folder; the old file is intact
-    ├─ StoreError                          ConflictError · CorruptBlobError
     └─ ReportFailedError                   only from Report.check()
 
 Every text says what was expected, what was found, where, and what to do next. Owns nothing else;
@@ -93,9 +92,7 @@ class FileChangedError(FormatError):
 
 
 class UntrustedError(WorkbenchError):
-    """A program or class was asked to run without trust; `globals` names what it would call."""
-
-    globals: tuple[str, ...] = ()
+    """A program or class was asked to run, or to be written, without trust."""
 
 
 class MissingFileError(WorkbenchError, FileNotFoundError):
@@ -132,18 +129,6 @@ class CancelledError(WorkbenchError):
 
 class WriteError(WorkbenchError, OSError):
     """The file system refused a write; what stood there before is intact."""
-
-
-class StoreError(WorkbenchError):
-    """A versioned store refused."""
-
-
-class ConflictError(StoreError):
-    """Two writers chose the same version."""
-
-
-class CorruptBlobError(StoreError):
-    """Stored bytes do not match their recorded hash."""
 
 
 class ReportFailedError(WorkbenchError):

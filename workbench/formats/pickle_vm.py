@@ -15,10 +15,11 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from workbench.errors import CorruptFileError
-from workbench.formats.torch_template import INDICES, REFS, TEMPLATES, memo_index, view
+from workbench.formats.torch_template import NAMED, REFS, TEMPLATES, indices, memo_index, view
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert
 
@@ -158,6 +159,9 @@ class Machine:
     def _uint(self, width: int) -> int:
         return int.from_bytes(self._take(width), "little")
 
+    def _signed(self, data: bytes) -> None:
+        self.stack.append(int.from_bytes(data, "little", signed=True))
+
     def _sized(self, width: int, signed: bool = False) -> bytes:
         return self._take(int.from_bytes(self._take(width), "little", signed=signed))
 
@@ -172,22 +176,6 @@ class Machine:
 
     def op_long(self) -> None:
         self.stack.append(int(_c_string(self._line().removesuffix(b"L")), 0))
-
-    def op_binint(self) -> None:
-        self.stack.append(int.from_bytes(self._take(4), "little", signed=True))
-
-    def op_binint1(self) -> None:
-        self.stack.append(self.data[self.pos])
-        self.pos += 1
-
-    def op_binint2(self) -> None:
-        self.stack.append(self._uint(2))
-
-    def op_long1(self) -> None:
-        self.stack.append(int.from_bytes(self._sized(1), "little", signed=True))
-
-    def op_long4(self) -> None:
-        self.stack.append(int.from_bytes(self._sized(4, signed=True), "little", signed=True))
 
     def op_float(self) -> None:
         line = _c_string(self._line())
@@ -211,6 +199,8 @@ class Machine:
         self.stack.append(self._line().decode("raw-unicode-escape"))
 
     def op_binunicode(self) -> None:
+        if self.tensor is not None and self._named_tensors(self.pos - 1):
+            return
         self.stack.append(self._sized(4).decode("utf-8", "surrogatepass"))
         if self.tensor is not None:
             self._template(self.pos)
@@ -431,48 +421,79 @@ class Machine:
     # torch's own opcode template
 
     def _template(self, start: int) -> bool:
-        """Carry out the opcodes of one tensor at once, and of the named ones after it, where they are spelled as torch.save does.
+        """Carry out the opcodes of one tensor at once, where they are spelled as torch.save spells them.
 
         They begin at `start` with the memo opcode of the name just pushed, or with the reference to the rebuild function.
-        Anything unusual ends it and is run singly. The tuples on the way are not memoised, for torch never refers to them
-        again; a pickle that does (or counts the memo) is run again without this path. A pickle that overwrites an older memo
-        entry here is unusual.
+        Anything unusual returns False and is run singly. The tuples on the way are not memoised, for torch never refers to
+        them again; a pickle that does (or counts the memo) is run again without this path. A pickle that overwrites an older
+        memo entry here is unusual.
         """
-        data, memo, stack, heads, make = self.data, self.memo, self.stack, self._heads, self.tensor
-        first, size = start, len(data)
-        while start < size:
-            pattern = TEMPLATES.get(data[start])
-            found = pattern.match(data, start) if pattern is not None else None
-            if found is None or make is None:
-                break
-            name_put, head, length, key, key_put, key_ref, place, numel, pid, offset, shape, shape_put, strides, strides_put, *rest = (
-                found.groups()
-            )
-            grad, hooks, hooks_put, args_put, put = rest
-            known = heads.get((head, place, hooks)) or self._head(head, place, hooks)
-            text = key.decode("ascii") if key else memo.get(memo_index(key_ref))
-            if known is None or type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
-                break
-            spelled = (name_put or b"") + (key_put or b"") + pid + (shape_put or b"") + (strides_put or b"") + hooks_put + args_put + put
-            written = spelled if len(put) == 1 else INDICES[len(spelled) // 4].unpack(spelled)
-            if not memo.keys().isdisjoint(written):
-                break
-            if name_put:
-                memo[written[0]] = stack[-1]
-            if key_put:
-                memo[written[1 if name_put else 0]] = text
-            self.skipped = True
-            tensor = make(*known, text, *view(numel, offset, shape, strides), grad == b"\x88")
-            memo[written[-1]] = tensor
-            stack.append(tensor)
-            start = self.pos = found.end()
-            if data[start] == 0x58:  # BINUNICODE: the next name
-                start += 5 + int.from_bytes(data[start + 1 : start + 5], "little")
-                if start > size:
-                    break
-                stack.append(data[self.pos + 5 : start].decode("utf-8", "surrogatepass"))
-                self.pos = start
-        return start != first
+        data, memo, make = self.data, self.memo, self.tensor
+        pattern = TEMPLATES.get(data[start]) if start < len(data) else None
+        found = pattern.match(data, start) if pattern is not None else None
+        if found is None or make is None:
+            return False
+        name_put, head, length, key, key_put, key_ref, place, numel, pid, offset, shape, shape_put, strides, strides_put, *rest = (
+            found.groups()
+        )
+        grad, hooks, hooks_put, args_put, put = rest
+        known = self._heads.get((head, place, hooks)) or self._head(head, place, hooks)
+        text = key.decode("ascii") if key else memo.get(memo_index(key_ref))
+        if known is None or type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
+            return False
+        written = indices([p for p in (name_put, key_put, pid, shape_put, strides_put, hooks_put, args_put, put) if p])
+        if not memo.keys().isdisjoint(written):
+            return False
+        if name_put:
+            memo[written[0]] = self.stack[-1]
+        if key_put:
+            memo[written[1 if name_put else 0]] = text
+        self.skipped = True
+        tensor = make(*known, text, *view(numel, offset, shape, strides), grad == b"\x88")
+        memo[written[-1]] = tensor
+        self.stack.append(tensor)
+        self.pos = found.end()
+        return True
+
+    def _named_tensors(self, start: int) -> bool:
+        """Carry out a run of names and tensors, each on a storage of its own: most of a state dict, in a few passes over it."""
+        data, make = self.data, self.tensor
+        name_end = start + 5 + int.from_bytes(data[start + 1 : start + 5], "little")
+        head = data[name_end : name_end + 12]
+        pattern = NAMED.get(head[0]) if len(head) == 12 else None
+        if pattern is None or make is None or b"((" not in head[3:]:
+            return False
+        rows, end = [], start
+        while (found := pattern.match(data, end)) is not None:
+            rows.append(found.groups())
+            end = found.end()
+        if len(rows) < 2:
+            return False
+        columns = list(zip(*rows, strict=True))
+        name_lengths, names_spelled, name_put, heads, key_lengths, keys_spelled, key_put, places, numels, pids, offsets = columns[:11]
+        shapes, shape_put, strides, strides_put, grads, hooks, hooks_put, args_put, put = columns[11:]
+        known = {refs: self._heads.get(refs) or self._head(*refs) for refs in set(zip(heads, places, hooks, strict=True))}
+        lengths_agree = indices(name_lengths, 4) == tuple(map(len, names_spelled)) and indices(key_lengths, 4) == tuple(
+            map(len, keys_spelled)
+        )
+        skipped = [*pids, *filter(None, shape_put), *filter(None, strides_put), *hooks_put, *args_put]
+        written = [*indices(name_put), *indices(key_put), *indices(skipped), *indices(put)]
+        if None in known.values() or not lengths_agree or len(set(written)) != len(written) or not self.memo.keys().isdisjoint(written):
+            return False
+        try:
+            names = [name.decode("utf-8", "surrogatepass") for name in names_spelled]
+            keys = [key.decode("ascii") for key in keys_spelled]
+            views = map(view, numels, offsets, shapes, strides)
+            refs = zip(heads, places, hooks, strict=True)
+            tensors = [make(*known[ref], key, *at, grad == b"\x88") for ref, key, at, grad in zip(refs, keys, views, grads, strict=True)]  # type: ignore[misc]
+        except (UnicodeDecodeError, CorruptFileError):  # told at its own byte, when the opcodes are run singly
+            return False
+        self.memo.update(zip(written, [*names, *keys], strict=False))
+        self.memo.update(zip(indices(put), tensors, strict=True))
+        self.stack.extend(chain.from_iterable(zip(names, tensors, strict=True)))
+        self.skipped = True
+        self.pos = end
+        return True
 
     def _head(self, head: bytes, place: bytes, hooks: bytes) -> tuple[Global, str] | None:
         """What the template's memo references stand for, if it is what torch means: (storage class, where it was saved)."""
@@ -548,8 +569,9 @@ def _push(value: Callable[[], Any]) -> Callable[[Machine], None]:
 _OPS: dict[bytes, Callable[[Machine], None]] = {
     b"(": lambda m: m.marks.append(len(m.stack)),
     b"0": Machine.op_pop, b"1": lambda m: (m._pop_mark(), None)[1], b"2": lambda m: m.stack.append(m._top()),
-    b"F": Machine.op_float, b"G": Machine.op_binfloat, b"I": Machine.op_int, b"J": Machine.op_binint, b"K": Machine.op_binint1,
-    b"L": Machine.op_long, b"M": Machine.op_binint2, b"\x8a": Machine.op_long1, b"\x8b": Machine.op_long4,
+    b"F": Machine.op_float, b"G": Machine.op_binfloat, b"I": Machine.op_int, b"J": lambda m: m._signed(m._take(4)), b"K": lambda m: m.stack.append(m._uint(1)),
+    b"L": Machine.op_long, b"M": lambda m: m.stack.append(m._uint(2)),
+    b"\x8a": lambda m: m._signed(m._sized(1)), b"\x8b": lambda m: m._signed(m._sized(4, signed=True)),
     b"N": _push(lambda: None), b"\x88": _push(lambda: True), b"\x89": _push(lambda: False),
     b"S": Machine.op_string, b"T": lambda m: m.stack.append(_text(m._sized(4, signed=True))), b"U": lambda m: m.stack.append(_text(m._sized(1))),
     b"V": Machine.op_unicode, b"X": Machine.op_binunicode,

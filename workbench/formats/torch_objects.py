@@ -115,9 +115,8 @@ class TorchObjects:
         spec = _plain_spec(cls, numel, offset, shape, strides)
         if spec is None or key in self.storages:
             return self.tensor(self.persistent(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
-        dtype = spec.dtype
-        ref = self.storages[key] = self._storage(key, dtype, numel, place, None)
-        source = Stored(_Nowhere(ref.nbytes) if ref.stored is None else ref.stored, 0, strides, self._byteorder)
+        ref = self.storages[key] = self._storage(key, spec.dtype, numel, place, None)
+        source = Stored(ref.stored or _Nowhere(ref.nbytes), 0, strides, self._byteorder)
         return LazyTensor(spec, source, requires_grad, ref.trouble)
 
     def _storage(self, key: str, dtype: DType | None, numel: int, place: str, known: StorageRef | None) -> StorageRef:

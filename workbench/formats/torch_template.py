@@ -11,31 +11,36 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 _I = rb"(?:K.|M..|J....|\x8a(?:\x01.|\x02..|\x03...|\x04....|\x05.....|\x06......|\x07.......|\x08........))"
 _G = rb"(?:h.|j....)"
 
 
-def _tensor_pattern(start: bytes, put: bytes) -> re.Pattern[bytes]:
-    """One tensor as torch.save spells it: with memo writes of one width, after `start`."""
+def _tensor_pattern(start: bytes, put: bytes, key: bytes) -> re.Pattern[bytes]:
+    """One tensor as torch.save spells it: with memo writes of one width, its storage's `key`, after `start`."""
     sizes = rb"(\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t)(?:(?<!\))%b)?" % (_I, _I, _I, _I, put)
-    key = rb"(?:X(....)([0-9]+)%b|(%b))" % (put, _G)
     storage = rb"%b(%b)(%b)t%bQ(%b)" % (key, _G, _I, put, _I)
     hooks = rb"([\x88\x89])(%b)\)R%b" % (_G, put)
     return re.compile(start + rb"(%b\(\(%b%b)" % (_G, _G, _G) + storage + sizes + sizes + hooks + b"t" + put + b"R" + put, re.DOTALL)
 
 
 _SHORT, _LONG = rb"q(.)", rb"r(....)"
+_NEW_KEY, _ANY_KEY = rb"X(....)([0-9]+)%b", rb"(?:X(....)([0-9]+)%b|(%b))"
 TEMPLATES = {  # by the first opcode: the memo write of a name before it, or the reference to the rebuild function itself
-    ord("q"): _tensor_pattern(_SHORT, _SHORT),
-    ord("r"): _tensor_pattern(_LONG, _LONG),
-    ord("h"): _tensor_pattern(b"()", _LONG),
-    ord("j"): _tensor_pattern(b"()", _LONG),
+    ord("q"): _tensor_pattern(_SHORT, _SHORT, _ANY_KEY % (_SHORT, _G)),
+    ord("r"): _tensor_pattern(_LONG, _LONG, _ANY_KEY % (_LONG, _G)),
+    ord("h"): _tensor_pattern(b"()", _LONG, _ANY_KEY % (_LONG, _G)),
+    ord("j"): _tensor_pattern(b"()", _LONG, _ANY_KEY % (_LONG, _G)),
+}
+_NAME = rb"X(....)(.{0,1024}?)"
+NAMED = {  # by the memo write of the name: a name and its tensor on a storage of its own, as they follow each other in a state dict
+    ord("q"): _tensor_pattern(_NAME + _SHORT, _SHORT, _NEW_KEY % _SHORT),
+    ord("r"): _tensor_pattern(_NAME + _LONG, _LONG, _NEW_KEY % _LONG),
 }
 REFS = re.compile(_G, re.DOTALL)
 _COUNTS = re.compile(_I, re.DOTALL)
-INDICES = [struct.Struct(f"<{count}I") for count in range(9)]
 
 
 @lru_cache(maxsize=4096)
@@ -47,6 +52,12 @@ def view(numel: bytes, offset: bytes, shape: bytes, strides: bytes) -> tuple[int
 def _numbers(spelled: bytes) -> tuple[int, ...]:
     """The counts of a tuple, spelled from its first item to its closing opcode."""
     return tuple(map(_number, _COUNTS.findall(spelled, spelled[:1] == b"(")))
+
+
+def indices(puts: Sequence[bytes], width: int | None = None) -> Sequence[int]:
+    """The numbers of several memo writes of one width, one byte or four."""
+    spelled = b"".join(puts)
+    return tuple(spelled) if (width or len(puts[0])) == 1 else struct.unpack(f"<{len(spelled) // 4}I", spelled)
 
 
 def memo_index(spelled: bytes) -> int:

@@ -65,25 +65,35 @@ class ZipIndex:
         Raises:
             CorruptFileError: no such record, or its headers disagree. UnsupportedError: encrypted, or packed by another method.
         """
+        if (plain := self._plain.get(name)) is not None:
+            return plain
         record = self.records.get(name)
         if record is None:
             raise CorruptFileError("the archive has no such record", record=name, path=self.file.url)
-        _, raw_name, flags, method, _, packed, size, header = record
+        _, _, flags, method, _, packed, size, header = record
         if flags & 0x2041:
             raise UnsupportedError("the record is encrypted", record=name, path=self.file.url)
         if method not in (0, 8):
             raise UnsupportedError(
                 f"the record is packed by method {method}; stored and deflated ones are read", record=name, path=self.file.url
             )
-        end = self._next[header]
-        start = -(-(header + 34 + len(raw_name)) // _ALIGNMENT) * _ALIGNMENT
-        if end - start - packed not in ((16, 24) if flags & 8 else (0,)):  # not torch's layout, or not for certain
-            with Span(self.file, 0, self.file.size).open() as reader:
-                start = _payload_start(record, lambda at, n: _pread(reader, at, n, self.file.size))
-        if start + packed > end:
+        with Span(self.file, 0, self.file.size).open() as reader:
+            start = _payload_start(record, lambda at, n: _pread(reader, at, n, self.file.size))
+        if start + packed > self._next[header]:
             raise CorruptFileError("the record runs into what follows it", record=name, path=self.file.url)
         span = Span(self.file, start, packed, record)
         return span if method == 0 else Inflated(span, size, name)
+
+    @cached_property
+    def _plain(self) -> dict[str, Span]:
+        """The stored records that lie as torch lays them: aligned, and with nothing but a data descriptor before what follows."""
+        out = {}
+        for name, raw_name, flags, method, _, packed, _, header in self.records.values():
+            start = -(-(header + 34 + len(raw_name)) // _ALIGNMENT) * _ALIGNMENT
+            gap = self._next[header] - start - packed
+            if not method and not flags & 0x2041 and (gap in (16, 24) if flags & 8 else not gap):
+                out[name] = Span(self.file, start, packed, self.records[name])
+        return out
 
     @cached_property
     def _next(self) -> dict[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from unicodedata import combining, east_asian_width
@@ -24,10 +23,6 @@ def render_report(report: Report) -> str:
     """The headline, then every table under its title."""
     mark = "✓" if report.ok else "✗"
     return "\n\n".join([f"{mark} {visible(report.headline)}", *(render_table(t) for t in report.tables())])
-
-
-def render_tables(tables: Sequence[Table]) -> str:
-    return "\n\n".join(render_table(t) for t in tables)
 
 
 def render_table(table: Table) -> str:
