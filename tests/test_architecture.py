@@ -18,7 +18,7 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 # a room may import only rooms of an earlier line, or of its own
 ORDER = [
-    {"errors", "dtypes"}, {"files"}, {"tensors", "names", "tables", "tree", "strided"}, {"render"}, {"report"}, {"checkpoint"}, {"stream"}, {"formats"}, {"opening"}, {"analyses"}, {"ops"}, {"keymap"},
+    {"errors", "dtypes"}, {"files"}, {"tensors", "names", "tables", "tree", "strided"}, {"render"}, {"report"}, {"sections"}, {"checkpoint"}, {"stream"}, {"formats"}, {"opening"}, {"analyses"}, {"ops"}, {"keymap"},
     {"differ"}, {"verification"}, {"exporting"}, {"models"}, {"training", "store"}, {"teaching"}, {"widgets", "cli"},
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

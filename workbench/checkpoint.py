@@ -7,7 +7,6 @@ checkpoint is a Checkpoint of its own, and `with_section` is the only way back i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,12 +16,11 @@ from workbench import tree as trees
 from workbench.errors import SelectionError, TensorNotFoundError
 from workbench.files import FileRef
 from workbench.names import Patterns, join_path, require_names, suggest, unique_name
+from workbench.sections import Path, Section, find_sections, known_rank, section_rank, with_renamed_metadata
 from workbench.tensors import LazyTensor
-from workbench.tree import NOTHING, Inert, get, is_mapping, is_module, items_of, plain, walk, wrapped
+from workbench.tree import NOTHING, Inert, get, is_mapping, items_of, plain, walk, wrapped
 
-Path = tuple[Any, ...]
 Severity = Literal["info", "warning", "danger"]
-Kind = Literal["weights", "ema", "optimizer"]
 
 
 @dataclass(frozen=True)
@@ -34,18 +32,6 @@ class Finding:
     message: str
     where: dict[str, Any] = field(default_factory=dict)
     hint: str | None = None
-
-
-@dataclass(frozen=True)
-class Section:
-    """One state dict inside a training checkpoint, and why it is taken for what it is."""
-
-    path: Path
-    name: str
-    kind: Kind
-    tensors: int
-    nbytes: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -184,7 +170,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         for name, path in self._paths.items():
             for depth in range(len(path) + 1):
                 below.setdefault(path[:depth], []).append(self._tensors[name])
-        return tuple(sorted(_find_sections(self.tree, below), key=_section_rank))
+        return tuple(sorted(find_sections(self.tree, below), key=section_rank))
 
     def section(self, which: str | Path) -> Checkpoint:
         """One section as a Checkpoint of its own; `which` is its path or its dotted name.
@@ -226,7 +212,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         first, *others = self.sections() or (None,)
         if first is None or first.kind == "optimizer":
             return ()
-        return tuple(s for s in others if s.kind == first.kind and _known_rank(s) == _known_rank(first))
+        return tuple(s for s in others if s.kind == first.kind and known_rank(s) == known_rank(first))
 
     @property
     def weights(self) -> Checkpoint:
@@ -283,7 +269,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         moved = {old: results[0][0] for old, results in produced.items()}
         return replace(
             self,
-            tree=_with_renamed_metadata(new_tree, moved),
+            tree=with_renamed_metadata(new_tree, moved),
             source=None,
             metadata={key: value for key, value in self.metadata.items() if key not in self.restored},  # aliases are recorded anew
             restored={},
@@ -390,88 +376,3 @@ def _rewrapped(node: Any, tensor: LazyTensor) -> Any:
     if not tensor.dtype.is_floating and tensor.dtype.kind != "complex":
         return tensor
     return replace(node, args=tuple(_rewrapped(a, tensor) if isinstance(wrapped(a), LazyTensor) else a for a in node.args))
-
-
-# sections
-
-
-_KNOWN_WEIGHTS = ("model_state_dict", "state_dict", "model", "model_state", "net", "network", "module", "weights", "params", "state")
-
-
-def _known_rank(section: Section) -> int:
-    last = str(section.path[-1]) if section.path else ""
-    return _KNOWN_WEIGHTS.index(last) if last in _KNOWN_WEIGHTS else len(_KNOWN_WEIGHTS)
-
-
-def _section_rank(section: Section) -> tuple[Any, ...]:
-    kinds = ("weights", "ema", "optimizer")
-    return (kinds.index(section.kind), _known_rank(section), -section.nbytes)
-
-
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|shadow|averaged)(?![a-z])")
-
-
-def _find_sections(root: Any, below: Mapping[Path, list[LazyTensor]]) -> Iterator[Section]:
-    """State dicts and optimizers; `below` holds the tensors under each path, as the walk that named them found them."""
-    pending: list[tuple[Path, Any]] = [((), root)]
-    while pending:
-        path, node = pending.pop()
-        held = below.get(path, [])
-        if is_module(node):
-            yield _section(path, held, "weights", f"an object of class {node.dotted}")
-        elif is_mapping(node) and is_mapping(items_of(node).get("state")) and "param_groups" in items_of(node):
-            yield _section(path, held, "optimizer", "it has `state` and `param_groups`")
-        elif is_mapping(node) and held:
-            direct = sum(isinstance(wrapped(child), LazyTensor) for child in items_of(node).values())
-            if direct and 2 * direct >= len(held):
-                last = str(path[-1]).lower() if path else ""
-                kind: Kind = "ema" if _AVERAGED.search(last) else "weights"
-                yield _section(path, held, kind, f"{direct} tensors directly under {'the root' if not path else repr(join_path(path))}")
-            elif len(path) <= 5:
-                pending += [
-                    ((*path, key), child) for key, child in reversed(list(items_of(node).items())) if not path or (*path, key) in below
-                ]
-
-
-def _section(path: Path, held: list[LazyTensor], kind: Kind, reason: str) -> Section:
-    return Section(path, join_path(path), kind, len(held), sum(t.nbytes for t in held), reason)
-
-
-# _metadata: module name -> {"version": …}, beside a module's state dict
-
-
-def _with_renamed_metadata(node: Any, moved: dict[str, str]) -> Any:
-    if not (isinstance(node, Inert) and isinstance(node.state, dict) and is_mapping(node.state.get("_metadata"))):
-        return node
-    if all(old == new for old, new in moved.items()):
-        return node
-    old_metadata = node.state["_metadata"]
-    renamed = rename_modules(items_of(old_metadata), moved)
-    new_metadata = renamed if isinstance(old_metadata, dict) else replace(old_metadata, items=renamed)
-    return replace(node, state={**node.state, "_metadata": new_metadata})
-
-
-def rename_modules(modules: Mapping[Any, Any], moved: Mapping[str, str]) -> dict[Any, Any]:
-    """Module names renamed as their tensors were, from the evidence of each tensor below them.
-
-    A module with no tensor of its own follows its nearest ancestor. One whose tensors moved apart keeps its name if any of them
-    did, and is dropped otherwise.
-    """
-    homes: dict[str, set[str]] = {}
-    for old, new in moved.items():
-        for cut in [-1, *(i for i, c in enumerate(old) if c == ".")]:
-            module, rest = old[: max(cut, 0)], old[cut + 1 :]
-            found = homes.setdefault(module, set())
-            if new == rest or new.endswith("." + rest):
-                found.add(new[: len(new) - len(rest)].removesuffix("."))
-    known = {module: module if module in found else next(iter(found)) if len(found) == 1 else None for module, found in homes.items()}
-    out: dict[Any, Any] = {}
-    for module, value in modules.items():
-        ancestor = str(module)
-        while ancestor not in known and ancestor:
-            ancestor = ancestor.rpartition(".")[0]
-        home = known.get(ancestor)
-        if home is not None:
-            rest = str(module)[len(ancestor) :].removeprefix(".")
-            out[".".join(part for part in (home, rest) if part)] = value
-    return out

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.checkpoint import Checkpoint, Path
+from workbench.checkpoint import Checkpoint
 from workbench.files import FileRef, Span
 from workbench.opening import open as open_checkpoint
 from workbench.report import Report
+from workbench.sections import Path
 from workbench.strided import extent
 from workbench.tables import Column, Table, format_bytes, table
 from workbench.tensors import Derived, LazyTensor, Live, Stored

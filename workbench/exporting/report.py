@@ -134,18 +134,7 @@ def _row(e: Exported) -> tuple[object, ...]:
     checked = None if e.checked is None else "✓" if e.checked else "⚠"
     difference = e.parity.max_abs if e.parity else None
     digest = e.sha256[:16] if e.sha256 else None
-    return (
-        e.target,
-        "✓" if e.ok else "⚠",
-        e.path,
-        e.nbytes,
-        e.exporter,
-        e.opset,
-        checked,
-        difference,
-        e.seconds,
-        digest,
-    )
+    return (e.target, "✓" if e.ok else "⚠", e.path, e.nbytes, e.exporter, e.opset, checked, difference, e.seconds, digest)
 
 
 def _failure(e: Exported) -> tuple[str, ...]:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench import dtypes
-from workbench.checkpoint import Checkpoint, Path, Step
+from workbench.checkpoint import Checkpoint, Step
 from workbench.dtypes import DType
 from workbench.errors import SelectionError
 from workbench.names import Patterns
 from workbench.ops.scope import floating, mapped, on_section
+from workbench.sections import Path
 from workbench.tensors import Block, Derived, LazyTensor
 
 if TYPE_CHECKING:

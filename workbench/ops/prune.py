@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench import dtypes
-from workbench.checkpoint import Checkpoint, Path, Step
+from workbench.checkpoint import Checkpoint, Step
 from workbench.errors import SelectionError
 from workbench.names import Patterns
 from workbench.ops.scope import floating, mapped, on_section
+from workbench.sections import Path
 from workbench.tensors import Block, Derived, LazyTensor, TensorSpec
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from workbench.checkpoint import Checkpoint, Path, Step
+from workbench.checkpoint import Checkpoint, Step
 from workbench.errors import SelectionError
 from workbench.ops.scope import on_section
+from workbench.sections import Path
 
 
 def rename(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from workbench.checkpoint import Checkpoint, Path, Step
+from workbench.checkpoint import Checkpoint, Step
 from workbench.errors import SelectionError
 from workbench.names import Patterns, require_names
+from workbench.sections import Path
 from workbench.tensors import LazyTensor
 
 Entries = Iterable[tuple[str, LazyTensor, str]]
