@@ -150,10 +150,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
         return sum({(t.source, t.spec): t.nbytes for t in self.values()}.values())
 
     @property
-    def numel(self) -> int:
-        return sum({(t.source, t.spec): t.numel for t in self.values()}.values())
-
-    @property
     def dangers(self) -> tuple[str, ...]:
         """Dotted names that the file would import or call and that are not plain data."""
         return tuple(dict.fromkeys(f.where["global"] for f in self.findings if f.severity == "danger" and "global" in f.where))

@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any
 
 from workbench.errors import CorruptFileError
-from workbench.formats.torch_template import NAMED, REFS, TEMPLATES, indices, memo_index, view
+from workbench.formats.torch_template import REFS, indices, memo_index, named_tensor, one_tensor, view
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert
 
@@ -429,7 +429,7 @@ class Machine:
         memo entry here is unusual.
         """
         data, memo, make = self.data, self.memo, self.tensor
-        pattern = TEMPLATES.get(data[start]) if start < len(data) else None
+        pattern = one_tensor(data[start]) if b"((" in data[start + 2 : start + 12] else None
         found = pattern.match(data, start) if pattern is not None else None
         if found is None or make is None:
             return False
@@ -460,8 +460,8 @@ class Machine:
         data, make = self.data, self.tensor
         name_end = start + 5 + int.from_bytes(data[start + 1 : start + 5], "little")
         head = data[name_end : name_end + 12]
-        pattern = NAMED.get(head[0]) if len(head) == 12 else None
-        if pattern is None or make is None or b"((" not in head[3:]:
+        pattern = named_tensor(head[0]) if b"((" in head[4:] else None
+        if pattern is None or make is None:
             return False
         rows, end = [], start
         while (found := pattern.match(data, end)) is not None:

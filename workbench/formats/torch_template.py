@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
-_I = rb"(?:K.|M..|J....|\x8a(?:\x01.|\x02..|\x03...|\x04....|\x05.....|\x06......|\x07.......|\x08........))"
+_I = rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}))"  # pickle spells a count by the shortest of these
 _G = rb"(?:h.|j....)"
 
 
@@ -28,17 +28,23 @@ def _tensor_pattern(start: bytes, put: bytes, key: bytes) -> re.Pattern[bytes]:
 
 _SHORT, _LONG = rb"q(.)", rb"r(....)"
 _NEW_KEY, _ANY_KEY = rb"X(....)([0-9]+)%b", rb"(?:X(....)([0-9]+)%b|(%b))"
-TEMPLATES = {  # by the first opcode: the memo write of a name before it, or the reference to the rebuild function itself
-    ord("q"): _tensor_pattern(_SHORT, _SHORT, _ANY_KEY % (_SHORT, _G)),
-    ord("r"): _tensor_pattern(_LONG, _LONG, _ANY_KEY % (_LONG, _G)),
-    ord("h"): _tensor_pattern(b"()", _LONG, _ANY_KEY % (_LONG, _G)),
-    ord("j"): _tensor_pattern(b"()", _LONG, _ANY_KEY % (_LONG, _G)),
-}
 _NAME = rb"X(....)(.{0,1024}?)"
-NAMED = {  # by the memo write of the name: a name and its tensor on a storage of its own, as they follow each other in a state dict
-    ord("q"): _tensor_pattern(_NAME + _SHORT, _SHORT, _NEW_KEY % _SHORT),
-    ord("r"): _tensor_pattern(_NAME + _LONG, _LONG, _NEW_KEY % _LONG),
-}
+
+
+@cache  # compiled when first met: a process that lists one file needs few of them
+def one_tensor(first: int) -> re.Pattern[bytes] | None:
+    """A tensor, by its first opcode: the memo write of a name before it, or the reference to the rebuild function itself."""
+    put = {ord("q"): _SHORT, ord("r"): _LONG, ord("h"): _LONG, ord("j"): _LONG}.get(first)
+    return None if put is None else _tensor_pattern(put if first in b"qr" else b"()", put, _ANY_KEY % (put, _G))
+
+
+@cache
+def named_tensor(first: int) -> re.Pattern[bytes] | None:
+    """A name and its tensor on a storage of its own, as they follow each other in a state dict, by the memo write of the name."""
+    put = {ord("q"): _SHORT, ord("r"): _LONG}.get(first)
+    return None if put is None else _tensor_pattern(_NAME + put, put, _NEW_KEY % put)
+
+
 REFS = re.compile(_G, re.DOTALL)
 _COUNTS = re.compile(_I, re.DOTALL)
 
