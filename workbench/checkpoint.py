@@ -101,8 +101,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
         order = {"danger": 0, "warning": 1, "info": 2}
         object.__setattr__(self, "findings", tuple(sorted(_distinct(found), key=lambda f: order[f.severity])))
 
-    # the mapping
-
     def __getitem__(self, name: str) -> LazyTensor:
         try:
             return self._tensors[name]
@@ -330,8 +328,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
             ((n, t, n) for n, t in self.items() if n not in chosen),
             Step("drop", {"names": names if isinstance(names, str) else list(names)}),
         )
-
-    # shown
 
     def __str__(self) -> str:
         from workbench.render.text import render_checkpoint

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import workbench as wb
 from workbench.errors import CorruptFileError
 from workbench.files import file_ref
 from workbench.formats.pickle_vm import Machine
@@ -453,3 +454,10 @@ def test_counting_the_memo_after_the_template_gives_the_same(tail, tmp_path):
 def test_floats_keep_their_bits():
     for value in (math.nan, -0.0, 5e-324, -math.inf):
         assert struct.pack(">d", run(pickle.dumps(value, 2))) == struct.pack(">d", value)
+
+
+def test_a_tensor_that_a_run_wrote_is_the_one_that_later_names_refer_to(tmp_path):
+    tensors = [torch.tensor([float(i)]) for i in range(300)]
+    tree = {f"a{i}": tensor for i, tensor in enumerate(tensors)} | {f"b{i}": tensor for i, tensor in enumerate(tensors)}
+    torch.save(tree, tmp_path / "twice.pt")
+    assert {name: tensor.peek(1) for name, tensor in wb.open(tmp_path / "twice.pt").items()} == {n: t.tolist() for n, t in tree.items()}

@@ -5,6 +5,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 import torch
@@ -367,3 +368,42 @@ def test_the_suite_itself_makes_good_files(tmp_path):
         assert {n: t.tolist() for n, t in torch.load(path, weights_only=True).items()} == {"weight": [1, 2, 3], "bias": [4, 5, 6]}
         assert {n: t.load().tolist() for n, t in wb.open(path).items()} == {"weight": [1, 2, 3], "bias": [4, 5, 6]}
     assert os.path.getsize(tmp_path / "b.pt") > len(b"".join(REAL_DATA.values()))
+
+
+def one_batch(count, *, clash):
+    """`count` named tensors in one batch, spelled as torch spells them; with `clash`, the last writes one memo entry twice."""
+
+    def put(index):
+        return b"r" + struct.pack("<I", index)
+
+    def text(value):
+        return b"X" + struct.pack("<I", len(value)) + value
+
+    shared = [
+        b"ctorch._utils\n_rebuild_tensor_v2\n",
+        text(b"storage"),
+        b"ctorch\nFloatStorage\n",
+        text(b"cpu"),
+        b"ccollections\nOrderedDict\n",
+    ]
+    out = [b"\x80\x02}(", *(piece + put(i) + b"0" for i, piece in enumerate(shared))]
+    for i in range(count):
+        m = 5 + 8 * i
+        last = m + 2 if clash and i == count - 1 else m + 7
+        out += [text(b"t%d" % i), put(m), b"h\0((h\1h\2", text(b"%d" % i), put(m + 1), b"h\3K\1t", put(m + 2), b"QK\0K\1\x85", put(m + 3)]
+        out += [b"K\1\x85", put(m + 4), b"\x89h\4)R", put(m + 5), b"t", put(m + 6), b"R", put(last)]
+    return b"".join([*out, b"u."])
+
+
+@pytest.mark.parametrize("clash", [False, True])
+def test_a_run_that_is_refused_late_is_not_tried_again_from_each_name(clash, tmp_path):
+    count = 5_000
+    with zipfile.ZipFile(tmp_path / "run.pt", "w") as archive:
+        archive.writestr("a/data.pkl", one_batch(count, clash=clash))
+        for i in range(count):
+            archive.writestr(f"a/data/{i}", b"\0\0\x80?")
+    start = time.process_time()
+    ckpt = wb.open(tmp_path / "run.pt")
+    assert time.process_time() - start < 4
+    assert len(ckpt) == count
+    assert ckpt[f"t{count - 1}"].peek() == [1.0]

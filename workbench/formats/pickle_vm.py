@@ -67,6 +67,7 @@ class Machine:
         self.globals: dict[Global, int] = {}
         self.calls: dict[str, int] = {}
         self._heads: dict[tuple[bytes, bytes, bytes], tuple[Global, str]] = {}  # the template's references, looked up once
+        self._singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
         self.skipped = False  # whether the template left memo entries unwritten
         self.end = 0
 
@@ -170,8 +171,8 @@ class Machine:
     def op_int(self) -> None:
         line = self._line()
         text = _c_string(line)
-        plain = _STRTOL.match(text)
-        value = _strtol(text) if plain else int(text, 0) if text or not line else 0
+        plain = _STRTOL.match(text) or (line and not text)  # C reads nothing, before a NUL, as 0
+        value = 0 if line and not text else _strtol(text) if plain else int(text, 0)
         self.stack.append(bool(value) if plain and len(line) == 2 and value in (0, 1) else value)
 
     def op_long(self) -> None:
@@ -461,7 +462,7 @@ class Machine:
         name_end = start + 5 + int.from_bytes(data[start + 1 : start + 5], "little")
         head = data[name_end : name_end + 12]
         pattern = named_tensor(head[0]) if b"((" in head[4:] else None
-        if pattern is None or make is None:
+        if pattern is None or make is None or start < self._singly:
             return False
         rows, end = [], start
         while (found := pattern.match(data, end)) is not None:
@@ -469,6 +470,7 @@ class Machine:
             end = found.end()
         if len(rows) < 2:
             return False
+        self._singly = end
         columns = list(zip(*rows, strict=True))
         name_lengths, names_spelled, name_put, heads, key_lengths, keys_spelled, key_put, places, numels, pids, offsets = columns[:11]
         shapes, shape_put, strides, strides_put, grads, hooks, hooks_put, args_put, put = columns[11:]
