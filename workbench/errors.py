@@ -5,6 +5,7 @@
     │  ├─ UnknownFormatError               no reader knows these bytes
     │  ├─ CorruptFileError                 the bytes contradict their own format
     │  ├─ UnsupportedError                 a valid thing this library does not read or write
+    │  │  └─ RemoteError                   a server refused, failed or fell silent
     │  └─ FileChangedError                 the file is not the one that was opened
     ├─ UntrustedError                      a program or class was asked to run, or to be written, without trust
     ├─ MissingShardError(FileNotFoundError)
@@ -73,6 +74,7 @@ class FormatError(WorkbenchError, ValueError):
     """A file could not be read as a checkpoint; `partial` is a Checkpoint of what was listed, or None."""
 
     partial: Any = None
+    short = False  # whether more bytes might have helped
 
 
 class UnknownFormatError(FormatError):
@@ -85,6 +87,10 @@ class CorruptFileError(FormatError):
 
 class UnsupportedError(FormatError):
     """A valid thing that this library does not read or write."""
+
+
+class RemoteError(UnsupportedError):
+    """A server refused, failed or fell silent."""
 
 
 class FileChangedError(FormatError):

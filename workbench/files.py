@@ -1,8 +1,9 @@
-"""Files: identity, byte ranges, and atomic writing.
+"""Files: identity, byte ranges, folders, and atomic writing.
 
 Owns every `open` of stored bytes and every file written. No handle outlives a call: a `Span` is a value that pickles
 and threads, and each read repeats the identity check, so a file that changed underneath raises FileChangedError and
 never yields other bytes. Only regular files are read (a FIFO or a device is refused before its first byte).
+Addresses such as https:// and s3:// are `workbench.remote`'s, reached through the same FileRef and Folder.
 """
 
 from __future__ import annotations
@@ -12,15 +13,37 @@ import fcntl
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from workbench.errors import CorruptFileError, FileChangedError, MissingFileError, UnknownFormatError, UnsupportedError, WriteError
 
-Identity = tuple[int, int, int, int]  # dev, ino, size, mtime_ns
+Identity = tuple[Any, Any, int, int]  # (dev, ino, size, mtime_ns) of a local file; (scheme, version, size, 0) of a remote one
 _CHUNK = 1 << 20
+
+
+class Source(Protocol):
+    """An open file, valid inside its `with`."""
+
+    def pread(self, start: int, count: int) -> bytes:
+        """Up to `count` bytes at `start`; fewer only where the file ends."""
+
+    def readinto(self, buffer: memoryview, start: int) -> int:
+        """Fill the beginning of `buffer` from byte `start`; returns how many bytes were read, 0 at the end of the file."""
+
+
+class Address(Protocol):
+    """A remote file or folder, as `workbench.remote` reaches it. Holds what must not be shown: query and credentials."""
+
+    def open(self, file: FileRef) -> AbstractContextManager[Source]: ...
+    def file(self) -> FileRef: ...
+    def names(self) -> list[str]: ...
+    def below(self, name: str) -> Address: ...
+    def parent(self) -> Address: ...
+    @property
+    def url(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -28,12 +51,14 @@ class FileRef:
     """One file as it was when opened.
 
     Attributes:
-        url: absolute local path.
-        identity: (device, inode, size in bytes, modification time in ns); checked at every read.
+        url: absolute local path, or an address without credentials and query.
+        identity: (device, inode, size in bytes, modification time in ns), or what a server tells; checked at every read.
+        address: how a remote file is reached; None for a local one.
     """
 
     url: str
     identity: Identity = field(repr=False)
+    address: Address | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -42,6 +67,87 @@ class FileRef:
     @property
     def name(self) -> str:
         return os.path.basename(self.url)
+
+    @property
+    def folder(self) -> Folder:
+        return Folder(os.path.dirname(self.url)) if self.address is None else Folder(self.address.parent().url, self.address.parent())
+
+    @contextmanager
+    def open(self) -> Iterator[Source]:
+        """The file, proved to be the one that was opened before.
+
+        Raises:
+            FileChangedError: it is another one now.
+        """
+        if self.address is not None:
+            with self.address.open(self) as source:
+                yield source
+            return
+        with _opened(self.url) as fd:
+            if _identity(fd) != self.identity:
+                raise FileChangedError("the file changed after it was opened", path=self.url, hint="open it again")
+            yield _LocalSource(fd)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of files that belong to one checkpoint; `url` as a FileRef's."""
+
+    url: str
+    address: Address | None = field(default=None, repr=False)
+
+    def names(self) -> list[str]:
+        """What lies in it, sorted; folders in it included."""
+        if self.address is not None:
+            return self.address.names()
+        try:
+            return sorted(os.listdir(self.url))
+        except PermissionError as error:
+            raise UnsupportedError("this folder may not be read by this user", path=self.url) from error
+
+    def file(self, name: str) -> FileRef:
+        """The file called `name`, which may lie in a folder below but not outside.
+
+        Raises:
+            MissingFileError: it is not there. UnsupportedError: the name leads out of the folder.
+        """
+        if self.address is not None:
+            return self.address.below(name).file()
+        path = os.path.join(self.url, name)
+        return replace(file_ref(contained(path, self.url)), url=os.path.abspath(path))  # a hub cache's links keep their names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+
+def place(address: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> FileRef | Folder:
+    """The file or folder at a path or an address (https:// s3:// gs:// hf:// memory:// …, which need the extra ``remote``).
+
+    Args:
+        storage_options: what fsspec's file system takes: credentials, endpoints.
+    Raises:
+        MissingFileError, UnknownFormatError (no regular file), MissingDependencyError.
+    """
+    text = os.fsdecode(address)
+    if not text:
+        raise MissingFileError("the path is empty")
+    if "://" in text:
+        from workbench.remote import remote_place
+
+        found: FileRef | Folder = remote_place(text, storage_options or {})
+        return found
+    return Folder(os.path.abspath(text)) if os.path.isdir(text) else file_ref(text)
+
+
+class _LocalSource:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def pread(self, start: int, count: int) -> bytes:
+        return os.pread(self._fd, count, start)
+
+    def readinto(self, buffer: memoryview, start: int) -> int:
+        return os.preadv(self._fd, [buffer[:_CHUNK]], start)
 
 
 def file_ref(path: str | os.PathLike[str]) -> FileRef:
@@ -125,14 +231,11 @@ class Span(NamedTuple):
     check: Check | None = None
 
     @contextmanager
-    def open(self) -> Iterator[_FileReader]:
-        with _opened(self.file.url) as fd:
-            if _identity(fd) != self.file.identity:
-                raise FileChangedError("the file changed after it was opened", path=self.file.url, hint="open it again")
-            reader = _FileReader(fd, self)
+    def open(self) -> Iterator[_SpanReader]:
+        with self.file.open() as source:
             if self.check is not None:
-                self.check.prove(lambda start, count: os.pread(fd, count, start), self.start)
-            yield reader
+                self.check.prove(source.pread, self.start)
+            yield _SpanReader(source, self)
 
     def part(self, start: int, nbytes: int) -> Span:
         """`nbytes` bytes from byte `start` of this span, proved as this one is."""
@@ -163,9 +266,9 @@ def read_span(storage: Storage, start: int = 0, stop: int | None = None) -> byte
     return bytes(buffer)
 
 
-class _FileReader:
-    def __init__(self, fd: int, span: Span) -> None:
-        self._fd = fd
+class _SpanReader:
+    def __init__(self, source: Source, span: Span) -> None:
+        self._source = source
         self._span = span
 
     def readinto(self, buffer: memoryview, start: int) -> None:
@@ -173,7 +276,7 @@ class _FileReader:
         if start < 0 or start + total > span.nbytes:
             raise CorruptFileError(f"bytes {start} to {start + total} of a range of {span.nbytes}", path=span.file.url, offset=span.start)
         while done < total:
-            got = os.preadv(self._fd, [buffer[done : done + _CHUNK]], span.start + start + done)
+            got = self._source.readinto(buffer[done:], span.start + start + done)
             if got == 0:
                 raise CorruptFileError("the file ends before its own index says", path=span.file.url, offset=span.start + start + done)
             done += got

@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from workbench.checkpoint import Checkpoint
-from workbench.errors import UnsupportedError
 from workbench.formats import open_path
 
 
-def open(source: Any, *, snapshot: bool = False) -> Checkpoint:
+def open(source: Any, *, snapshot: bool = False, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
     """List a checkpoint without loading it, and without executing anything in it.
 
     Args:
-        source: a path (torch zip, safetensors, sharded safetensors, or a folder with one of them), an nn.Module, an
-            optimizer, a state dict, or any nested dict of tensors (viewed, not copied).
+        source: a path or an address (https:// s3:// gs:// hf:// …) of a file or folder, an nn.Module, an optimizer, a state
+            dict, or any nested dict of tensors (viewed, not copied). README lists the formats.
         snapshot: copy live tensors now, so that later training does not show through.
+        storage_options: what fsspec's file system for a remote address takes: credentials, endpoints; and `timeout`, the
+            seconds to wait for an answer to begin or go on (30). A pickled Checkpoint carries them.
     Returns:
         A Checkpoint; at the end of a notebook cell it shows as a browsable tree, in a terminal as text.
     Raises:
@@ -29,9 +31,7 @@ def open(source: Any, *, snapshot: bool = False) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, (str, bytes, os.PathLike)):
-        if "://" in (text := os.fsdecode(source)):
-            raise UnsupportedError(f"{text.partition('://')[0]}:// addresses are not read yet", hint="download the file first")
-        return open_path(text)
+        return open_path(os.fsdecode(source), storage_options=storage_options)
     from workbench.formats.memory import open_object
 
     return open_object(source, snapshot=snapshot)
