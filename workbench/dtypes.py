@@ -60,8 +60,17 @@ _ROWS: tuple[tuple[str, int, Kind], ...] = (
     ("quint4x2", 1, "quantized"), ("quint2x4", 1, "quantized"),
 )  # fmt: skip
 DTYPES: dict[str, DType] = {name: DType(name, itemsize, kind) for name, itemsize, kind in _ROWS}
+# torch can name these, and lays out one element in a byte; it neither saves them nor computes with them
+SUB_BYTE: dict[str, DType] = {f"{sign}int{bits}": DType(f"{sign}int{bits}", 1, "bits") for sign in ("", "u") for bits in range(1, 8)}
 
 _ALIASES = {"float": "float32", "double": "float64", "half": "float16", "long": "int64", "int": "int32", "short": "int16"}
+
+
+# numpy's kind and size
+NUMPY_CODES = {
+    "b1": "bool", "i1": "int8", "i2": "int16", "i4": "int32", "i8": "int64", "u1": "uint8", "u2": "uint16", "u4": "uint32", "u8": "uint64",
+    "f2": "float16", "f4": "float32", "f8": "float64", "c8": "complex64", "c16": "complex128",
+}  # fmt: skip
 
 
 def dtype(name: Any) -> DType:

@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from workbench.errors import SelectionError
+from workbench.errors import CorruptFileError, SelectionError
 
 Patterns = str | Sequence[str]
+
+# Name segments that wrappers put before a module's own names, and who does it.
+WRAPPERS: Mapping[str, str] = {
+    "module": "torch.nn.DataParallel and DistributedDataParallel, torch.optim.swa_utils.AveragedModel, DeepSpeed",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "torch.distributed.fsdp",
+    "_checkpoint_wrapped_module": "torch activation checkpointing",
+    "_forward_module": "Lightning Fabric",
+}
 
 
 def join_path(path: tuple[Any, ...]) -> str:
     """The flat dotted name of a path of keys and list positions: ``("state", 0, "exp_avg")`` -> ``state.0.exp_avg``."""
-    return ".".join(key if isinstance(key, str) else str(key) for key in path)
+    try:
+        return ".".join(path)
+    except TypeError:
+        return ".".join(map(str, path))
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object as a dict, for `object_pairs_hook`; JSON's own reader lets a later name replace an earlier one.
+
+    Raises:
+        CorruptFileError: a name stands there twice.
+    """
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise CorruptFileError(f"the name {name!r} stands there twice", hint="which of the two counts is ambiguous")
+    return out
 
 
 def natural_key(name: str) -> list[tuple[int, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from conformance import FormatTests, state
 from hypothesis import given
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file, save_model
-from strategies import SAFETENSORS_DTYPES, same, state_dicts, tensors
+from strategies import SAFETENSORS_DTYPES, bits, same, state_dicts, tensors
 
 import workbench as wb
-from workbench.errors import MissingShardError
+from workbench.errors import CorruptFileError, MissingShardError, UnknownFormatError, UnsupportedError
 
 
 def by_safe_open(path):
@@ -60,6 +61,139 @@ class TestShardedSafetensors(FormatTests):
         with pytest.raises(MissingShardError, match="00002-of-00002") as caught:
             wb.open(built[0])
         assert set(caught.value.partial) == set(load_file(built[1][0]))
+
+    def test_shards_without_an_index_are_put_together_by_their_names(self, built):
+        expected = {name: bits(tensor) for name, tensor in self.official(built[0]).items()}
+        os.remove(built[0])
+        ckpt = wb.open(built[0].parent)
+        assert {name: bits(tensor.load()) for name, tensor in ckpt.items()} == expected
+        assert ("no index", "info") in [(f.kind, f.severity) for f in ckpt.findings]
+        os.remove(built[1][0])
+        with pytest.raises(MissingShardError, match="1 of 2 shards are not there: model-00001-of-00002") as caught:
+            wb.open(built[0].parent)
+        assert set(caught.value.partial) == set(load_file(built[1][1]))
+
+
+class TestShardedTorchFiles(FormatTests):
+    """`pytorch_model.bin.index.json`: one shard in torch's zip, one in its legacy container."""
+
+    magic = 13
+
+    def build(self, folder):
+        shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+        tensors = {name: tensor for name, tensor in state().items() if name in ("layer.weight", "half", "step", "none")}
+        weight_map = {name: shards[i % 2] for i, name in enumerate(tensors)}
+        for i, shard in enumerate(shards):
+            held = {n: t for n, t in tensors.items() if weight_map[n] == shard}
+            torch.save(held, folder / shard, _use_new_zipfile_serialization=not i)
+        index = folder / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
+        return index, [folder / shards[0], folder / shards[1], index]
+
+    def official(self, path):
+        weight_map = json.loads(path.read_text())["weight_map"]
+        loaded = {name: tensor for shard in set(weight_map.values()) for name, tensor in torch.load(path.parent / shard).items()}
+        return {name: loaded[name] for name in weight_map}
+
+    def test_a_shard_that_would_execute_something_is_named(self, built):
+        class Evil:
+            def __reduce__(self):
+                return os.system, ("echo executed > /tmp/never",)
+
+        torch.save({**torch.load(built[1][0]), "evil": Evil()}, built[1][0])
+        ckpt = wb.open(built[0])
+        assert (list(ckpt), ckpt.dangers) == (list(json.loads(built[0].read_text())["weight_map"]), ("posix.system",))
+
+
+def indexed(folder, weight_map):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(weight_map if isinstance(weight_map, str) else json.dumps({"weight_map": weight_map}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ({"w": "../outside.safetensors"}, UnsupportedError),
+        ({"w": "/etc/passwd"}, UnsupportedError),
+        ({"w": "link.safetensors"}, UnsupportedError),
+        ({"w": "config.txt"}, UnknownFormatError),
+        ({"w": "."}, UnknownFormatError),
+        ({"w": "a.safetensors\0"}, CorruptFileError),
+        ({"missing": "a.safetensors"}, CorruptFileError),
+        ({"w": 3}, CorruptFileError),
+        ({"w": ""}, CorruptFileError),
+        ('{"weight_map": ["a.safetensors"]}', CorruptFileError),
+        ('{"weight_map": ' + "[" * 200_000, CorruptFileError),
+        ('{"weight_map": {"w": "a.safetensors"}', CorruptFileError),
+        ('{"weight_map": {}, "x": "\xff"}', CorruptFileError),
+        ({f"w{i}": f"{i}.safetensors" for i in range(10_001)}, UnsupportedError),
+    ],
+)
+def test_an_index_that_lies_is_refused(content, kind, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in (folder / "a.safetensors", tmp_path / "outside.safetensors"):
+        save_file({"w": torch.ones(2)}, path)
+    (folder / "link.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    (folder / "config.txt").write_text("no tensors here")
+    path = indexed(folder, content)
+    if isinstance(content, str):
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(kind):
+        wb.open(path)
+
+
+def test_an_index_that_names_itself_is_told_and_not_followed(tmp_path):
+    with pytest.raises(CorruptFileError, match="the index names an index as a shard"):
+        wb.open(indexed(tmp_path, {"w": "model.safetensors.index.json"}))
+
+
+def test_aliases_in_shards_without_an_index_are_restored_over_all_of_them(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "m-00001-of-00002.safetensors", metadata={"tied": "b"})
+    save_file({"b": torch.zeros(2)}, tmp_path / "m-00002-of-00002.safetensors", metadata={"format": "pt", "also": "b"})
+    ckpt = wb.open(tmp_path)
+    assert (set(ckpt), dict(ckpt.restored)) == ({"a", "b", "tied", "also"}, {"tied": "b", "also": "b"})
+    assert ckpt["tied"].load().tolist() == [0, 0]
+
+
+def test_links_inside_a_hub_cache_are_followed(tmp_path):
+    root = tmp_path / "models--org--name"
+    snapshot = root / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    save_file({"w": torch.ones(2)}, root / "blobs" / "123")
+    (snapshot / "model-00001-of-00001.safetensors").symlink_to("../../blobs/123")
+    (root / "blobs" / "456").write_text(json.dumps({"weight_map": {"w": "model-00001-of-00001.safetensors"}}))
+    (snapshot / "model.safetensors.index.json").symlink_to("../../blobs/456")
+    assert [list(wb.open(path)) for path in (snapshot / "model.safetensors.index.json", snapshot, root)] == [["w"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("m-00001-of-99999", "99998 of 99999"), ("m-00003-of-00002", "2 of 2"), ("m-00001-of-00000", None)]
+)
+def test_shards_that_count_wrongly_are_told_at_once(name, missing, tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    if missing is None:
+        assert list(wb.open(tmp_path)) == ["w"]
+        return
+    start = time.monotonic()
+    with pytest.raises(MissingShardError, match=f"{missing} shards"):
+        wb.open(tmp_path)
+    assert time.monotonic() - start < 2
+
+
+def test_two_shards_that_hold_one_name_are_ambiguous_without_an_index(tmp_path):
+    for i in (1, 2):
+        save_file({"w": torch.ones(i)}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+    with pytest.raises(CorruptFileError, match="another shard holds too"):
+        wb.open(tmp_path)
+
+
+def test_a_tensor_that_the_index_forgets_is_told(tmp_path):
+    save_file({"w": torch.ones(2), "v": torch.ones(1)}, tmp_path / "a.safetensors")
+    ckpt = wb.open(indexed(tmp_path, {"w": "a.safetensors"}))
+    assert [(f.kind, f.where["tensors"]) for f in ckpt.findings] == [("unindexed tensors", ["v"])]
 
 
 @given(

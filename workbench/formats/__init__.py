@@ -1,24 +1,26 @@
-"""Formats: each is one file that parses an index into name -> (spec, Stored), and one line in the table below.
+"""Formats: each is one file that parses an index into name -> (spec, Stored), and one line in the tables below.
 
     ckpt = formats.open_path("model.pt")
     formats.save(ckpt, "model.safetensors")
-    formats.FORMATS                       # what is read, in the order in which it is tried
+    formats.FILES, formats.ARCHIVES, formats.FOLDERS      # what is read, in the order in which it is tried
 
-Files are recognised by their content, never by their extension.
+Files are recognised by their content, never by their extension; zip archives by the names of their records, folders by
+the files in them. A module of the tables is imported when its format is met.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
-import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.checkpoint import Checkpoint
-from workbench.errors import MissingFileError, SelectionError, UnknownFormatError, located, visible
-from workbench.files import FileRef, Span, file_ref
-from workbench.formats import safetensors_file, sharded, torch_zip
+from workbench.errors import SelectionError, UnknownFormatError, WriteError, located
+from workbench.files import FileRef, Folder, Span, place
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -30,102 +32,137 @@ _HEAD = 4096
 
 
 class Format(NamedTuple):
+    """A row of the tables: what it is called, the module that opens it, and how it is recognised."""
+
     name: str
-    sniff: Callable[[bytes], bool]
-    open_file: Callable[[FileRef], Checkpoint]
+    title: str
+    module: str
+    claims: Callable[[Any], bool]
+
+    @property
+    def reader(self) -> Any:
+        return importlib.import_module(f"workbench.formats.{self.module}")
 
 
-FORMATS = (
-    Format("torch-zip", torch_zip.sniff, torch_zip.open_file),
-    Format("sharded-safetensors", sharded.sniff, sharded.open_file),
-    Format("safetensors", safetensors_file.sniff, safetensors_file.open_file),
+def _starts(magic: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(magic)
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return len(head) > 8 and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000 and head[8:].lstrip(b" ")[:1] in (b"{", b"")
+
+
+def _is_shard_index(head: bytes) -> bool:
+    return head.lstrip()[:1] == b"{" and b'"weight_map"' in head
+
+
+def _is_tar(head: bytes) -> bool:
+    """A tar header proves itself by its checksum; old ones have no magic."""
+    told = head[148:156].strip(b" \0")
+    return (
+        len(head) >= 512 and told.isdigit() and not told.strip(b"01234567") and int(told, 8) == sum(head[:148]) + 256 + sum(head[156:512])
+    )
+
+
+def _holds(*names: str) -> Callable[[Collection[str]], bool]:
+    return lambda records: any(record.endswith(names) for record in records)
+
+
+def _roots(records: Collection[str]) -> list[str]:
+    return importlib.import_module("workbench.formats.torch_archive").pickle_roots(records)  # type: ignore[no-any-return]
+
+
+# by the first bytes of the file
+FILES = (
+    Format("safetensors", "safetensors", "safetensors_file", _is_safetensors),
+    Format("sharded-safetensors", "sharded", "sharded", _is_shard_index),
+    Format("gguf", "GGUF", "gguf_file", _starts(b"GGUF")),
+    Format("npy", "NumPy", "numpy_file", _starts(b"\x93NUMPY")),
+    Format("torch-tar", "old PyTorch tar", "torch_tar", _is_tar),
+    Format("pickle", "legacy PyTorch", "torch_legacy", _starts(b"\x80")),
 )
-
-# what a stranger's file most often is instead: (first bytes, what to call it)
-_OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.", "a legacy torch checkpoint (before torch 1.6)"),
-    (b"\x80", "a Python pickle"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras .h5)"),
-    (b"\x93NUMPY", "a NumPy .npy array"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"7z\xbc\xaf", "a 7z archive"),
-    (b"version https://git-lfs", "a Git LFS pointer: the real file was never downloaded"),
-    (b"<!DOCTYPE", "a web page, perhaps an error page saved in place of the download"),
-    (b"<html", "a web page, perhaps an error page saved in place of the download"),
+# what needs a closer look than a magic number, tried when nothing else claims the file; `claims` gets the FileRef
+CLOSER = (
+    Format("sharded-safetensors", "sharded", "sharded", lambda file: _reader_claims("sharded", file)),
+    Format("onnx", "ONNX", "onnx_file", lambda file: _reader_claims("onnx_file", file)),
+    Format("pickle", "plain pickle", "torch_legacy", lambda file: _reader_claims("torch_legacy", file)),
 )
+# zip archives, by the names of their records
+ARCHIVES = (
+    Format(
+        "torch-export", "torch.export", "exported_file", _holds("archive_format", "models/model.json", "serialized_exported_program.json")
+    ),
+    Format(
+        "torchscript", "TorchScript", "torchscript_file", lambda records: any(f"{root}constants.pkl" in records for root in _roots(records))
+    ),
+    Format("torch-zip", "PyTorch zip", "torch_zip", lambda records: bool(_roots(records))),
+    Format("npz", "NumPy", "numpy_file", lambda records: bool(records) and all(name.endswith(".npy") for name in records)),
+)
+# folders, by the names in them; any other folder must hold one checkpoint file
+FOLDERS = (Format("dcp", "torch.distributed.checkpoint folder", "dcp_folder", lambda names: ".metadata" in names),)
 
 
-def open_path(path: str | os.PathLike[str]) -> Checkpoint:
-    """List the checkpoint at `path`: a file, or a folder that holds exactly one.
+def _reader_claims(module: str, file: FileRef) -> bool:
+    return bool(importlib.import_module(f"workbench.formats.{module}").claims(file))
+
+
+def open_path(address: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> Checkpoint:
+    """List the checkpoint at a path or address: a file, or a folder that holds exactly one.
 
     Raises:
         MissingFileError, UnknownFormatError, CorruptFileError, UnsupportedError, MissingShardError.
     """
-    path = os.fsdecode(path)
-    if not path:
-        raise MissingFileError("the path is empty")
-    with located(path=os.path.abspath(path)):
-        if os.path.isdir(path):
-            path = _candidate(path)
-        file = file_ref(path)
-        head = Span(file, 0, file.size).read(0, _HEAD)
-        for form in FORMATS:
-            if form.sniff(head):
-                return form.open_file(file)
-        raise UnknownFormatError(
-            f"this is {_what(head)}, which is not read", hint="torch zip files and safetensors (single or sharded) are"
-        )
+    found = place(address, storage_options)
+    with located(path=found.url), collector_paused():
+        return open_folder(found) if isinstance(found, Folder) else open_file(found)
 
 
-def _what(head: bytes) -> str:
-    if not head:
-        return "an empty file"
-    for magic, what in _OTHERS:
-        if head.startswith(magic):
-            return what
-    if re.match(rb"\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a]", head):  # protobuf: ir_version, then a producer or the graph
-        return "an ONNX model"
-    if head[257:262] == b"ustar":
-        return "a tar archive"
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """A listing makes hundreds of thousands of objects and drops none; looking for garbage among them takes a third of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        head[:512].decode("utf-8")
-    except UnicodeDecodeError:
-        return f"no format this library knows (it starts with {head[:8].hex(' ')})"
-    return "a text file"
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-_NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
+def open_file(file: FileRef) -> Checkpoint:
+    """List the checkpoint in one file."""
+    form, opened = recognise(file)
+    if form is None:
+        from workbench.formats.strangers import what_archive, what_file
+
+        what, hint = what_file(file) if opened is file else what_archive(opened)
+        raise UnknownFormatError(f"this is {what}", path=file.url, hint=hint or "README lists the formats that are read")
+    reader = form.reader
+    return reader.open_file(opened) if opened is file else reader.open_archive(opened)  # type: ignore[no-any-return]
 
 
-def _candidate(folder: str) -> str:
-    """The one checkpoint in a folder, by the names that are customary, else the only readable file."""
-    names = sorted(os.listdir(folder))
-    for name in _NAMES:
-        if name in names:
-            return os.path.join(folder, name)
-    readable = [name for name in names if _is_readable(os.path.join(folder, name))]
-    indexed = [name for name in readable if name.endswith(".index.json")]
-    chosen = indexed if len(indexed) == 1 else readable
-    if len(chosen) == 1:
-        return os.path.join(folder, chosen[0])
-    if not readable:
-        raise UnknownFormatError(
-            "nothing in this folder is a checkpoint this library reads",
-            hint=f"{len(names)} entries: " + ", ".join(map(visible, names[:5])) if names else "the folder is empty",
-        )
-    raise UnknownFormatError(
-        f"this folder holds {len(readable)} checkpoints, and which one is meant is ambiguous",
-        hint="open one of: " + ", ".join(map(visible, readable[:10])),
-    )
-
-
-def _is_readable(path: str) -> bool:
-    if not os.path.isfile(path):
-        return False
-    file = file_ref(path)
+def recognise(file: FileRef) -> tuple[Format | None, Any]:
+    """The row that claims the file, or None; and what it opens: the file, or the index of a zip archive."""
     head = Span(file, 0, file.size).read(0, _HEAD)
-    return any(form.sniff(head) for form in FORMATS)
+    if head.startswith(b"PK\x03\x04"):
+        from workbench.formats.zip_index import read_zip_index
+
+        index = read_zip_index(file)
+        told = [name for name in index.records if not name[-1:].isdigit()] or index.records  # not the storages, which are many
+        return next((form for form in ARCHIVES if form.claims(told)), None), index
+    form = next((form for form in FILES if form.claims(head)), None)
+    return form or next((form for form in CLOSER if form.claims(file)), None), file
+
+
+def open_folder(folder: Folder) -> Checkpoint:
+    """List the checkpoint that a folder is or holds."""
+    names = folder.names()
+    for form in FOLDERS:
+        if form.claims(names):
+            return form.reader.open_folder(folder)  # type: ignore[no-any-return]
+    from workbench.formats.folders import open_candidate
+
+    return open_candidate(folder, names, open_file, recognise)
 
 
 _EXTENSIONS = {
@@ -166,6 +203,9 @@ def save(
 
     if not isinstance(ckpt, Checkpoint):
         ckpt = open_path(ckpt) if isinstance(ckpt, (str, os.PathLike)) else open_object(ckpt)
+    if "://" in os.fspath(path):
+        where = f"{os.fspath(path).partition('://')[0]}://…"
+        raise WriteError("only local files are written", path=where, hint="save it here, and copy it there")
     target = os.path.abspath(os.fspath(path))
     chosen = format or _EXTENSIONS.get(target.rpartition(".")[2].lower())
     job = Job(max_ram_mb, threads, executor, progress, cancel)

@@ -19,6 +19,7 @@ from workbench.checkpoint import Checkpoint
 from workbench.dtypes import DTYPES, DType
 from workbench.errors import CorruptFileError, UnsupportedError, located
 from workbench.files import FileRef, Span
+from workbench.names import unique_pairs
 from workbench.strided import row_major
 from workbench.tensors import LazyTensor, Stored, TensorSpec
 
@@ -30,11 +31,6 @@ CODES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
 _BITS = {"F6_E2M3": 6, "F6_E3M2": 6}  # in the specification; torch has no such type
-
-
-def sniff(head: bytes) -> bool:
-    length = int.from_bytes(head[:8], "little")
-    return len(head) > 8 and 2 <= length <= MAX_HEADER and head[8:].lstrip(b" ")[:1] in (b"{", b"")
 
 
 def open_file(file: FileRef) -> Checkpoint:
@@ -61,14 +57,14 @@ def restored_aliases(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -
     return {alias: kept for alias, kept in metadata.items() if alias != "format" and alias not in tensors and kept in tensors}
 
 
-def read_header(file: FileRef) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """Tensors in the header's order, and the text metadata."""
-    whole = Span(file, 0, file.size)
+def read_header(file: FileRef, area: Span | None = None) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """Tensors in the header's order, and the text metadata, of a file or of a part of one."""
+    whole = area or Span(file, 0, file.size)
     head = whole.read(0, 8)
     length = int.from_bytes(head, "little")
-    if len(head) < 8 or length > MAX_HEADER or 8 + length > file.size:
+    if len(head) < 8 or length > MAX_HEADER or 8 + length > whole.nbytes:
         raise CorruptFileError(
-            f"the header is said to have {length} bytes in a file of {file.size}: the file is cut or damaged", path=file.url, offset=0
+            f"the header is said to have {length} bytes in {whole.nbytes}: the file is cut or damaged", path=file.url, offset=whole.start
         )
     text = whole.read(8, 8 + length)
     if text.lstrip(b" ")[:1] != b"{":
@@ -76,29 +72,20 @@ def read_header(file: FileRef) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     if text.count(b"[") + text.count(b"{") > _MAX_NODES:
         raise UnsupportedError(f"the header holds more than {_MAX_NODES} lists and objects", path=file.url, offset=8)
     with located(path=file.url, offset=8):
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_pairs)
     raw_metadata = header.pop("__metadata__", None) or {}
     if not isinstance(raw_metadata, dict) or not all(isinstance(v, str) for v in raw_metadata.values()):
         raise CorruptFileError("__metadata__ must map text to text", path=file.url)
     tensors, ends = {}, []
     for name, entry in header.items():
         with located(path=file.url, tensor=name):
-            tensors[name], begin, end = _entry(file, 8 + length, entry)
+            tensors[name], begin, end = _entry(whole, 8 + length, entry)
         ends.append((begin, end, name))
-    _require_tiling(ends, file.size - 8 - length, file)
+    _require_tiling(ends, whole.nbytes - 8 - length, file)
     return tensors, raw_metadata
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise CorruptFileError(f"the header names {name!r} twice", hint="the format forbids it: which of the two counts is ambiguous")
-    return out
-
-
-def _entry(file: FileRef, data: int, entry: Any) -> tuple[LazyTensor, int, int]:
+def _entry(whole: Span, data: int, entry: Any) -> tuple[LazyTensor, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFileError("an entry must have exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -118,9 +105,11 @@ def _entry(file: FileRef, data: int, entry: Any) -> tuple[LazyTensor, int, int]:
     begin, end = offsets
     if end - begin != needed:
         raise CorruptFileError(f"{code} {shape} needs {needed} bytes and its offsets hold {end - begin}", offset=data + begin)
-    if data + end > file.size:
-        raise CorruptFileError(f"the data ends at byte {file.size} and this tensor at {data + end}: the file is cut", offset=data + begin)
-    storage = Span(file, data + begin, needed)
+    if data + end > whole.nbytes:
+        raise CorruptFileError(
+            f"the data ends at byte {whole.nbytes} and this tensor at {data + end}: the file is cut", offset=data + begin
+        )
+    storage = whole.part(data + begin, needed)
     return LazyTensor(TensorSpec(dtype, logical), Stored(storage, 0, row_major(logical))), begin, end
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from workbench.checkpoint import Checkpoint
 from workbench.errors import SelectionError
-from workbench.keymap.rules import WRAPPERS, Ambiguous, KeyMap, Pair, Unmatched
+from workbench.keymap.rules import Ambiguous, KeyMap, Pair, Unmatched
+from workbench.names import WRAPPERS
 from workbench.opening import open as open_checkpoint
 from workbench.tensors import TensorSpec
 

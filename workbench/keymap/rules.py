@@ -13,15 +13,6 @@ from workbench.tables import Column, Table, table
 
 Confidence = Literal["certain", "likely"]
 
-# Name segments that wrappers put before a module's own names, and who does it.
-WRAPPERS: Mapping[str, str] = {
-    "module": "torch.nn.DataParallel and DistributedDataParallel, torch.optim.swa_utils.AveragedModel, DeepSpeed",
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "torch.distributed.fsdp",
-    "_checkpoint_wrapped_module": "torch activation checkpointing",
-    "_forward_module": "Lightning Fabric",
-}
-
 
 @dataclass(frozen=True)
 class Pair:

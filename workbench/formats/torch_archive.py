@@ -1,0 +1,40 @@
+"""What torch's zip archives share (checkpoints, TorchScript, .pt2): where the pickle lies, and in which byte order values are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from workbench.checkpoint import Finding
+from workbench.errors import CorruptFileError
+from workbench.formats.zip_index import ZipIndex, read_record
+
+
+def pickle_roots(records: Iterable[str]) -> list[str]:
+    """The folders, at most one deep and with their slash, in which an archive holds a data.pkl."""
+    return [name[: -len("data.pkl")] for name in records if (name.endswith("/data.pkl") and name.count("/") == 1) or name == "data.pkl"]
+
+
+def pickle_root(index: ZipIndex) -> str:
+    """The one of them.
+
+    Raises:
+        CorruptFileError: there is none, or there are several.
+    """
+    roots = pickle_roots(index.records)
+    if len(roots) != 1:
+        what = "several data.pkl records, and which one counts is ambiguous" if roots else "no data.pkl"
+        raise CorruptFileError(f"the archive holds {what}", path=index.file.url)
+    return roots[0]
+
+
+def read_byteorder(index: ZipIndex, root: str) -> tuple[str, list[Finding]]:
+    """How multi-byte values are stored, and what to say of it. Little where the archive does not tell."""
+    if f"{root}byteorder" not in index.records:
+        return "little", []
+    order = read_record(index, f"{root}byteorder", 64)
+    if order not in (b"little", b"big"):
+        raise CorruptFileError(
+            f"the byte order is said to be {order!r}; it can be little or big", record=f"{root}byteorder", path=index.file.url
+        )
+    text = order.decode()
+    return text, [] if text == "little" else [Finding("big-endian", "info", "the values are stored big-endian and are swapped when read")]
