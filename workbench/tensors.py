@@ -26,6 +26,7 @@ from workbench.strided import View, boxes, is_row_major, load_view, read_flat, r
 if TYPE_CHECKING:
     import torch
 
+_MAX_DENSE = 2 << 30  # a sparse tensor is made dense up to this size
 HOT_NBYTES = 2 << 20  # a chunk that stays near its core, and large enough that Python's share of a step is small
 
 
@@ -137,7 +138,8 @@ class LazyTensor:
 
     def __init__(self, spec: TensorSpec, source: Source, requires_grad: bool = False, locked: str | None = None) -> None:
         # three times as fast as what a frozen dataclass would do itself; a file has a hundred thousand of these
-        self.__dict__.update(spec=spec, source=source, requires_grad=requires_grad, locked=locked)
+        own = self.__dict__
+        own["spec"], own["source"], own["requires_grad"], own["locked"] = spec, source, requires_grad, locked
 
     @property
     def dtype(self) -> DType:
@@ -270,6 +272,14 @@ class LazyTensor:
         return f"LazyTensor({self.dtype} {list(self.shape)})"
 
 
+def parts(tensor: LazyTensor) -> list[LazyTensor]:
+    """The stored or live tensors that a derived one is computed from; any other tensor itself."""
+    if not isinstance(tensor.source, Derived):
+        return [tensor]
+    block = tensor.source.block
+    return [leaf for part in (*block.rowed, *block.whole) for leaf in parts(part)]
+
+
 def _read_live(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     import torch
 
@@ -313,7 +323,16 @@ def _plain_values(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     if tensor.layout is not torch.strided:
+        if tensor.numel() * tensor.element_size() > _MAX_DENSE:
+            raise BudgetError(
+                f"as a dense tensor it would have {tensor.numel() * tensor.element_size() / 1e9:.3g} GB",
+                hint="load() keeps it sparse; its parts are tensors of their own",
+            )
         return tensor.to_dense()
+    if tensor.dtype in (torch.quint4x2, torch.quint2x4):  # several values in a byte, the first in its lowest bits
+        width = 4 if tensor.dtype == torch.quint4x2 else 2
+        packed = tensor.int_repr().view(-1, 1)
+        return ((packed >> torch.arange(0, 8, width)) & ((1 << width) - 1)).view(-1)[: tensor.numel()].to(torch.uint8)
     return tensor.int_repr() if tensor.is_quantized else tensor
 
 

@@ -217,6 +217,8 @@ def disagreement(program):
     ours_ok, ours, vm = by_us(program)
     if max(vm.memo, default=0) > 1 << 20:  # C would fill a memo of that size
         return None
+    if not ours_ok and "a frame ends inside" in str(ours):  # C's own readers disagree about these; refused on purpose
+        return None
     theirs_ok, theirs, named = by_c(program)
     if theirs_ok != ours_ok:
         if isinstance(theirs, (UnicodeDecodeError, MemoryError)) and ours_ok:
@@ -318,6 +320,14 @@ def test_every_global_is_recorded(program):
     assert ("os.system" in vm.calls) == any(op in program for op in (b"R", b"\x81", b"o.", b"o0", b"ios", b"\x92"))
 
 
+@pytest.mark.parametrize("inside", [b"X\x06\0\0\0abcdef", b"I12345\n", b"C\x06abcdef", b"\x95\x08\0\0\0\0\0\0\0"])
+def test_a_frame_that_ends_inside_an_argument_is_refused(inside):
+    """C drops the rest of such a frame when it reads from BytesIO and keeps it when it reads from a file: two programs in one."""
+    program = b"\x80\x04\x95" + struct.pack("<Q", len(inside) - 2) + inside + b"." + bytes(8)
+    with pytest.raises(CorruptFileError, match="a frame ends inside"):
+        run(program)
+
+
 def test_a_call_before_the_damage_is_recorded_too():
     vm = machine(b"cos\nsystem\nN\x85R\xff")
     with pytest.raises(CorruptFileError):
@@ -368,21 +378,34 @@ def test_time_is_linear_in_the_program(count):
 # torch's own opcode template: the fast path of real files, against the single opcodes
 
 
+class Counting(TorchObjects):
+    """Counts the tensors that the template makes, alone or in runs."""
+
+    taken = 0
+
+    def template_tensor(self, *parts):
+        self.taken += 1
+        return super().template_tensor(*parts)
+
+    def run(self, keys, forms):
+        made = super().run(keys, forms)
+        self.taken += len(made or ())
+        return made
+
+
 def both_ways(program, path):
     """What a run gives with the template and without: (ok, result, machine, how often the template was taken)."""
     index, results = read_zip_index(file_ref(path)), []
     for template in (True, False):
-        objects, taken = TorchObjects(lambda key: index.storage(f"archive/data/{key}")), []
-
-        def fast(*parts, objects=objects, taken=taken):
-            taken.append(parts)
-            return objects.template_tensor(*parts)
-
-        vm = Machine(program, persistent=objects.persistent, construct=objects.construct, tensor=fast if template else None)
+        objects = Counting(
+            lambda key: index.storage(f"archive/data/{key}"),
+            locate_all=lambda keys: index.plain_storages([f"archive/data/{key}" for key in keys]),
+        )
+        vm = Machine(program, persistent=objects.persistent, construct=objects.construct, torch=objects if template else None)
         try:
-            results.append((True, vm.run(), vm, len(taken)))
+            results.append((True, vm.run(), vm, objects.taken))
         except CorruptFileError:
-            results.append((False, None, vm, len(taken)))
+            results.append((False, None, vm, objects.taken))
     return results
 
 

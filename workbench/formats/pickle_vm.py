@@ -14,18 +14,19 @@ import codecs
 import math
 import re
 import struct
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from workbench.errors import CorruptFileError
-from workbench.formats.torch_template import REFS, indices, memo_index, named_tensor, one_tensor, view
+from workbench.errors import CorruptFileError, FormatError, UnsupportedError
+from workbench.formats.torch_template import carry_out_one, carry_out_run
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert
 
 _STRTOL = re.compile(rb"[ \t\n\v\f\r]*[+-]?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z")
 
 
+_CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
+_MAX_OPCODES = 20_000_000  # run singly: several hundred thousand tensors, and some seconds
 _MAX_STACK = 2_000_000  # Python's own pickler empties its stack every 1,000 items
 
 
@@ -40,21 +41,16 @@ class Machine:
         globals: every global named, with the byte where it first was.
         calls: every callable called or built, with the byte where it first was.
         end: the byte after STOP.
+        short: whether the machine stopped because the bytes ran out.
     """
 
     def __init__(
-        self,
-        data: bytes,
-        *,
-        persistent: Callable[[Any], Any],
-        construct: Callable[[Inert], Any],
-        tensor: Callable[..., Any] | None = None,
-        start: int = 0,
+        self, data: bytes, *, persistent: Callable[[Any], Any], construct: Callable[[Inert], Any], torch: Any = None, start: int = 0
     ) -> None:
         self.data = data
         self.persistent = persistent
         self.construct = construct
-        self.tensor = tensor  # makes a tensor from the parts of torch's own opcode template; None: opcodes are run singly
+        self.torch = torch  # makes tensors from the parts of torch's own opcode template; None: opcodes are run singly
         self._start = start
         self._reset()
 
@@ -66,10 +62,15 @@ class Machine:
         self.proto = 0
         self.globals: dict[Global, int] = {}
         self.calls: dict[str, int] = {}
-        self._heads: dict[tuple[bytes, bytes, bytes], tuple[Global, str]] = {}  # the template's references, looked up once
-        self._singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
+        self.heads: dict[tuple[bytes, bytes, bytes], tuple[Global, str]] = {}  # the template's references, looked up once
+        self.forms: dict[tuple[bytes, ...], Any] = {}  # what the template's tensors of one spelling share
+        self.waiting: list[tuple[Sequence[int], Sequence[Any]]] = []  # memo entries of runs, which are rarely read
+        self.highest = -1  # no memo index above it was written
+        self.singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
         self.skipped = False  # whether the template left memo entries unwritten
         self.end = 0
+        self.short = False
+        self._frame_end = 0
 
     def run(self) -> Any:
         """The object that the pickle describes.
@@ -80,14 +81,14 @@ class Machine:
         try:
             return self._run()
         except _SkippedMemo:
-            self.tensor = None
+            self.torch = None
             self._reset()
             return self._run()
 
     def _run(self) -> Any:
         data, table = self.data, _TABLE
         try:
-            while True:
+            for _ in range(_MAX_OPCODES):
                 op = data[self.pos]
                 self.pos += 1
                 if len(self.stack) > _MAX_STACK:
@@ -96,10 +97,12 @@ class Machine:
                     self.end = self.pos
                     return self._pop()
                 table[op](self)
-        except CorruptFileError:
+            raise UnsupportedError(f"the pickle has more than {_MAX_OPCODES:,} opcodes", offset=self.pos)
+        except FormatError:
             raise
         except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
-            what = "the pickle ends early" if self.pos >= len(data) else f"the pickle is damaged: {type(error).__name__}: {error}"
+            self.short = self.short or self.pos >= len(data)
+            what = "the pickle ends early" if self.short else f"the pickle is damaged: {type(error).__name__}: {error}"
             raise CorruptFileError(what, offset=self.pos) from error
 
     def partial(self) -> Any:
@@ -139,14 +142,20 @@ class Machine:
 
     def _take(self, count: int) -> bytes:
         if count < 0 or self.pos + count > len(self.data):
+            self.short = count >= 0
             raise ValueError(f"{count} bytes wanted, {len(self.data) - self.pos} left")
+        if self.pos < self._frame_end < self.pos + count:
+            raise ValueError(_CROSSES)
         self.pos += count
         return self.data[self.pos - count : self.pos]
 
     def _line(self) -> bytes:
         end = self.data.find(b"\n", self.pos)
         if end < 0:
+            self.short = True
             raise ValueError("a line without an end")
+        if self.pos < self._frame_end <= end:
+            raise ValueError(_CROSSES)
         line = self.data[self.pos : end]
         self.pos = end + 1
         return line
@@ -200,24 +209,33 @@ class Machine:
         self.stack.append(self._line().decode("raw-unicode-escape"))
 
     def op_binunicode(self) -> None:
-        if self.tensor is not None and self._named_tensors(self.pos - 1):
+        if self.torch is not None and carry_out_run(self, self.pos - 1):
             return
         self.stack.append(self._sized(4).decode("utf-8", "surrogatepass"))
-        if self.tensor is not None:
-            self._template(self.pos)
+        if self.torch is not None:
+            carry_out_one(self, self.pos)
 
     # memo and persistent ids
 
     def _put(self, index: int) -> None:
-        if index in self.memo:
-            self._heads.clear()
+        if index > self.highest:
+            self.highest = index
+        elif index in self.whole_memo():
+            self.heads.clear()
+            self.forms.clear()
         self.memo[index] = self._top()
 
     def _get(self, index: int) -> None:
-        if index not in self.memo:
+        if index not in self.memo and index not in self.whole_memo():
             self._require_whole_memo()
             raise ValueError(f"memo {index} was never written")
         self.stack.append(self.memo[index])
+
+    def whole_memo(self) -> dict[int, Any]:
+        for places, values in self.waiting:
+            self.memo.update(zip(places, values, strict=True))
+        self.waiting.clear()
+        return self.memo
 
     def _require_whole_memo(self) -> None:
         if self.skipped:
@@ -234,11 +252,11 @@ class Machine:
         self._put(index)
 
     def op_binget(self) -> None:
-        if self.tensor is None or self.data[self.pos + 1] != 0x28 or not self._template(self.pos - 1):
+        if self.torch is None or self.data[self.pos + 1] != 0x28 or not carry_out_one(self, self.pos - 1):
             self._get(self._uint(1))
 
     def op_long_binget(self) -> None:
-        if self.tensor is None or not self._template(self.pos - 1):
+        if self.torch is None or not carry_out_one(self, self.pos - 1):
             self._get(self._uint(4))
 
     def op_persid(self) -> None:
@@ -280,7 +298,7 @@ class Machine:
         if isinstance(target, (list, bytearray)):
             target.extend(items)
         elif isinstance(target, Inert):
-            self._call(target.dotted)
+            self.called(target.dotted)
             target.elements.extend(items)
         else:
             raise TypeError(f"cannot append to {_kind(target)}")
@@ -299,7 +317,7 @@ class Machine:
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Inert):
-            self._call(target.dotted)
+            self.called(target.dotted)
             target.items.update(pairs)
         elif isinstance(target, (list, bytearray)):
             for key, value in pairs.items():
@@ -347,7 +365,7 @@ class Machine:
         self.globals.setdefault(found, self.pos)
         self.stack.append(found)
 
-    def _call(self, dotted: str) -> None:
+    def called(self, dotted: str) -> None:
         self.calls.setdefault(dotted, self.pos)
 
     def _made(self, func: Any, args: Any, kwargs: Any = None, new: bool = False) -> None:
@@ -356,7 +374,7 @@ class Machine:
         if not isinstance(args, (tuple, Inert)):
             raise TypeError("call arguments must be a tuple")
         node = Inert(func, args, kwargs, new)
-        self._call(node.dotted)
+        self.called(node.dotted)
         self.stack.append(self.construct(node))
 
     def op_reduce(self) -> None:
@@ -387,8 +405,8 @@ class Machine:
         state = self._pop()
         target = self._top()
         if isinstance(target, (Inert, LazyTensor, Global)):
-            self._call("torch.Tensor.__setstate__" if isinstance(target, LazyTensor) else target.dotted)
-        elif state is not None:
+            self.called("torch.Tensor.__setstate__" if isinstance(target, LazyTensor) else _built(target))
+        elif state is not None and not (type(state) is tuple and len(state) == 2 and state[0] is None and state[1] == {}):
             raise TypeError(f"{_kind(target)} has no state to build")
         if isinstance(target, Inert):
             merges = isinstance(target.state, dict) and isinstance(state, dict)
@@ -397,15 +415,19 @@ class Machine:
     # bytes, frames and the rest
 
     def op_proto(self) -> None:
-        self.proto = self.data[self.pos]
-        self.pos += 1
+        self.proto = self._uint(1)
         if self.proto > 5:
             raise ValueError(f"unsupported pickle protocol {self.proto}")
 
     def op_frame(self) -> None:
         length = self._uint(8)
         if length > len(self.data) - self.pos:
+            self.short = True
             raise ValueError(f"a frame of {length} bytes, {len(self.data) - self.pos} left")
+        if self.pos < self._frame_end < self.pos + length:
+            raise ValueError(_CROSSES)
+        self._frame_end = max(self._frame_end, self.pos + length)
+        self.torch = None
 
     def op_unknown(self) -> None:
         raise ValueError(f"invalid opcode 0x{self.data[self.pos - 1]:02x}")
@@ -418,105 +440,6 @@ class Machine:
 
     def op_no_buffer(self) -> None:
         raise ValueError("out-of-band buffers are not part of a file")
-
-    # torch's own opcode template
-
-    def _template(self, start: int) -> bool:
-        """Carry out the opcodes of one tensor at once, where they are spelled as torch.save spells them.
-
-        They begin at `start` with the memo opcode of the name just pushed, or with the reference to the rebuild function.
-        Anything unusual returns False and is run singly. The tuples on the way are not memoised, for torch never refers to
-        them again; a pickle that does (or counts the memo) is run again without this path. A pickle that overwrites an older
-        memo entry here is unusual.
-        """
-        data, memo, make = self.data, self.memo, self.tensor
-        pattern = one_tensor(data[start]) if b"((" in data[start + 2 : start + 12] else None
-        found = pattern.match(data, start) if pattern is not None else None
-        if found is None or make is None:
-            return False
-        name_put, head, length, key, key_put, key_ref, place, numel, pid, offset, shape, shape_put, strides, strides_put, *rest = (
-            found.groups()
-        )
-        grad, hooks, hooks_put, args_put, put = rest
-        known = self._heads.get((head, place, hooks)) or self._head(head, place, hooks)
-        text = key.decode("ascii") if key else memo.get(memo_index(key_ref))
-        if known is None or type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
-            return False
-        written = indices([p for p in (name_put, key_put, pid, shape_put, strides_put, hooks_put, args_put, put) if p])
-        if not memo.keys().isdisjoint(written):
-            return False
-        if name_put:
-            memo[written[0]] = self.stack[-1]
-        if key_put:
-            memo[written[1 if name_put else 0]] = text
-        self.skipped = True
-        tensor = make(*known, text, *view(numel, offset, shape, strides), grad == b"\x88")
-        memo[written[-1]] = tensor
-        self.stack.append(tensor)
-        self.pos = found.end()
-        return True
-
-    def _named_tensors(self, start: int) -> bool:
-        """Carry out a run of names and tensors, each on a storage of its own: most of a state dict, in a few passes over it."""
-        data, make = self.data, self.tensor
-        name_end = start + 5 + int.from_bytes(data[start + 1 : start + 5], "little")
-        head = data[name_end : name_end + 12]
-        pattern = named_tensor(head[0]) if b"((" in head[4:] else None
-        if pattern is None or make is None or start < self._singly:
-            return False
-        rows, end = [], start
-        while (found := pattern.match(data, end)) is not None:
-            rows.append(found.groups())
-            end = found.end()
-        if len(rows) < 2:
-            return False
-        self._singly = end
-        columns = list(zip(*rows, strict=True))
-        name_lengths, names_spelled, name_put, heads, key_lengths, keys_spelled, key_put, places, numels, pids, offsets = columns[:11]
-        shapes, shape_put, strides, strides_put, grads, hooks, hooks_put, args_put, put = columns[11:]
-        known = {refs: self._heads.get(refs) or self._head(*refs) for refs in set(zip(heads, places, hooks, strict=True))}
-        lengths_agree = indices(name_lengths, 4) == tuple(map(len, names_spelled)) and indices(key_lengths, 4) == tuple(
-            map(len, keys_spelled)
-        )
-        skipped = [*pids, *filter(None, shape_put), *filter(None, strides_put), *hooks_put, *args_put]
-        written = [*indices(name_put), *indices(key_put), *indices(skipped), *indices(put)]
-        if None in known.values() or not lengths_agree or len(set(written)) != len(written) or not self.memo.keys().isdisjoint(written):
-            return False
-        try:
-            names = [name.decode("utf-8", "surrogatepass") for name in names_spelled]
-            keys = [key.decode("ascii") for key in keys_spelled]
-            views = map(view, numels, offsets, shapes, strides)
-            refs = zip(heads, places, hooks, strict=True)
-            tensors = [make(*known[ref], key, *at, grad == b"\x88") for ref, key, at, grad in zip(refs, keys, views, grads, strict=True)]  # type: ignore[misc]
-        except (UnicodeDecodeError, CorruptFileError):  # told at its own byte, when the opcodes are run singly
-            return False
-        self.memo.update(zip(written, [*names, *keys], strict=False))
-        self.memo.update(zip(indices(put), tensors, strict=True))
-        self.stack.extend(chain.from_iterable(zip(names, tensors, strict=True)))
-        self.skipped = True
-        self.pos = end
-        return True
-
-    def _head(self, head: bytes, place: bytes, hooks: bytes) -> tuple[Global, str] | None:
-        """What the template's memo references stand for, if it is what torch means: (storage class, where it was saved)."""
-        memo = self.memo
-        func, word, cls = (memo.get(memo_index(spelled)) for spelled in REFS.findall(head))
-        where = memo.get(memo_index(place))
-        if (
-            func != _REBUILD
-            or word != "storage"
-            or type(cls) is not Global
-            or type(where) is not str
-            or memo.get(memo_index(hooks)) != _ORDERED_DICT
-        ):
-            return None
-        self._call(_REBUILD.dotted)
-        self._heads[head, place, hooks] = (cls, where)
-        return cls, where
-
-
-_REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
-_ORDERED_DICT = Global("collections", "OrderedDict")
 
 
 def _strtol(line: bytes) -> int:
@@ -558,6 +481,11 @@ def _key(value: Any) -> Any:
 def _c_string(line: bytes) -> bytes:
     """Text as C reads it: up to the first NUL."""
     return line.partition(b"\0")[0]
+
+
+def _built(target: Global | Inert) -> str:
+    """BUILD on a class changes the class itself, for the whole process; on an object of it, the object."""
+    return f"a change to {target.dotted} itself" if isinstance(target, Global) else target.dotted
 
 
 def _kind(value: Any) -> str:

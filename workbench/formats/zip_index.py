@@ -15,16 +15,19 @@ Source: PKWARE APPNOTE 6.3.10; pytorch caffe2/serialize/inline_container.cc for 
 
 from __future__ import annotations
 
+import operator
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress, repeat
 from typing import NamedTuple
 
 from workbench.errors import CorruptFileError, UnsupportedError
-from workbench.files import FileRef, Reader, Span, read_span
+from workbench.files import FileRef, Reader, Span, Storage, read_span
 
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _MAX_DIRECTORY = 1 << 30
@@ -58,6 +61,7 @@ class ZipIndex:
     file: FileRef
     records: dict[str, Record]
     directory: int  # where the records end
+    base: int = 0  # where the archive begins in the file
 
     def storage(self, name: str) -> Span | Inflated:
         """The bytes of one record, seen through inflate where it is packed.
@@ -84,16 +88,29 @@ class ZipIndex:
         span = Span(self.file, start, packed, record)
         return span if method == 0 else Inflated(span, size, name)
 
+    def plain_storages(self, names: Iterable[str]) -> list[Storage] | None:
+        """The bytes of many records that lie as torch lays them; None where one does not."""
+        found = list(map(self._plain.get, names))
+        return None if None in found else found  # type: ignore[return-value]
+
     @cached_property
     def _plain(self) -> dict[str, Span]:
         """The stored records that lie as torch lays them: aligned, and with nothing but a data descriptor before what follows."""
-        out = {}
-        for name, raw_name, flags, method, _, packed, _, header in self.records.values():
-            start = -(-(header + 34 + len(raw_name)) // _ALIGNMENT) * _ALIGNMENT
-            gap = self._next[header] - start - packed
-            if not method and not flags & 0x2041 and (gap in (16, 24) if flags & 8 else not gap):
-                out[name] = Span(self.file, start, packed, self.records[name])
-        return out
+        if not self.records:
+            return {}
+        names, raw_names, flags, methods, _, packed, _, headers = zip(*self.records.values(), strict=True)
+        base = self.base - 34  # where the alignment is counted from, but for the header before the payload
+        starts = [34 + base - (base - header - len(raw)) // _ALIGNMENT * _ALIGNMENT for header, raw in zip(headers, raw_names, strict=True)]
+        in_order = all(map(operator.lt, headers, headers[1:]))
+        ends = (*headers[1:], self.directory) if in_order else map(self._next.__getitem__, headers)
+        gaps = [end - start - size for end, start, size in zip(ends, starts, packed, strict=True)]
+        allowed = {
+            (flag, method): (() if method or flag & 0x2041 else (16, 24) if flag & 8 else (0,))
+            for flag, method in set(zip(flags, methods, strict=True))
+        }
+        fits = [gap in allowed[kind] for gap, kind in zip(gaps, zip(flags, methods, strict=True), strict=True)]
+        spans = map(Span._make, zip(repeat(self.file), starts, packed, self.records.values()))
+        return dict(compress(zip(names, spans, strict=True), fits))
 
     @cached_property
     def _next(self) -> dict[int, int]:
@@ -128,11 +145,17 @@ def _pread(reader: Reader, at: int, count: int, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Inflated:
-    """A deflated record seen as its plain bytes. Reading forward is one pass; going back starts again."""
+    """A deflated record, or a part of one, seen as its plain bytes. Reading forward is one pass; going back starts again."""
 
     span: Span
     nbytes: int
     record: str
+    skipped: int = 0  # plain bytes before the part
+    total: int | None = None  # plain bytes of the whole record, where this is a part
+
+    def part(self, start: int, nbytes: int) -> Inflated:
+        """`nbytes` plain bytes from byte `start` of this one."""
+        return Inflated(self.span, nbytes, self.record, self.skipped + start, self.nbytes if self.total is None else self.total)
 
     @contextmanager
     def open(self) -> Iterator[_Inflater]:
@@ -188,6 +211,7 @@ class _Inflater:
         return out
 
     def readinto(self, buffer: memoryview, start: int) -> None:
+        start += self._storage.skipped
         if start < self._at:
             self._restart()
         while self._at < start:
@@ -197,18 +221,18 @@ class _Inflater:
             piece = self._next(min(1 << 20, buffer.nbytes - done))
             buffer[done : done + len(piece)] = piece
             done += len(piece)
-        if self._at == self._storage.nbytes:
+        if self._at == (self._storage.total or self._storage.nbytes):
             self._require_end()
 
 
-def read_zip_index(file: FileRef) -> ZipIndex:
-    """The index of the archive in `file`.
+def read_zip_index(file: FileRef, area: Span | None = None) -> ZipIndex:
+    """The index of the archive that fills `file`, or a part of it.
 
     Raises:
         CorruptFileError: no end record, or records that overlap, repeat or contradict each other.
     Cost: two reads, of the file's last 64 KiB and of the directory.
     """
-    whole = Span(file, 0, file.size)
+    whole = area or Span(file, 0, file.size)
     count, directory_size, directory, end = _find_end(whole)
     if directory_size > _MAX_DIRECTORY or directory + directory_size != end:
         raise CorruptFileError(
@@ -218,17 +242,22 @@ def read_zip_index(file: FileRef) -> ZipIndex:
     if count * 46 > directory_size:
         raise CorruptFileError(f"{count} records cannot fit a directory of {directory_size} bytes", path=file.url)
     data = whole.read(directory, directory + directory_size)
-    records: dict[str, Record] = {}
+    found: list[Record] = []
     at = 0
-    for _ in range(count):
-        record, at = _central_record(data, at)
-        if record.name in records:
-            raise CorruptFileError("two records have the same name", record=record.name, path=file.url)
-        records[record.name] = record
+    while len(found) < count:
+        alike, at = _alike_records(data, at, whole.start, min(count - len(found), 4096))
+        if not alike:
+            record, at = _central_record(data, at, whole.start)
+            alike = [record]
+        found += alike
+    records = {record.name: record for record in found}
+    if len(records) != len(found):
+        name = next(name for name, times in Counter(record.name for record in found).items() if times > 1)
+        raise CorruptFileError("two records have the same name", record=name, path=file.url)
     if at != len(data):
         raise CorruptFileError("the directory holds more than its records", path=file.url)
-    _require_apart(records, directory, file)
-    return ZipIndex(file, records, directory)
+    _require_apart(records, whole.start + directory, file)
+    return ZipIndex(file, records, whole.start + directory, whole.start)
 
 
 def _find_end(whole: Span) -> tuple[int, int, int, int]:
@@ -269,7 +298,29 @@ def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
         at = data.find(mark, at + 1)
 
 
-def _central_record(data: bytes, at: int) -> tuple[Record, int]:
+_PLAIN = (*range(4), *range(8, 12), *range(28, 36))  # bytes of a central header that are the same in records of one kind
+
+
+def _alike_records(data: bytes, at: int, base: int, count: int) -> tuple[list[Record], int]:
+    """The next records, where their names are equally long and nothing about them is unusual: most of a torch file, read in few passes."""
+    mark, flags, method, n, more, comment, disk = struct.unpack("<4s4xHH16xHHHH", data[at : at + 36].ljust(36, b"\0"))
+    step = 46 + n
+    count = min(count, (len(data) - at) // step)
+    if mark != b"PK\x01\x02" or method or more or comment or disk or not count:
+        return [], at
+    block = data[at : at + count * step]
+    crcs, packed, sizes, headers, raw_names = zip(*struct.iter_unpack(f"<16xIII14xI{n}s", block), strict=True)
+    told = b"\0".join(raw_names)
+    alike = all(block[i::step] == block[i : i + 1] * count for i in _PLAIN)
+    if not alike or packed != sizes or _FULL in sizes or _FULL in headers or not told.isascii() or told.count(b"\0") >= count:
+        return _alike_records(data, at, base, count // 2)  # the first of them may be
+    headers = tuple(base + header for header in headers) if base else headers
+    names = told.decode("ascii").split("\0")
+    columns = zip(names, raw_names, repeat(flags), repeat(0), crcs, packed, sizes, headers)
+    return list(map(Record._make, columns)), at + count * step
+
+
+def _central_record(data: bytes, at: int, base: int) -> tuple[Record, int]:
     if at + 46 > len(data):
         raise CorruptFileError("the directory is damaged", offset=at)
     mark, flags, method, crc, packed, size, n, e, c, disk, header = _CENTRAL.unpack_from(data, at)
@@ -289,7 +340,7 @@ def _central_record(data: bytes, at: int) -> tuple[Record, int]:
         raise CorruptFileError("a record's name holds a NUL", record=name, offset=at)
     if method == 0 and packed != size:
         raise CorruptFileError(f"a stored record states {packed} packed bytes and {size} plain ones", record=name, offset=at)
-    return Record(name, raw_name, flags, method, crc, packed, size, header), end
+    return Record(name, raw_name, flags, method, crc, packed, size, base + header), end
 
 
 def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
@@ -311,10 +362,10 @@ def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int,
 
 def _require_apart(records: dict[str, Record], directory: int, file: FileRef) -> None:
     end, before = 0, ""
-    for record in sorted(records.values(), key=lambda r: r.header):
-        if record.header < end:
-            raise CorruptFileError(f"the record overlaps {before!r}", record=record.name, path=file.url)
-        end, before = record.header + 30 + len(record.raw_name) + record.packed, record.name
+    for name, raw_name, _, _, _, packed, _, header in sorted(records.values(), key=operator.itemgetter(7)):
+        if header < end:
+            raise CorruptFileError(f"the record overlaps {before!r}", record=name, path=file.url)
+        end, before = header + 30 + len(raw_name) + packed, name
     if end > directory:
         raise CorruptFileError("the last record runs into the directory", record=before, path=file.url)
 
