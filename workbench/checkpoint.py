@@ -20,6 +20,7 @@ from workbench.sections import Path, Section, find_sections, known_rank, section
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Inert, get, is_mapping, items_of, plain, walk, wrapped
 
+_MAX_COLLISIONS = 100  # told one by one
 Severity = Literal["info", "warning", "danger"]
 
 
@@ -72,28 +73,28 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def __post_init__(self) -> None:
         found = list(self.findings)
-        stopped = 0
+        stopped = collisions = 0
         counts: dict[str, int] = {}
+        tensors, paths = self._tensors, self._paths
         for path, value in walk(self.tree):
             if isinstance(value, LazyTensor):
-                flat = join_path(path) if path else "tensor"
-                name = unique_name(flat, self._tensors, counts)
-                if name != flat:
-                    first = self._paths[flat]
-                    found.append(
-                        Finding(
-                            "name collision",
-                            "warning",
-                            f"{flat!r} names two tensors; the later one is shown as {name!r}",
-                            {"tensor": name, "paths": [list(map(str, first)), list(map(str, path))]},
-                        )
-                    )
-                self._tensors[name] = value
-                self._paths[name] = path
+                name = flat = join_path(path) if path else "tensor"
+                if flat in tensors:
+                    name = unique_name(flat, tensors, counts)
+                    collisions += 1
+                    if collisions <= _MAX_COLLISIONS:
+                        where = {"tensor": name, "paths": [list(map(str, paths[flat])), list(map(str, path))]}
+                        text = f"{flat!r} names two tensors; the later one is shown as {name!r}"
+                        found.append(Finding("name collision", "warning", text, where))
+                tensors[name] = value
+                paths[name] = path
             elif value is NOTHING:
                 stopped += 1
             elif "_metadata" not in path:
                 self._extras[join_path(path)] = plain(value)
+        if collisions > _MAX_COLLISIONS:
+            text = f"{collisions - _MAX_COLLISIONS} more names are taken twice, and their later tensors are shown with a number"
+            found.append(Finding("name collision", "warning", text))
         if stopped:
             found.append(
                 Finding("tree cut", "warning", f"{stopped} parts of the tree nest too deep or repeat too often, and are not listed")
@@ -190,10 +191,15 @@ class Checkpoint(Mapping[str, LazyTensor]):
         )
 
     @property
+    def modules(self) -> tuple[tuple[str, str], ...]:
+        """(dotted name, class) of every module of a model that was pickled whole; nothing of it is imported."""
+        return tuple((join_path(path), cls) for path, cls in trees.modules(self.tree))
+
+    @property
     def weights_section(self) -> Section:
         """The section a model would load, with the reason for the choice."""
         found = self.sections()
-        if not found or found[0].kind == "optimizer":
+        if not found or found[0].kind not in ("weights", "ema"):
             return Section((), "", "weights", len(self), self.nbytes, "the file holds no nested state dict, so all of it is taken")
         if self.rival_sections:
             others = ", ".join(s.name for s in self.rival_sections)
@@ -204,14 +210,16 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def rival_sections(self) -> tuple[Section, ...]:
         """Sections that the names alone give as good a claim to be the weights as the one taken."""
         first, *others = self.sections() or (None,)
-        if first is None or first.kind == "optimizer":
+        if first is None or first.kind not in ("weights", "ema"):
             return ()
         return tuple(s for s in others if s.kind == first.kind and known_rank(s) == known_rank(first))
 
     @property
     def weights(self) -> Checkpoint:
         """The state dict a model would load; the checkpoint itself where it is one already."""
-        return self.section(self.weights_section.path)
+        chosen = self.section(self.weights_section.path)
+        kept = trees.without_asides(chosen.tree)
+        return chosen if kept is chosen.tree else replace(chosen, tree=kept, findings=_kept(chosen.findings))
 
     def with_section(self, path: str | Path, new: Checkpoint) -> Checkpoint:
         """The whole tree with the section at `path` replaced by `new`."""

@@ -7,6 +7,7 @@ tree may be deep, shared or circular.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from workbench.tensors import LazyTensor
 
 MAX_DEPTH = 500
 _EXPANSION = 200_000  # nodes a walk may visit again because containers are shared
+_CHARACTERS = 1 << 27  # in all paths of a walk: long keys may be shared too
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,48 @@ class Inert:
         return f"<{self.dotted}>"
 
 
+_PART_NAMES = {"torch._utils._rebuild_nested_tensor": ("values", "sizes", "strides", "offsets")}
 _MAPPINGS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
+SUBCLASSES = frozenset(  # (function, class, its arguments, state)
+    {"torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type", "torch.tensor._rebuild_from_type"}
+)
 _WRAPPERS = {
     "torch._utils._rebuild_parameter": 0,
     "torch._utils._rebuild_parameter_with_state": 0,
-    "torch._tensor._rebuild_from_type_v2": 2,
+    "torch.nn.parameter.Parameter": 0,
     "torch.nn.parameter.Buffer": 0,
+    "torch.Size": 0,
+    **dict.fromkeys(SUBCLASSES, 2),
 }
 
 
 def wrapped(node: Any) -> Any:
     """What a tensor wrapper (Parameter, Buffer, tensor subclass) holds; any other node itself."""
-    while isinstance(node, Inert) and isinstance(node.func, Global) and node.func.dotted in _WRAPPERS:
+    for _ in range(8):  # a stranger may close a circle of them
+        if not (isinstance(node, Inert) and isinstance(node.func, Global) and node.func.dotted in _WRAPPERS):
+            break
         at = _WRAPPERS[node.func.dotted]
         if not (isinstance(node.args, tuple) and len(node.args) > at):
             break
-        node = node.args[at]
+        held = node.args[at]
+        if at == 2 and not isinstance(held, LazyTensor):
+            held = attributes(node.args[-1]).get("_local_tensor")  # of a DTensor; the tensors of others are parts
+            if held is None:
+                break
+        node = held
     return node
+
+
+def attributes(state: Any) -> dict[Any, Any]:
+    """The attributes in the state of an object: its `__dict__`, then its slots."""
+    halves = state if isinstance(state, tuple) else (state,)
+    return {key: value for half in halves if is_mapping(half) for key, value in items_of(half).items()}
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node is a tensor, or a call that makes one out of parts that are listed."""
+    held = wrapped(node)
+    return isinstance(held, LazyTensor) or (isinstance(held, Inert) and (held.dotted in SUBCLASSES or held.dotted in _PART_NAMES))
 
 
 def is_mapping(node: Any) -> bool:
@@ -89,14 +116,59 @@ def items_of(node: Any) -> dict[Any, Any]:
     return node if isinstance(node, dict) else node.items
 
 
+def module_state(node: Any) -> dict[Any, Any] | None:
+    """The `__dict__` of an nn.Module among inert objects: its state, the first half of one, or what a GraphModule is rebuilt from."""
+    if not isinstance(node, Inert):
+        return None
+    for held in (node.state, *(part[0] for part in (node.state, node.args) if isinstance(part, tuple) and part)):
+        if isinstance(held, dict) and is_mapping(held.get("_parameters")) and is_mapping(held.get("_modules")):
+            return held
+    return None
+
+
 def is_module(node: Any) -> bool:
     """Whether an inert object has the state of an nn.Module."""
-    return (
-        isinstance(node, Inert)
-        and isinstance(node.state, dict)
-        and is_mapping(node.state.get("_parameters"))
-        and is_mapping(node.state.get("_modules"))
-    )
+    return module_state(node) is not None
+
+
+def modules(root: Any) -> list[tuple[tuple[Any, ...], str]]:
+    """(path, dotted class) of every module that a tree holds, outer ones first."""
+    return [(path, node.dotted) for path, node in walk(root, objects=True) if is_module(node)]
+
+
+def tensors_aside(module: Inert) -> list[str]:
+    """Names of a module's tensors that its state dict leaves out: buffers not meant to be kept, and plain attributes."""
+    state = module_state(module) or {}
+    own = [str(key) for key, value in state.items() if str(key)[:1] != "_" and isinstance(wrapped(value), LazyTensor)]
+    return [*map(str, _left_out(state)), *own]
+
+
+def _left_out(state: dict[Any, Any]) -> set[Any]:
+    named = state.get("_non_persistent_buffers_set")
+    buffers = state.get("_buffers")
+    return {key for key in items_of(buffers) if key in named} if isinstance(named, set) and is_mapping(buffers) else set()
+
+
+class Aside(dict[Any, Any]):
+    """A mapping among the tensors of a state dict that is no part of it: a program's constants, its inputs, what it says of itself."""
+
+
+def with_asides(state: Any, asides: dict[str, Any]) -> Any:
+    """The state dict with each of `asides` beside its tensors, under a name that none of them has."""
+    entries = dict(items_of(state))
+    for name, node in asides.items():
+        while name in entries:
+            name += "#"
+        if node:
+            entries[name] = Aside(items_of(node) if is_mapping(node) else enumerate(node))
+    return entries if isinstance(state, dict) else dataclasses.replace(state, items=entries)
+
+
+def without_asides(state: Any) -> Any:
+    if not is_mapping(state) or not any(isinstance(node, Aside) for node in items_of(state).values()):
+        return state
+    entries = {key: node for key, node in items_of(state).items() if not isinstance(node, Aside)}
+    return entries if isinstance(state, dict) else dataclasses.replace(state, items=entries)
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]] | None:
@@ -113,11 +185,25 @@ def children(node: Any) -> Iterator[tuple[Any, Any]] | None:
 
 
 def _inert_children(node: Inert) -> Iterator[tuple[Any, Any]]:
-    if is_module(node):
+    state = module_state(node)
+    if state is not None:
+        left_out = _left_out(state)
         for part in ("_parameters", "_buffers", "_modules"):
-            held = node.state.get(part)
-            if is_mapping(held):
-                yield from ((key, child) for key, child in items_of(held).items() if child is not None)
+            for key, child in items_of(state[part]).items() if is_mapping(state.get(part)) else ():
+                if child is not None and (part != "_buffers" or key not in left_out):
+                    yield key, child
+        yield from ((key, child) for key, child in state.items() if isinstance(child, Inert) and child.dotted == "torch.ScriptObject")
+        return
+    if node.dotted in _PART_NAMES and isinstance(node.args, tuple):
+        yield from zip(_PART_NAMES[node.dotted], node.args, strict=False)
+        return
+    if node.dotted in SUBCLASSES and isinstance(node.args, tuple) and len(node.args) == 4:
+        held = node.args[2]
+        is_jagged = isinstance(held, tuple) and len(held) == 1 and is_mapping(held[0])
+        yield from children(held[0] if is_jagged else attributes(node.args[3]) or node.args[3]) or ()
+        return
+    if node.dotted == "torch.ScriptObject" and isinstance(node.state, tuple) and node.state:
+        yield from children(node.state[0]) or ()
         return
     if isinstance(node.args, tuple):
         yield from enumerate(node.args)
@@ -129,15 +215,16 @@ def _inert_children(node: Inert) -> Iterator[tuple[Any, Any]]:
     yield from enumerate(node.elements)
 
 
-def walk(root: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every leaf with its path, depth first, in order. Cycles end where they close; deep and bomb-like trees are cut.
+def walk(root: Any, *, objects: bool = False) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every leaf with its path (and every inert object, where asked), depth first, in order. Cycles end where they close; deep and
+    bomb-like trees are cut.
 
     A leaf whose value is `NOTHING` marks a place where the walk stopped.
     """
-    iterators: list[tuple[tuple[Any, ...], Iterator[tuple[Any, Any]], int]] = []
+    iterators: list[tuple[tuple[Any, ...], Iterator[tuple[Any, Any]], int, int]] = []
     open_ids: set[int] = set()
     seen: dict[int, Any] = {}  # holds the nodes, so that no id is used twice
-    visits = 0
+    visits = spent = 0
     path: tuple[Any, ...] = ()
     node = root
     while True:
@@ -148,22 +235,51 @@ def walk(root: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
             yield path, value
         elif id(value) in open_ids:
             pass  # a cycle closes here; what it holds is being walked already
-        elif len(path) >= MAX_DEPTH or (id(value) in seen and visits > _EXPANSION + 2 * len(seen)):
+        elif (
+            len(path) >= MAX_DEPTH
+            or (id(value) in seen and visits > _EXPANSION + 2 * len(seen))
+            or (spent := spent + _characters(value, prefix := iterators[-1][3] + _width(path[-1]) + 1 if path else 0)) > _CHARACTERS
+        ):
             yield path, NOTHING
         else:
+            if objects and isinstance(value, Inert):
+                yield path, value
             seen[id(value)] = value
             open_ids.add(id(value))
-            iterators.append((path, inner, id(value)))
+            iterators.append((path, inner, id(value), prefix))
         while iterators:
-            parent, iterator, own = iterators[-1]
-            entry = next(iterator, None)
-            if entry is not None:
-                path, node = (*parent, entry[0]), entry[1]
-                break
-            iterators.pop()
-            open_ids.discard(own)
+            parent, iterator, own, _ = iterators[-1]
+            for key, node in iterator:
+                path = (*parent, key)
+                if type(node) is not LazyTensor:
+                    break
+                visits += 1
+                yield path, node
+            else:
+                iterators.pop()
+                open_ids.discard(own)
+                continue
+            break
         else:
             return
+
+
+def _characters(container: Any, prefix: int) -> int:
+    """About how many characters the names in a container have, of which `prefix` lead to it."""
+    if type(container) in (list, tuple):
+        return (prefix + 6) * len(container)
+    keys = container if type(container) is dict else [key for key, _ in children(container) or ()]
+    try:
+        own = len("".join(keys))
+    except TypeError:
+        own = sum(map(_width, keys))
+    return own + prefix * len(keys)
+
+
+def _width(key: Any) -> int:
+    if isinstance(key, (tuple, frozenset)):
+        return sum(map(_width, key)) + 2
+    return len(key) if isinstance(key, (str, bytes)) else key.bit_length() // 3 if isinstance(key, int) else 16
 
 
 def replace(node: Any, at: dict[tuple[Any, ...], Callable[[Any, Any], list[tuple[Any, Any]]]], path: tuple[Any, ...] = ()) -> Any:
@@ -178,6 +294,10 @@ def replace(node: Any, at: dict[tuple[Any, ...], Callable[[Any, Any], list[tuple
 def _replace(node: Any, at: dict[tuple[Any, ...], Any], prefixes: set[tuple[Any, ...]], path: tuple[Any, ...]) -> Any:
     if path not in prefixes:
         return node
+    if isinstance(node, Inert) and not is_mapping(node):
+        raise SelectionError(
+            f"{plain(node)} is an object that stays inert, and nothing in it is replaced", hint="save the section by itself"
+        )
     pairs: list[tuple[Any, Any]] = []
     for key, child in children(node) or ():
         here = (*path, key)

@@ -13,7 +13,7 @@ from workbench.report import Report
 from workbench.sections import Path
 from workbench.strided import extent
 from workbench.tables import Column, Table, format_bytes, table
-from workbench.tensors import Derived, LazyTensor, Live, Stored
+from workbench.tensors import LazyTensor, Live, Stored, parts
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _by_storage(ckpt: Checkpoint) -> Iterable[list[tuple[str, LazyTensor]]]:
     """(name, tensor) by the storage that holds the bytes; a sparse or quantized tensor of a file by the storages of its parts."""
     groups: dict[Any, list[tuple[str, LazyTensor]]] = {}
     for name, tensor in ckpt.items():
-        for leaf in _parts(tensor) if ckpt.source is not None else [tensor]:
+        for leaf in parts(tensor) if ckpt.source is not None else [tensor]:
             source = leaf.source
             key: Any = source
             if isinstance(source, Stored):
@@ -123,13 +123,6 @@ def _by_storage(ckpt: Checkpoint) -> Iterable[list[tuple[str, LazyTensor]]]:
                 key = source.storage_key
             groups.setdefault(key, []).append((name, leaf))
     return groups.values()
-
-
-def _parts(tensor: LazyTensor) -> list[LazyTensor]:
-    if not isinstance(tensor.source, Derived):
-        return [tensor]
-    block = tensor.source.block
-    return [leaf for part in (*block.rowed, *block.whole) for leaf in _parts(part)]
 
 
 def _storage_sizes(tensors: list[LazyTensor]) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from typing import Any
 from workbench.checkpoint import Checkpoint
 from workbench.dtypes import from_torch
 from workbench.errors import UnsupportedError
-from workbench.tensors import Block, Derived, LazyTensor, Live, TensorSpec
+from workbench.formats.torch_objects import sparse_tensor
+from workbench.tensors import LazyTensor, Live, TensorSpec
 from workbench.tree import Global, Inert
 
 
@@ -44,10 +45,13 @@ def _to_tree(value: Any, snapshot: bool, memo: dict[int, Any]) -> Any:
     if id(value) in memo:
         return memo[id(value)][0]
     made: Any
-    if isinstance(value, torch.nn.Parameter):
+    if isinstance(value, torch.nn.Parameter) and not value.is_nested:
         tensor = lazy(value.detach().clone() if snapshot else value)
         hooks = Inert(Global("collections", "OrderedDict"))
         made = Inert(Global("torch._utils", "_rebuild_parameter"), (tensor, value.requires_grad, hooks))
+    elif isinstance(value, torch.Tensor) and value.is_nested:  # its parts, in the call that torch saves it by
+        func, args = value.__reduce_ex__(2)  # type: ignore[no-untyped-call]
+        made = Inert(Global(func.__module__, func.__name__), _to_tree(args, snapshot, memo))
     elif isinstance(value, torch.Tensor):
         made = lazy(value.detach().clone() if snapshot else value)
     elif isinstance(value, dict):
@@ -115,24 +119,8 @@ def lazy(tensor: Any) -> LazyTensor:
     if layout == "strided" and quantizer is None:
         return LazyTensor(spec, Live(tensor), bool(tensor.requires_grad))
     if layout != "strided":
-        parts = _sparse_parts(tensor, layout)
-        params: dict[str, Any] = {"layout": layout, "shape": list(spec.shape)}
-        if layout == "sparse_coo":
-            params["coalesced"] = tensor.is_coalesced()
-        return LazyTensor(
-            spec,
-            Derived(
-                Block(
-                    "workbench.formats.torch_kernels:sparse",
-                    params,
-                    tuple(map(lazy, parts)),
-                    (spec,),
-                    "full",
-                    peak=2 * sum(p.nbytes for p in parts),
-                ),
-                0,
-            ),
-        )
+        coalesced = tensor.is_coalesced() if layout == "sparse_coo" else None
+        return sparse_tensor(layout, tuple(map(lazy, _sparse_parts(tensor, layout))), spec.shape, coalesced)
     return LazyTensor(spec, Live(tensor))
 
 

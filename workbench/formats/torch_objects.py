@@ -1,62 +1,33 @@
-"""What the torch family puts into a pickle: storages, tensors, and the globals that count as plain data.
+"""What the torch family puts into a pickle: storages and tensors.
 
-Owns the exact allow-list and the meaning of torch's rebuild functions. Everything else stays inert and is told as a finding.
+Owns the meaning of torch's persistent ids and rebuild functions. Everything else stays inert; known_globals says what of it is plain.
 
-Source: torch 2.13 torch/_utils.py (rebuild functions), torch/serialization.py (persistent ids), torch/_weights_only_unpickler.py (what is plain).
+Source: torch 2.13 torch/_utils.py (rebuild functions), torch/serialization.py (persistent ids).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, NamedTuple
 
-from workbench.checkpoint import Finding
-from workbench.dtypes import DTYPES, DType
-from workbench.errors import CorruptFileError, UnsupportedError
-from workbench.files import Storage
+from workbench.checkpoint import Checkpoint, Finding, Severity
+from workbench.dtypes import DTYPES, SUB_BYTE, DType
+from workbench.errors import CorruptFileError, FormatError, UnsupportedError
+from workbench.files import FileRef, Storage
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, Names, danger_findings
 from workbench.formats.pickle_vm import Machine
-from workbench.strided import extent
-from workbench.tensors import Block, Derived, LazyTensor, Stored, TensorSpec
-from workbench.tree import Global, Inert, is_mapping, items_of
+from workbench.strided import extent, row_major
+from workbench.tensors import Block, Derived, LazyTensor, Reads, Stored, TensorSpec
+from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, attributes, is_mapping, is_module, is_tensor, items_of, tensors_aside
 
-STORAGE_DTYPES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
-    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64", "QInt8Storage": "qint8", "QUInt8Storage": "quint8",
-    "QInt32Storage": "qint32", "QUInt4x2Storage": "quint4x2", "QUInt2x4Storage": "quint2x4",
-}  # fmt: skip
-_TENSOR_TYPES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-
-PLAIN = frozenset(
-    ["_codecs.encode", "builtins.bytearray", "builtins.complex", "builtins.set", "collections.Counter", "collections.OrderedDict"]
-    + ["torch.Size", "torch.Tensor", "torch.device", "torch.nn.parameter.Parameter", "torch.serialization._get_layout"]
-    + ["torch.storage.TypedStorage", "torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2"]
-    + [
-        f"torch._utils._rebuild_{what}"
-        for what in ("device_tensor_from_cpu_tensor", "device_tensor_from_numpy", "meta_tensor_no_storage", "nested_tensor")
-    ]
-    + [f"torch._utils._rebuild_{what}" for what in ("parameter", "parameter_with_state", "qtensor", "sparse_tensor", "wrapper_subclass")]
-    + [f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")]
-    + [
-        f"torch.{qscheme}"
-        for qscheme in (
-            "per_channel_affine",
-            "per_channel_affine_float_qparams",
-            "per_channel_symmetric",
-            "per_tensor_affine",
-            "per_tensor_symmetric",
-        )
-    ]
-    + [f"torch.{name}" for name in DTYPES]
-    + [f"torch.{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)]
-    + [f"torch.{name}" for name in STORAGE_DTYPES]
-    + [f"torch.cuda.{name}" for name in STORAGE_DTYPES if not name.startswith("Q")]
-    + [f"torch{where}.{kind}Tensor" for where in ("", ".cuda") for kind in _TENSOR_TYPES]
-    + [f"torch{where}.sparse.{kind}Tensor" for where in ("", ".cuda") for kind in _TENSOR_TYPES if kind != "Bool"]
-)
+Counts = tuple[int, ...]
+_MAX_TROUBLES = 200
+_KERNELS = "workbench.formats.torch_kernels"
 
 
 class StorageRef(NamedTuple):
@@ -74,56 +45,139 @@ class StorageRef(NamedTuple):
         return self.numel * (self.dtype.itemsize if self.dtype else 1)
 
 
+class Form(NamedTuple):
+    """What tensors of one kind have in common, in a run of them."""
+
+    spec: TensorSpec
+    dtype: DType
+    numel: int
+    nbytes: int
+    place: str
+    strides: Counts
+    requires_grad: bool
+
+
+class Bare(LazyTensor):
+    """A storage that stands by itself in a pickle: the flat tensor that it is, until a rebuild call takes it."""
+
+    ref: StorageRef
+
+
+class Unfinished(Inert):
+    """An object that becomes a tensor when its state comes; whoever holds it already holds the tensor then."""
+
+    def __init__(self, node: Inert, finish: Callable[[Any], LazyTensor | None]) -> None:
+        super().__init__(node.func, node.args, node.kwargs, node.new)
+        self.finish = finish
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "state" and value is not NOTHING:
+            made = self.__dict__.pop("finish")(value)
+            if made is not None:
+                self.__dict__ = made.__dict__
+            self.__class__ = Inert if made is None else LazyTensor  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Inert, (self.func, self.args, self.kwargs, self.new, self.state, self.items, self.elements))
+
+
 class TorchObjects:
     """Turns the persistent ids and rebuild calls of one pickle into storages and tensors.
 
-    `locate(key)` gives the bytes of one storage or raises FormatError; a storage is located once.
+    `locate(key)` gives the bytes of one storage or raises FormatError; a storage is located once. `locate_all(keys)` does so
+    for many that lie as torch lays them, and is None where one does not.
     """
 
-    def __init__(self, locate: Callable[[str], Storage], byteorder: str = "little") -> None:
+    def __init__(
+        self,
+        locate: Callable[[str], Storage],
+        byteorder: str = "little",
+        locate_all: Callable[[Iterable[str]], list[Storage] | None] | None = None,
+    ) -> None:
         self._locate = locate
+        self._locate_all = locate_all
         self._byteorder = byteorder
-        self.storages: dict[str, StorageRef] = {}
+        self._storages: dict[str, StorageRef] = {}
+        self._runs: list[tuple[Sequence[Any], ...]] = []  # the storages of runs in columns, for they are rarely asked for again
+        self._run_keys: set[str] = set()
+        self.places: Counter[str] = Counter()  # storages by where they were saved
         self.troubles: list[Finding] = []
+        self._told: set[tuple[str, str]] = set()
+        self.strangers: list[Inert] = []  # what was made of classes and functions that are not plain
+
+    @property
+    def storages(self) -> dict[str, StorageRef]:
+        """Every storage met, by its key."""
+        for columns in self._runs:
+            self._storages.update(zip(columns[0], map(StorageRef._make, zip(*columns, strict=True)), strict=True))
+        self._runs.clear()
+        return self._storages
 
     def persistent(self, pid: Any) -> Any:
+        """What a persistent id stands for: a storage, or a class that has its source beside it.
+
+        ("storage", class, key, place, numel[, view of it: (key, offset, numel) or None]) · ("module", class, file, source)
+        """
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]
+        ref = self._ref(pid)
+        spec, stored = TensorSpec(ref.dtype or DTYPES["uint8"], (ref.numel,)), ref.stored or _Nowhere(ref.nbytes)
+        bare = Bare(spec, Stored(stored, 0, (1,), self._byteorder), False, ref.trouble)
+        bare.__dict__["ref"] = ref
+        return bare
+
+    def _ref(self, pid: Any) -> StorageRef:
         if not (isinstance(pid, (tuple, list)) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global)):
             raise CorruptFileError("a persistent id does not describe a storage")
         _, cls, key, place, numel = pid[:5]
+        key = str(key) if type(key) is int else key
         known = self.storages.get(key) if isinstance(key, str) else None
-        dtype = _storage_dtype(cls)
+        dtype = storage_dtype(cls)
         if known is not None and known.dtype == dtype and known.numel == numel:
-            return known
-        if not (isinstance(key, str) and isinstance(place, str) and isinstance(numel, int) and not isinstance(numel, bool) and numel >= 0):
+            ref = known
+        elif isinstance(key, str) and isinstance(place, str) and _is_count(numel):
+            ref = self._storage(key, dtype, numel, place, known)
+            self.storages.setdefault(key, ref)
+        else:
             raise CorruptFileError("a persistent id does not describe a storage")
-        ref = self._storage(key, dtype, numel, place, known)
-        self.storages.setdefault(key, ref)
-        return ref
+        return ref if len(pid) == 5 or pid[5] is None else _view(ref, pid[5])
 
     def template_tensor(
-        self,
-        cls: Global,
-        place: str,
-        key: str,
-        numel: int,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        requires_grad: bool,
+        self, cls: Global, place: str, key: str, numel: int, offset: int, shape: Counts, strides: Counts, requires_grad: bool
     ) -> LazyTensor:
         """`persistent` and `_rebuild_tensor_v2` at once, for the machine's fast path: a whole storage, met for the first time."""
         spec = _plain_spec(cls, numel, offset, shape, strides)
         if spec is None or key in self.storages:
-            return self.tensor(self.persistent(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
+            return self.tensor(self._ref(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
         ref = self.storages[key] = self._storage(key, spec.dtype, numel, place, None)
         source = Stored(ref.stored or _Nowhere(ref.nbytes), 0, strides, self._byteorder)
         return LazyTensor(spec, source, requires_grad, ref.trouble)
 
+    def form(self, cls: Global, place: str, numel: int, offset: int, shape: Counts, strides: Counts, grad: bool) -> Form | None:
+        """What a run's tensors of one kind share, where such a tensor is one whole storage."""
+        spec = _plain_spec(cls, numel, offset, shape, strides)
+        return None if spec is None else Form(spec, spec.dtype, numel, numel * spec.dtype.itemsize, place, strides, grad)
+
+    def run(self, keys: list[str], forms: Sequence[Form]) -> list[LazyTensor] | None:
+        """The tensors of a run, each on a storage met for the first time; None where that is not so, or a storage is not as long as told."""
+        storages = self._locate_all(keys) if self._locate_all is not None else None
+        specs, dtypes, numels, nbytes, places, strides, grads = zip(*forms, strict=True)
+        new = len(set(keys)) == len(keys) and self._run_keys.isdisjoint(keys) and self._storages.keys().isdisjoint(keys)
+        if storages is None or not new or [storage.nbytes for storage in storages] != [*nbytes]:
+            return None
+        self._runs.append((keys, dtypes, numels, places, storages, [None] * len(keys)))
+        self._run_keys.update(keys)
+        self.places.update(places)
+        sources = map(Stored._make, zip(storages, repeat(0), strides, repeat(self._byteorder)))
+        return list(map(LazyTensor, specs, sources, grads))
+
     def _storage(self, key: str, dtype: DType | None, numel: int, place: str, known: StorageRef | None) -> StorageRef:
         trouble: str | None
+        self.places[place] += known is None
         if known is not None:
             trouble = f"storage {key!r} is described twice, as {known.numel} × {known.dtype or 'byte'} and as {numel} × {dtype or 'byte'}"
-            self._tell(trouble, key)
+            self._lock(trouble, key)
             return StorageRef(key, dtype, numel, place, None, trouble)
         try:
             stored: Storage | None = self._locate(key)
@@ -135,29 +189,49 @@ class TorchObjects:
             trouble = f"storage {key!r} should have {needed} bytes and its record has {stored.nbytes}"
             stored = None
         if trouble:
-            self._tell(trouble, key)
+            self._lock(trouble, key)
         return StorageRef(key, dtype, numel, place, stored, trouble)
 
-    def _tell(self, trouble: str, key: str) -> None:
-        self.troubles.append(
-            Finding("values locked", "danger", trouble, {"record": key}, "the tensors on it are listed; their values are refused")
-        )
+    def tell(self, kind: str, severity: Severity, message: str, where: dict[str, Any], hint: str | None = None) -> None:
+        """Keep a finding; of very many, the first."""
+        if len(self._told) < _MAX_TROUBLES and (kind, message) not in self._told:
+            self._told.add((kind, message))
+            many = len(self._told) == _MAX_TROUBLES
+            self.troubles.append(
+                Finding("more findings", severity, "there are more of these than are listed")
+                if many
+                else Finding(kind, severity, message, where, hint)
+            )
+
+    def _lock(self, trouble: str, key: str) -> None:
+        self.tell("values locked", "danger", trouble, {"record": key}, "the tensors on it are listed; their values are refused")
 
     def construct(self, node: Inert) -> Any:
         """The tensor that a rebuild call makes, or the call itself, inert."""
-        if not isinstance(node.func, Global) or not isinstance(node.args, tuple):
+        if not isinstance(node.func, Global):
             return node
-        build = _REBUILDS.get(node.func.dotted)
-        return node if build is None else build(self, node)
+        dotted = node.func.dotted
+        if dotted not in PLAIN:
+            self.strangers.append(node)
+        build = _REBUILDS.get(dotted) if isinstance(node.args, tuple) else None
+        try:
+            return node if build is None else build(self, node)
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise CorruptFileError(f"{dotted} is called with arguments of another kind") from error
 
-    def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: DType | None, requires_grad: Any = False) -> LazyTensor:
+    def tensor(
+        self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: DType | None = None, requires_grad: Any = False
+    ) -> LazyTensor:
         """A strided view of a storage, checked against the storage's length.
 
         Raises:
             CorruptFileError: the arguments are not what torch writes.
         """
-        shape, strides = sizes(shape), sizes(strides)
-        if not isinstance(storage, StorageRef) or len(shape) != len(strides) or not _is_count(offset):
+        shape, strides = sizes(shape), _checked_strides(strides)
+        storage = storage.ref if isinstance(storage, Bare) else storage
+        if not isinstance(storage, StorageRef) or len(shape) != len(strides) or type(offset) is not int or offset < 0:
             raise CorruptFileError("a tensor is rebuilt from something that is no storage, offset, size and stride")
         dtype = dtype or storage.dtype
         if dtype is None:
@@ -167,7 +241,7 @@ class TorchObjects:
         span = extent(shape, strides)
         if trouble is None and span and (offset + span) * dtype.itemsize > storage.nbytes:
             trouble = f"the tensor reaches past the end of storage {storage.key!r} ({storage.nbytes} bytes)"
-            self._tell(trouble, storage.key)
+            self._lock(trouble, storage.key)
         nowhere = _Nowhere(storage.nbytes) if storage.stored is None else storage.stored
         return LazyTensor(spec, Stored(nowhere, offset, strides, self._byteorder), bool(requires_grad), trouble)
 
@@ -180,70 +254,80 @@ class _Nowhere:
         raise CorruptFileError("the bytes of this storage are in doubt and are not read")
 
 
+def _view(ref: StorageRef, view: Any) -> StorageRef:
+    """A part of a storage, as files of the first torch versions name it: (key, offset, numel) in elements."""
+    if not (isinstance(view, tuple) and len(view) == 3 and _is_count(view[1]) and _is_count(view[2]) and view[1] + view[2] <= ref.numel):
+        raise CorruptFileError("a persistent id does not describe a part of its storage")
+    itemsize = ref.dtype.itemsize if ref.dtype else 1
+    stored: Any = ref.stored
+    return ref._replace(numel=view[2], stored=stored and stored.part(view[1] * itemsize, view[2] * itemsize))
+
+
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
-def sizes(value: Any) -> tuple[int, ...]:
-    """A size or stride as a tuple of counts, checked."""
-    if type(value) is tuple and all(type(n) is int for n in value):
-        return _checked_sizes(value)
+def sizes(value: Any) -> Counts:
+    """A size as a tuple of counts, checked."""
+    value = _checked_strides(value)
+    return _checked_sizes(value) if value else value
+
+
+def _checked_strides(value: Any) -> Counts:
     if isinstance(value, Inert) and value.dotted == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
-    if not (isinstance(value, (tuple, list)) and all(map(_is_count, value))):
+    if not (isinstance(value, (tuple, list)) and len(value) <= 64 and all(map(_is_count, value))):
         raise CorruptFileError("a tensor's size or stride is not a tuple of counts")
-    return _checked_sizes(tuple(value))
+    return value if type(value) is tuple else tuple(value)
 
 
 @lru_cache(maxsize=4096)
-def _checked_sizes(value: tuple[int, ...]) -> tuple[int, ...]:
-    if len(value) > 64 or any(n < 0 for n in value):
-        raise CorruptFileError("a tensor's size or stride is not a tuple of counts")
+def _checked_sizes(value: Counts) -> Counts:
     if math.prod(value) >= 1 << 63:
         raise CorruptFileError("a tensor is said to have more elements than torch can count")
     return value
 
 
 @lru_cache(maxsize=4096)
-def _plain_spec(cls: Global, numel: int, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorSpec | None:
+def _plain_spec(cls: Global, numel: int, offset: int, shape: Counts, strides: Counts) -> TensorSpec | None:
     """The spec of a tensor that lies at the start of its typed storage and inside it; None where it is less plain than that."""
-    dtype = _storage_dtype(cls)
-    if dtype is None or offset or numel < 0 or len(shape) != len(strides) or extent(sizes(shape), sizes(strides)) > numel:
+    dtype = storage_dtype(cls)
+    if dtype is None or offset or numel < 0 or len(shape) != len(strides) or extent(sizes(shape), _checked_strides(strides)) > numel:
         return None
     return TensorSpec(dtype, shape)
 
 
 @lru_cache(maxsize=64)
-def _storage_dtype(cls: Global) -> DType | None:
+def storage_dtype(cls: Global) -> DType | None:
     if cls.dotted in ("torch.storage.UntypedStorage", "torch.UntypedStorage"):
         return None
-    name = STORAGE_DTYPES.get(cls.name)
-    if name is None or cls.module not in ("torch", "torch.cuda", "torch.storage"):
+    name = ALL_STORAGE_DTYPES.get(cls.name)
+    if name is None:
         raise CorruptFileError(f"{cls.dotted} is no kind of storage that torch writes")
     return DTYPES[name]
 
 
 def _dtype(value: Any) -> DType:
-    if isinstance(value, Global) and value.module == "torch" and value.name in DTYPES:
-        return DTYPES[value.name]
+    found = DTYPES.get(value.name) or SUB_BYTE.get(value.name) if isinstance(value, Global) and value.module == "torch" else None
+    if found is not None:
+        return found
     what = value.dotted if isinstance(value, Global) else f"a {type(value).__name__}"
     raise CorruptFileError(f"{what} is no element type that torch stores")
 
 
 def _v2(objects: TorchObjects, node: Inert) -> LazyTensor:
-    if len(node.args) < 4:
-        raise CorruptFileError("a tensor is rebuilt from too few arguments")
-    storage, offset, shape, strides = node.args[:4]
-    stored = objects.tensor(storage, offset, shape, strides, None, node.args[4] if len(node.args) > 4 else False)
-    return _resolved(stored, node.args[6] if len(node.args) > 6 else None)
+    storage, offset, shape, strides, *rest = node.args
+    stored = objects.tensor(storage, offset, shape, strides, requires_grad=rest[0] if rest else False)
+    return _resolved(stored, rest[2] if len(rest) > 2 else None)
 
 
 def _v3(objects: TorchObjects, node: Inert) -> LazyTensor:
-    if len(node.args) < 7:
-        raise CorruptFileError("a tensor is rebuilt from too few arguments")
-    storage, offset, shape, strides, requires_grad = node.args[:5]
-    stored = objects.tensor(storage, offset, shape, strides, _dtype(node.args[6]), requires_grad)
-    return _resolved(stored, node.args[7] if len(node.args) > 7 else None)
+    storage, offset, shape, strides, requires_grad, _, named, *bits = node.args
+    dtype = _dtype(named)
+    if dtype.name in SUB_BYTE:
+        message = f"tensors of {dtype} hold one element in each byte; torch can name this type, and neither saves it nor computes with it"
+        objects.tell("element type", "info", message, {"dtype": dtype.name})
+    return _resolved(objects.tensor(storage, offset, shape, strides, dtype, requires_grad), bits[0] if bits else None)
 
 
 def _resolved(stored: LazyTensor, bits: Any) -> LazyTensor:
@@ -252,28 +336,84 @@ def _resolved(stored: LazyTensor, bits: Any) -> LazyTensor:
     if not (marks.get("conj") or marks.get("neg")):
         return stored
     params = {"conj": bool(marks.get("conj")), "neg": bool(marks.get("neg"))}
-    block = Block("workbench.formats.torch_kernels:resolve", params, (stored,), (stored.spec,))
-    return replace(stored, source=Derived(block, 0))
+    return _derived("resolve", params, (stored,), stored.spec, requires_grad=stored.requires_grad, locked=stored.locked)
+
+
+def _derived(kernel: str, params: dict[str, Any], parts: tuple[LazyTensor, ...], spec: TensorSpec, **flags: Any) -> LazyTensor:
+    reads: Reads = "elements" if kernel in ("resolve", "to_dtype") else "full"
+    peak = 3 * sum(part.nbytes for part in parts)
+    return LazyTensor(spec, Derived(Block(f"{_KERNELS}:{kernel}", params, parts, (spec,), reads, peak=peak), 0), **flags)
 
 
 def _subclass(objects: TorchObjects, node: Inert) -> Any:
-    """`_rebuild_from_type_v2(func, class, args, state)`: the tensor it wraps, inside the inert call."""
-    if len(node.args) == 4 and isinstance(node.args[0], Global) and isinstance(node.args[2], tuple):
-        inner = objects.construct(Inert(node.args[0], node.args[2]))
-        return Inert(node.func, (node.args[0], node.args[1], inner, node.args[3]))
+    """`_rebuild_from_type_v2(func, class, args, state)`: the tensor that `func` makes; the call as it is, where its tensors lie in the state."""
+    if len(node.args) != 4 or not isinstance(node.args[0], Global) or not isinstance(node.args[2], tuple):
+        return node
+    func, cls, args, state = node.args
+    inner = objects.construct(Inert(func, args))
+    if isinstance(inner, LazyTensor):
+        _tell_attributes(objects, state)
+        return Inert(node.func, (func, cls, inner, state))
+    if isinstance(cls, Global) and cls.name in ("DTensor", "ShardedTensor"):
+        message = f"{cls.name}s are listed as the part that this process held; the rest is in the files of the other ranks"
+        objects.tell("one rank's part", "warning", message, {"class": cls.dotted})
+    return node
+
+
+def _tell_attributes(objects: TorchObjects, state: Any) -> None:
+    names = [str(key) for key, value in attributes(state).items() if is_tensor(value)]
+    if names:
+        message = f"some tensors carry other tensors as attributes, which are not listed: {', '.join(names[:4])}"
+        objects.tell("attributes of a tensor", "info", message, {"names": names[:100]})
+
+
+def _nested(objects: TorchObjects, node: Inert) -> Inert:
+    message = "a nested tensor is listed as its parts: values one after another, then the sizes, strides and offsets of the tensors in it"
+    objects.tell("nested tensor", "info", message, {})
     return node
 
 
 def _meta(objects: TorchObjects, node: Inert) -> LazyTensor:
-    dtype, shape, strides = node.args[:3]
-    spec = TensorSpec(_dtype(dtype), sizes(shape))
-    return LazyTensor(spec, Stored(_Nowhere(0), 0, sizes(strides)), False, "a meta tensor: it was saved without values")
+    dtype, shape, _, *grad = node.args
+    spec, why = TensorSpec(_dtype(dtype), sizes(shape)), "a meta tensor: it was saved without values"
+    return LazyTensor(spec, Stored(_Nowhere(0), 0, row_major(spec.shape)), bool(grad and grad[0]), why)
+
+
+def _lazy(objects: TorchObjects, node: Inert) -> LazyTensor:
+    why = "a lazy parameter: it has no shape and no values yet"
+    return LazyTensor(TensorSpec(DTYPES["float32"], ()), Stored(_Nowhere(0), 0, ()), bool(node.args and node.args[0]), why)
+
+
+def _from_device(objects: TorchObjects, node: Inert) -> Any:
+    """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`: values that were brought to main memory to be saved."""
+    if len(node.args) != 4 or not isinstance(data := node.args[0], LazyTensor):
+        return node
+    spec = TensorSpec(_dtype(node.args[1]), data.shape)
+    made = data if spec == data.spec else _derived("to_dtype", {"dtype": spec.dtype.name}, (data,), spec, locked=data.locked)
+    return replace(made, requires_grad=bool(node.args[3]))
+
+
+def _old_tensor(objects: TorchObjects, node: Inert) -> Inert:
+    """`FloatTensor()`, then the state (storage, offset, size, stride): the spelling of torch 0.1."""
+    return Unfinished(node, lambda state: objects.tensor(*state) if isinstance(state, tuple) and len(state) == 4 else None)
+
+
+def _old_parameter(objects: TorchObjects, node: Inert) -> Inert:
+    """`Parameter(data)`, then (requires_grad, volatile, hooks), or all in one state: (data, creator, hooks, requires_grad, volatile)."""
+
+    def finish(state: Any) -> LazyTensor | None:
+        parts = state if isinstance(state, tuple) else ()
+        data, grad = (parts[0], parts[3]) if len(parts) == 5 else ((*node.args, None)[0], parts[0] if len(parts) == 3 else None)
+        return replace(data, requires_grad=bool(grad)) if isinstance(data, LazyTensor) and len(parts) in (3, 5) else None
+
+    return Unfinished(node, finish)
 
 
 def _parameter(objects: TorchObjects, node: Inert) -> Inert:
-    """`_rebuild_parameter(data, requires_grad, hooks)`: the flag belongs to the tensor that people see."""
+    """`_rebuild_parameter(data, requires_grad, hooks[, state])`: the flag belongs to the tensor that people see."""
     if len(node.args) >= 2 and isinstance(node.args[0], LazyTensor):
         node.args = (replace(node.args[0], requires_grad=bool(node.args[1])), *node.args[1:])
+        _tell_attributes(objects, node.args[-1])
     return node
 
 
@@ -281,115 +421,179 @@ _LAYOUT_PARTS = {"sparse_coo": 2, "sparse_csr": 3, "sparse_csc": 3, "sparse_bsr"
 
 
 def _sparse(objects: TorchObjects, node: Inert) -> Any:
-    """`_rebuild_sparse_tensor(layout, (indices…, values, size, coalesced))` as one tensor of that layout, densified only when loaded."""
-    layout = node.args[0]
+    """`_rebuild_sparse_tensor(layout, (indices…, values, size[, coalesced]))` or `torch.sparse.FloatTensor(indices, values, size)`."""
+    layout, data = (Global("torch", "sparse_coo"), node.args) if ".sparse." in node.dotted else node.args
     name = layout.args[0] if isinstance(layout, Inert) and layout.args else layout.name if isinstance(layout, Global) else ""
     name = str(name).removeprefix("torch.")
-    data = node.args[1] if len(node.args) == 2 else None
-    count = _LAYOUT_PARTS.get(name)
-    if (
-        count is None
-        or not isinstance(data, tuple)
-        or len(data) < count + 1
-        or not all(isinstance(part, LazyTensor) for part in data[:count])
-    ):
+    count = _LAYOUT_PARTS.get(name, 99)
+    if not isinstance(data, tuple) or len(data) <= count or not all(isinstance(part, LazyTensor) for part in data[:count]):
         return node
-    parts, spec = data[:count], TensorSpec(data[count - 1].dtype, sizes(data[count]), layout=name)
-    peak = 2 * sum(part.nbytes for part in parts)
-    params: dict[str, Any] = {"layout": name, "shape": list(spec.shape)}
-    if len(data) > count + 1:
-        params["coalesced"] = bool(data[count + 1])
-    return LazyTensor(spec, Derived(Block("workbench.formats.torch_kernels:sparse", params, tuple(parts), (spec,), "full", peak=peak), 0))
+    return sparse_tensor(name, data[:count], sizes(data[count]), *data[count + 1 : count + 2])
 
 
-def _quantized(objects: TorchObjects, node: Inert) -> Any:
+def sparse_tensor(layout: str, parts: tuple[LazyTensor, ...], shape: Counts, coalesced: Any = None) -> LazyTensor:
+    """A tensor of a sparse layout from its index parts and values, densified only when elements are read."""
+    params = {"layout": layout, "shape": list(shape), **({} if coalesced is None else {"coalesced": bool(coalesced)})}
+    locked = next((part.locked for part in parts if part.locked), None)
+    return _derived("sparse", params, parts, TensorSpec(parts[-1].dtype, shape, layout), locked=locked)
+
+
+_PACKED = {"quint4x2": 2, "quint2x4": 4}  # values in one byte
+
+
+def _quantized(objects: TorchObjects, node: Inert) -> LazyTensor:
     """`_rebuild_qtensor(storage, offset, size, stride, (qscheme, …), requires_grad, hooks)` as one quantized tensor."""
-    if len(node.args) < 5 or not isinstance(node.args[4], tuple) or not node.args[4] or not isinstance(node.args[4][0], Global):
-        raise CorruptFileError("a quantized tensor is rebuilt from too few arguments")
-    storage, offset, shape, strides = node.args[:4]
-    stored = objects.tensor(storage, offset, shape, strides, None)
-    scheme, *rest = node.args[4]
-    tensors = tuple(part for part in rest if isinstance(part, LazyTensor))
-    params = {"scheme": scheme.name, "numbers": [part for part in rest if isinstance(part, (int, float))], "shape": list(stored.shape)}
-    spec = TensorSpec(stored.dtype, stored.shape, quantizer=scheme.name)
-    block = Block(
-        "workbench.formats.torch_kernels:quantized",
-        {**params, "dtype": stored.dtype.name},
-        (stored, *tensors),
-        (spec,),
-        "full",
-        peak=3 * stored.nbytes,
-    )
-    return LazyTensor(spec, Derived(block, 0), locked=stored.locked)
+    storage, offset, shape, strides, (scheme, *rest), *grad = node.args
+    if not isinstance(scheme, Global):
+        raise CorruptFileError("a quantized tensor is rebuilt without a scheme")
+    shape, packed = sizes(shape), _PACKED.get(storage.dtype.name) if isinstance(storage, Bare) else None
+    lies = ((-(-math.prod(shape) // packed),), (1,)) if packed else (shape, strides)
+    stored = objects.tensor(storage, offset, *lies)
+    params = {
+        "scheme": scheme.name, "numbers": [part for part in rest if isinstance(part, (int, float, list))], "shape": list(shape),
+        "strides": list(_checked_strides(strides)) if packed else None, "dtype": stored.dtype.name,
+    }  # fmt: skip
+    parts = (stored, *(part for part in rest if isinstance(part, LazyTensor)))
+    doubt = None if _is_quantizer(scheme.name, rest, shape) else "the scales and zero points of a quantized tensor do not fit its shape"
+    if doubt:
+        objects.tell("values locked", "danger", doubt, {"shape": list(shape)})
+    spec, grads = TensorSpec(stored.dtype, shape, quantizer=scheme.name), bool(grad and grad[0])
+    return _derived("quantized", params, parts, spec, requires_grad=grads, locked=stored.locked or doubt)
+
+
+def _is_quantizer(scheme: str, parts: list[Any], shape: Counts) -> bool:
+    """Whether a scale and zero point are of the right kind, and one for each channel where there are channels; torch does not check it."""
+    if scheme == "per_tensor_affine":
+        return len(parts) == 2 and type(parts[0]) in (int, float) and type(parts[1]) is int
+    if len(parts) != 3 or scheme not in ("per_channel_affine", "per_channel_affine_float_qparams") or not _is_count(parts[2]):
+        return False
+    lengths = [part.shape if isinstance(part, LazyTensor) else (len(part),) if isinstance(part, list) else None for part in parts[:2]]
+    return parts[2] < len(shape) and lengths == [(shape[parts[2]],)] * 2
+
+
+def _is_key(value: Any) -> bool:
+    """Whether a value can be hashed without harm: tuples that share their parts take forever."""
+    return value is None or isinstance(value, (str, bytes, int, float, Global))
 
 
 def _set(objects: TorchObjects, node: Inert) -> Any:
-    return set(node.args[0]) if len(node.args) == 1 and isinstance(node.args[0], list) else node
+    held = node.args[0] if len(node.args) == 1 else None
+    return set(held) if isinstance(held, list) and all(map(_is_key, held)) else node
 
 
 def _ordered(objects: TorchObjects, node: Inert) -> Any:
-    """`OrderedDict([[key, value], …])`, the spelling of Python 2, as items."""
-    if (
-        len(node.args) == 1
-        and isinstance(node.args[0], (list, tuple))
-        and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in node.args[0])
-    ):
-        node.items.update(dict(node.args[0]))
+    """`OrderedDict([[key, value], …])`, the spelling of Python 2, and `Counter({key: value, …})`, as items."""
+    held = node.args[0] if len(node.args) == 1 else None
+    if isinstance(held, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 and _is_key(p[0]) for p in held):
+        held = dict(held)
+    if isinstance(held, dict):
+        node.items.update(held)
         node.args = ()
     return node
 
 
+def _plain_value(objects: TorchObjects, node: Inert) -> Any:
+    """Numbers and byte strings that protocols below 3 spell as calls: complex(re, im), bytearray(bytes), encode(text, 'latin1'), bytes()."""
+    called: tuple[Any, ...] = (node.dotted, *node.args)
+    match called:
+        case ("builtins.complex", float(real), float(imag)):
+            return complex(real, imag)
+        case ("builtins.bytes",):
+            return b""
+        case ("builtins.bytearray", *data) if all(type(part) is bytes for part in data[:1]) and len(data) < 2:
+            return bytearray(*data)
+        case ("_codecs.encode", str(text), "latin1" | "latin-1"):
+            return text.encode("latin-1")
+    return node
+
+
+def _named(names: str, build: Callable[[TorchObjects, Inert], Any]) -> dict[str, Callable[[TorchObjects, Inert], Any]]:
+    return dict.fromkeys(names.split(), build)
+
+
+_KINDS = ("", "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _REBUILDS: dict[str, Callable[[TorchObjects, Inert], Any]] = {
-    "torch._utils._rebuild_tensor": _v2,
-    "torch._utils._rebuild_tensor_v2": _v2,
-    "torch._utils._rebuild_tensor_v3": _v3,
-    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
-    "torch._utils._rebuild_sparse_tensor": _sparse,
-    "torch._utils._rebuild_qtensor": _quantized,
-    "torch._tensor._rebuild_from_type_v2": _subclass,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
+    **{f"torch{where}.{kind}Tensor": _old_tensor for where in ("", ".cuda") for kind in _KINDS},
+    **{f"torch{where}.sparse.{kind}Tensor": _sparse for where in ("", ".cuda") for kind in _KINDS},
+    **{
+        f"torch._utils._rebuild_{name}": build
+        for name, build in {
+            **_named("tensor tensor_v2", _v2), "tensor_v3": _v3, "meta_tensor_no_storage": _meta, "nested_tensor": _nested, "sparse_tensor": _sparse,
+            "qtensor": _quantized, **_named("parameter parameter_with_state", _parameter),
+            **_named("device_tensor_from_numpy device_tensor_from_cpu_tensor xla_tensor", _from_device),
+        }.items()
+    },
+    **dict.fromkeys(SUBCLASSES, _subclass),
+    **_named("torch.nn.parameter.Parameter torch.autograd.variable.Variable torch.autograd.Variable", _old_parameter),
+    **_named("torch.nn.parameter.UninitializedParameter torch.nn.parameter.UninitializedBuffer", _lazy),
+    **_named("builtins.complex builtins.bytes builtins.bytearray _codecs.encode", _plain_value),
+    **_named("collections.Counter collections.OrderedDict", _ordered),
     "builtins.set": _set,
-    "collections.OrderedDict": _ordered,
-}
+}  # fmt: skip
 
 
-def danger_findings(machine: Machine) -> list[Finding]:
-    """One finding for each global that is not plain data: named, with where it stands and whether it would be called."""
-    out = []
-    for found, offset in machine.globals.items():
-        if found.dotted not in PLAIN:
-            called = "would call" if found.dotted in machine.calls else "refers to"
-            message = f"the pickle {called} {found.dotted}, which is not plain data; it was not imported"
-            out.append(
-                Finding(
-                    "forbidden global",
-                    "danger",
-                    message,
-                    {"global": found.dotted, "offset": offset},
-                    "values stay readable here; plain torch.load would need this name allowed",
-                )
-            )
-    for dotted, offset in machine.calls.items():
-        if dotted == "the result of a call":
-            out.append(
-                Finding("forbidden call", "danger", "the pickle calls the result of another call; it was not made", {"offset": offset})
-            )
-    return out
+class Unpickled(NamedTuple):
+    """What one pickle holds, the machine that read it, and what a reader should know of it."""
+
+    tree: Any
+    machine: Machine
+    findings: tuple[Finding, ...]
 
 
-def device_finding(storages: Iterable[StorageRef]) -> list[Finding]:
-    places: dict[str, int] = {}
-    for storage in storages:
-        if not storage.place.startswith("cpu"):
-            places[storage.place] = places.get(storage.place, 0) + 1
-    return [
-        Finding(
-            "device storages",
-            "info",
-            f"{count} storages were saved on {place!r}; they are read into main memory",
-            {"device": place},
-            'plain torch.load needs map_location="cpu" where that device is missing',
-        )
-        for place, count in places.items()
-    ]
+def unpickle(
+    data: bytes,
+    objects: TorchObjects,
+    *,
+    file: FileRef,
+    format: str,
+    record: str | None = None,
+    start: int = 0,
+    plain: Names = (),
+    machine: type[Machine] = Machine,
+) -> Unpickled:
+    """Read one pickle of a torch file symbolically.
+
+    Args:
+        record: its name in the container, for messages.
+        plain: globals that are plain in this container, besides those that always are.
+        machine: what runs it, where a container spells opcodes in its own way.
+    Raises:
+        FormatError: the C unpickler would refuse it; `.partial` holds what was listed until there.
+    """
+    run = machine(data, persistent=objects.persistent, construct=objects.construct, torch=objects, start=start)
+    try:
+        tree = run.run()
+    except FormatError as error:
+        if record is not None:
+            error.where.setdefault("record", record)
+        findings = tuple(danger_findings(run, objects.strangers, plain) + objects.troubles)
+        error.partial = Checkpoint(run.partial(), name=file.name, format=format, findings=findings, source=file)
+        error.short = run.short
+        raise
+    told = danger_findings(run, objects.strangers, plain) + objects.troubles
+    return Unpickled(tree, run, (*told, *device_finding(objects.places), *_model_finding(objects.strangers)))
+
+
+def _model_finding(made: Iterable[Inert]) -> list[Finding]:
+    """What a pickle says of the modules in it: how many of which class, and the tensors that no state dict of theirs would hold."""
+    modules = [node for node in made if is_module(node)]
+    if not modules:
+        return []
+    classes = Counter(node.dotted for node in modules)
+    shown = [f"{count} × {cls.rpartition('.')[2]}" for cls, count in classes.most_common(6)] + ["…"] * (len(classes) > 6)
+    message = f"a model is pickled whole: {', '.join(shown)}"
+    aside = [f"{node.dotted.rpartition('.')[2]}.{name}" for node in modules for name in tensors_aside(node)]
+    if aside:
+        message += f"; left out, as its state dict leaves them out: {', '.join(aside[:4] + ['…'] * (len(aside) > 4))}"
+    hint = "its tensors have the names of its state dict; ckpt.modules lists the class of each module"
+    return [Finding("whole model", "info", message, {"classes": dict(classes.most_common(100)), "left out": aside[:100]}, hint)]
+
+
+def trailing_finding(nbytes: int, record: str) -> Finding:
+    return Finding("bytes after the pickle", "warning", f"{nbytes} bytes follow the end of {record}'s object", {"record": record})
+
+
+def device_finding(places: Mapping[str, int]) -> list[Finding]:
+    hint = 'plain torch.load needs map_location="cpu" where that device is missing'
+    told = [(place, f"{count} storages were saved on {place!r}; they are read into main memory") for place, count in places.items()]
+    return [Finding("device storages", "info", text, {"device": place}, hint) for place, text in told if not place.startswith("cpu")]

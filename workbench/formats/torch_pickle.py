@@ -11,10 +11,10 @@ from typing import Any
 
 from workbench.dtypes import DType
 from workbench.errors import UnsupportedError, UntrustedError
-from workbench.formats.torch_objects import PLAIN, STORAGE_DTYPES
+from workbench.formats.known_globals import PLAIN, STORAGE_DTYPES
 from workbench.names import join_path, unique_name
 from workbench.tensors import Derived, LazyTensor
-from workbench.tree import NOTHING, Global, Inert, walk
+from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, walk, wrapped
 
 _STORAGE_CLASSES = {dtype: cls for cls, dtype in STORAGE_DTYPES.items()}
 
@@ -160,14 +160,13 @@ class PickleWriter:
             self._emit(b"e")
 
     def _inert(self, node: Inert) -> None:
-        subclass = node.dotted == "torch._tensor._rebuild_from_type_v2" and len(node.args) == 4 and isinstance(node.args[2], LazyTensor)
         self._save(node.func)
-        if subclass:  # its arguments are those of the tensor's own rebuild call
-            func, cls, tensor, state = node.args
+        if node.dotted in SUBCLASSES and len(node.args) == 4 and isinstance(node.args[2], LazyTensor):
+            _, cls, tensor, state = node.args
             self._emit(b"(")
-            self._save(func)
+            self._function(tensor)
             self._save(cls)
-            self._tensor_arguments(tensor)
+            self._arguments(tensor)
             self._save(state)
             self._emit(b"t")
         else:
@@ -183,24 +182,42 @@ class PickleWriter:
             self._emit(b"b")
 
     def _tensor(self, tensor: LazyTensor) -> None:
-        if isinstance(tensor.source, Derived) and tensor.source.block.reads == "full":
-            self._rebuilt(tensor, tensor.source)
-            return
-        self._global("torch._utils", "_rebuild_tensor_v2" if tensor.dtype.name in _STORAGE_CLASSES else "_rebuild_tensor_v3")
-        self._tensor_arguments(tensor)
+        self._function(tensor)
+        self._arguments(tensor)
         self._emit(b"R")
 
-    def _tensor_arguments(self, tensor: LazyTensor) -> None:
-        slot = self._place(tensor)
+    def _function(self, tensor: LazyTensor) -> None:
+        """What rebuilds a tensor of its kind."""
+        source = tensor.source
+        name = "tensor_v2" if tensor.dtype.name in _STORAGE_CLASSES else "tensor_v3"
+        if isinstance(source, Derived) and source.block.reads == "full":
+            kind = source.block.op.rpartition(":")[2]
+            if kind not in ("sparse", "quantized"):
+                raise UnsupportedError(f"a tensor made by {source.block.op} has no torch spelling")
+            name = "sparse_tensor" if kind == "sparse" else "qtensor"
+        self._global("torch._utils", f"_rebuild_{name}")
+
+    def _arguments(self, tensor: LazyTensor) -> None:
+        """What that function takes; of a sparse or torch-quantized tensor, the parts that its block keeps."""
+        block = tensor.source.block if isinstance(tensor.source, Derived) and tensor.source.block.reads == "full" else None
         self._emit(b"(")
-        self._storage(slot)
-        self._int(slot.offset)
-        self._tuple(tensor.shape)
-        self._tuple(slot.strides)
-        self._save(tensor.requires_grad)
-        self._reduce("collections", "OrderedDict")
-        if tensor.dtype.name not in _STORAGE_CLASSES:
-            self._global("torch", tensor.dtype.name)
+        if block is not None and block.op.endswith(":sparse"):
+            self._reduce("torch.serialization", "_get_layout", f"torch.{block.params['layout']}")
+            coalesced = (block.params["coalesced"],) if "coalesced" in block.params else ()
+            self._tuple((*block.rowed, tensor.shape, *coalesced))
+        else:
+            stored, *parts = (tensor,) if block is None else block.rowed
+            slot = self._place(stored)
+            self._storage(slot)
+            self._int(slot.offset)
+            self._tuple(tensor.shape)
+            self._tuple(tuple((block.params["strides"] if block is not None else None) or slot.strides))
+            if block is not None:
+                self._tuple((Global("torch", block.params["scheme"]), *parts, *block.params["numbers"]))
+            self._save(tensor.requires_grad)
+            self._reduce("collections", "OrderedDict")
+            if tensor.dtype.name not in _STORAGE_CLASSES:
+                self._global("torch", tensor.dtype.name)
         self._emit(b"t")
 
     def _storage(self, slot: StorageSlot) -> None:
@@ -212,32 +229,6 @@ class PickleWriter:
         self._text("cpu")
         self._int(slot.numel if cls else slot.numel * slot.dtype.itemsize)
         self._emit(b"tQ")
-
-    def _rebuilt(self, tensor: LazyTensor, source: Derived) -> None:
-        """A sparse or torch-quantized tensor, from the parts that its block keeps."""
-        block, params = source.block, source.block.params
-        if block.op.endswith(":sparse"):
-            self._global("torch._utils", "_rebuild_sparse_tensor")
-            self._emit(b"(")
-            self._reduce("torch.serialization", "_get_layout", f"torch.{params['layout']}")
-            coalesced = (params["coalesced"],) if "coalesced" in params else ()
-            self._tuple((*block.rowed, tuple(params["shape"]), *coalesced))
-            self._emit(b"tR")
-        elif block.op.endswith("torch_kernels:quantized"):
-            stored, *parts = block.rowed
-            slot = self._place(stored)
-            self._global("torch._utils", "_rebuild_qtensor")
-            self._emit(b"(")
-            self._storage(slot)
-            self._int(slot.offset)
-            self._tuple(stored.shape)
-            self._tuple(slot.strides)
-            self._tuple((Global("torch", params["scheme"]), *(params["numbers"] if not parts else (*parts, *params["numbers"]))))
-            self._save(tensor.requires_grad)
-            self._reduce("collections", "OrderedDict")
-            self._emit(b"tR")
-        else:
-            raise UnsupportedError(f"a tensor made by {block.op} has no torch spelling")
 
 
 def drop_unsafe(root: Any) -> tuple[Any, list[str]]:
@@ -252,6 +243,8 @@ def drop_unsafe(root: Any) -> tuple[Any, list[str]]:
 def _is_plain(node: Any) -> bool:
     if isinstance(node, Global):
         return node.dotted in PLAIN
+    if isinstance(node, Inert) and node.dotted in SUBCLASSES and len(node.args) == 4 and not _is_plain(node.args[1]):
+        return False
     return not isinstance(node, Inert) or (isinstance(node.func, Global) and node.func.dotted in PLAIN)
 
 
@@ -259,11 +252,15 @@ def _without(node: Any, path: tuple[Any, ...], left: list[str], memo: dict[int, 
     if id(node) in memo:
         return memo[id(node)][0]
     if not _is_plain(node):
+        what = f"{join_path(path) or '(root)'}: {(node.args[1] if isinstance(node, Inert) and node.dotted in SUBCLASSES else node).dotted}"
+        if isinstance(tensor := wrapped(node), LazyTensor):
+            left.append(f"{what}; the tensor in it is kept")
+            return tensor
         tensors: dict[str, Any] = {}
         for inner, value in walk(node):
             if isinstance(value, LazyTensor):
                 tensors[unique_name(join_path(inner), tensors, {})] = value
-        left.append(f"{join_path(path) or '(root)'}: {node.dotted}" + (f"; its {len(tensors)} tensors are kept" if tensors else ""))
+        left.append(what + (f"; its {len(tensors)} tensors are kept" if tensors else ""))
         return tensors or NOTHING
     made: Any = node
     if isinstance(node, dict):
