@@ -1,0 +1,303 @@
+"""Pickles that hold their data in themselves: payloads are left where they lie in the file and become the storages of tensors.
+
+Owns the file as the pickle machine sees it (Pages), the machine that steps over payloads, and numpy's arrays:
+
+    numpy.core.multiarray._reconstruct(ndarray, (0,), b'b')       then the state ([1,] shape, dtype, is_fortran, payload)
+    numpy.core.numeric._frombuffer(payload, dtype, shape, order[, axis_order])                                (protocol 5)
+    numpy.dtype(code, align, copy)                                then the state (3, byte order, subarray, names, fields, …)
+    numpy.core.multiarray.scalar(dtype, payload)                  numpy.core is numpy._core since 2.0
+
+A payload is bytes or a bytearray; a string where Python 2 wrote it; `_codecs.encode(text, 'latin1')` where Python 3 wrote
+protocol 2, which has no bytes. Arrays of objects, text, dates and structures stay inert; numbers become Python's.
+
+Source: numpy 2.4 numpy/_core/src/multiarray/methods.c (array_reduce, array_setstate), descriptor.c, numpy/_core/numeric.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.checkpoint import Finding
+from workbench.dtypes import DTYPES, NUMPY_CODES, DType, decode
+from workbench.errors import CorruptFileError, UnsupportedError
+from workbench.files import FileRef, Reader, Span, Storage
+from workbench.formats.pickle_vm import Machine
+from workbench.formats.torch_objects import TorchObjects, Unfinished, sizes
+from workbench.strided import row_major
+from workbench.tensors import LazyTensor, Stored, TensorSpec
+from workbench.tree import Global, Inert
+
+MAX_OPCODES = 128 << 20  # bytes of opcodes, payloads aside
+_PAGE, _LONG, _HELD = (
+    1 << 10,
+    1 << 16,
+    32 << 20,
+)  # a payload longer than _LONG is left in the file; past _HELD in all, one longer than _PAGE
+_PAYLOADS, _TEXTS = b"BC\x8e\x96TUX\x8d", b"X\x8d"
+
+
+class Pages:
+    """A file up to `stop`, in the place of the bytes that a machine runs over. Pages grow while they follow each other."""
+
+    def __init__(self, pread: Callable[[int, int], bytes], stop: int) -> None:
+        self._pread, self._stop = pread, stop
+        self._at, self._page, self._read = 0, b"", 0
+
+    def __len__(self) -> int:
+        return self._stop
+
+    def __getitem__(self, where: Any) -> Any:
+        if isinstance(where, slice):
+            near, end = where.start - self._at, where.stop - self._at
+            return self._page[near:end] if near >= 0 and end <= len(self._page) else self._pread(where.start, where.stop - where.start)
+        if not 0 <= where - self._at < len(self._page):
+            self._turn(where)
+        return self._page[where - self._at]
+
+    def find(self, mark: bytes, start: int) -> int:
+        while start < self._stop:
+            self[start]
+            if (at := self._page.find(mark, start - self._at)) >= 0:
+                return self._at + at
+            start = self._at + len(self._page)
+        return -1
+
+    def _turn(self, at: int) -> None:
+        count = max(_PAGE, min(2 * len(self._page), _LONG)) if at == self._at + len(self._page) else _PAGE
+        page = self._pread(at, min(count, self._stop - at)) if at < self._stop else b""
+        self._at, self._page, self._read = at, page, self._read + len(page)
+        if self._read > MAX_OPCODES:
+            raise UnsupportedError(f"more than {MAX_OPCODES >> 20} MiB of pickle, payloads aside, are not read")
+        if not page:
+            raise IndexError("the file ends here")
+
+
+class Placed(bytes):
+    """A short payload that knows where it lies."""
+
+    start = 0
+
+
+@dataclass(frozen=True)
+class Left:
+    """A long payload that was left in the file: raw bytes, text, or bytes spelled as text."""
+
+    start: int
+    nbytes: int
+    spelling: str = "bytes"
+
+    def __str__(self) -> str:
+        return f"<{self.nbytes} bytes, left in the file>"
+
+
+class _SteppedOver(Exception):
+    """A long payload was pushed; the machine goes on behind it."""
+
+
+class PayloadMachine(Machine):
+    """A machine over Pages, which reads short payloads and steps over long ones."""
+
+    def _reset(self) -> None:
+        super()._reset()
+        self.torch = None  # its template needs bytes
+        self._held = 0
+
+    def run(self) -> Any:
+        while True:
+            try:
+                return self._run()
+            except _SteppedOver:
+                continue
+
+    def _sized(self, width: int, signed: bool = False) -> bytes:
+        op = self.data[self.pos - 1]
+        count = int.from_bytes(self._take(width), "little", signed=signed)
+        if count > (_LONG if self._held < _HELD else _PAGE) and self.pos + count <= len(self.data):
+            if op not in _PAYLOADS:
+                raise ValueError(f"a number of {count} bytes")
+            self.stack.append(Left(self.pos, count, "text" if op in _TEXTS else "bytes"))
+            self.pos += count
+            raise _SteppedOver
+        data = Placed(self._take(count))
+        data.start = self.pos - len(data)
+        self._held += len(data)
+        return data
+
+
+def kept(made: list[Inert]) -> Callable[[Inert], Inert]:
+    """What constructs nothing: calls stay as they are, and are kept in `made`."""
+
+    def construct(node: Inert) -> Inert:
+        made.append(node)
+        return node
+
+    return construct
+
+
+# payloads as files inside the file
+
+
+def payload_span(file: FileRef, payload: Any, nbytes: int | None = None) -> Span | None:
+    """The bytes of a payload: of `file` itself where they lie in it as they are, of a file inside it otherwise; None if it is no payload.
+
+    Cost: nothing, but a pass over bytes spelled as long text whose length `nbytes` is not known.
+    """
+    if isinstance(payload, Placed):
+        return Span(file, payload.start, len(payload))
+    if isinstance(payload, (bytes, bytearray, str)):
+        data = payload.encode("utf-8", "surrogatepass") if isinstance(payload, str) else bytes(payload)
+        return _inner(file, _Held(file, data), len(data))
+    if not isinstance(payload, Left) or payload.spelling == "text":
+        return None
+    span = Span(file, payload.start, payload.nbytes)
+    if payload.spelling == "bytes":
+        return span
+    if nbytes is None or not nbytes <= payload.nbytes <= 2 * nbytes:
+        with span.open() as reader:
+            nbytes = sum(map(len, iter(_Recoder(span, 0, reader).next_block, b"")))
+    return _inner(file, _Recoded(span, nbytes), nbytes)
+
+
+def _inner(file: FileRef, address: Any, nbytes: int) -> Span:
+    device, inode, _, changed = file.identity
+    return Span(FileRef(f"{file.url} (decoded)", (device, inode, nbytes, changed), address), 0, nbytes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """The address of a payload that was read with the index. Two of them are never one, whatever they hold."""
+
+    file: FileRef
+    data: bytes
+
+    @contextmanager
+    def open(self, _: FileRef) -> Iterator[_Held]:
+        with self.file.open():  # proves that the file is still the one that was listed
+            yield self
+
+    def pread(self, start: int, count: int) -> bytes:
+        return self.data[start : start + count]
+
+    def readinto(self, buffer: memoryview, start: int) -> int:
+        data = self.pread(start, buffer.nbytes)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@dataclass(frozen=True)
+class _Recoded:
+    """The address of bytes spelled as UTF-8 text in which each byte is one character."""
+
+    span: Span
+    nbytes: int
+
+    @contextmanager
+    def open(self, _: FileRef) -> Iterator[_Recoder]:
+        with self.span.open() as reader:
+            yield _Recoder(self.span, self.nbytes, reader)
+
+
+class _Recoder:
+    """Reading forward is one pass; going back starts again."""
+
+    def __init__(self, span: Span, nbytes: int, reader: Reader) -> None:
+        self._span, self._nbytes, self._reader = span, nbytes, reader
+        self._restart()
+
+    def _restart(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._read, self._at, self._block = 0, 0, b""
+
+    def next_block(self) -> bytes:
+        """The bytes that follow; none at the end of the text."""
+        raw = bytearray(min(_LONG, self._span.nbytes - self._read))
+        self._reader.readinto(memoryview(raw), self._read)
+        self._read, self._at = self._read + len(raw), self._at + len(self._block)
+        try:
+            self._block = self._decoder.decode(raw, self._read == self._span.nbytes).encode("latin-1")
+        except UnicodeError as error:
+            raise CorruptFileError("the text that stands for bytes holds other characters", offset=self._span.start) from error
+        return self._block
+
+    def readinto(self, buffer: memoryview, start: int) -> int:
+        if start < self._at:
+            self._restart()
+        while start >= self._at + len(self._block):
+            if not self.next_block():
+                return 0
+        piece = self._block[start - self._at :][: buffer.nbytes]
+        buffer[: len(piece)] = piece
+        if start + len(piece) == self._nbytes and (self._at + len(self._block) > self._nbytes or self.next_block()):
+            raise CorruptFileError("the payload is longer than its array", offset=self._span.start)
+        return len(piece)
+
+    def pread(self, start: int, count: int) -> bytes:
+        buffer, done = memoryview(bytearray(count)), 0
+        while got := self.readinto(buffer[done:], start + done) if done < count else 0:
+            done += got
+        return bytes(buffer[:done])
+
+
+# numpy
+
+
+class PayloadObjects(TorchObjects):
+    """Turns numpy's rebuild calls into tensors, and payloads spelled as text into bytes."""
+
+    def __init__(self, file: FileRef, locate: Callable[[str], Storage]) -> None:
+        super().__init__(locate)
+        self.file = file
+
+    def construct(self, node: Inert) -> Any:
+        made, args, name = super().construct(node), node.args, node.dotted.replace("numpy._core.", "numpy.core.")
+        if made is not node or not isinstance(args, tuple):
+            return made
+        if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], Left) and args[1] in ("latin1", "latin-1"):
+            return Left(args[0].start, args[0].nbytes, "latin-1") if args[0].spelling == "text" else node
+        if name == "numpy.core.multiarray._reconstruct" and args[:1] == (Global("numpy", "ndarray"),):
+            return Unfinished(node, lambda state: self.array(*state[-4:]) if isinstance(state, tuple) and len(state) in (4, 5) else None)
+        if name == "numpy.core.numeric._frombuffer" and len(args) in (4, 5):
+            return self.array(args[2], args[1], args[3], args[0], *args[4:]) or node
+        return _scalar(node) if name == "numpy.core.multiarray.scalar" and len(args) == 2 else node
+
+    def array(self, shape: Any, dtype: Any, order: Any, payload: Any, axes: Any = None) -> LazyTensor | None:
+        """An array as a tensor over its payload; None where torch has no such elements, or the parts are not numpy's."""
+        element = _element(dtype)
+        if element is None or not isinstance(payload, (bytes, bytearray, str, Left)):
+            return None
+        shape = sizes(shape)
+        strides = tuple(reversed(row_major(shape[::-1]))) if order in (True, "F") else row_major(shape)
+        if order == "K" and isinstance(axes, tuple):
+            if sorted(axes) != list(range(len(shape))):
+                raise CorruptFileError("an array's axes are not in any order")
+            shape, strides = tuple(shape[i] for i in axes), tuple(strides[i] for i in axes)
+        spec, trouble = TensorSpec(element[0], shape), None
+        storage = payload_span(self.file, payload, spec.nbytes)
+        if storage is None:
+            return None
+        if storage.nbytes != spec.nbytes:
+            trouble = f"an array should have {spec.nbytes} bytes and has {storage.nbytes}"
+            self.troubles.append(Finding("values locked", "danger", trouble, {}, "the array is listed; its values are refused"))
+        return LazyTensor(spec, Stored(storage, 0, strides, element[1]), False, trouble)
+
+
+def _scalar(node: Inert) -> Any:
+    """A NumPy number as Python's own, which holds it exactly; any other scalar as it is."""
+    element, data = _element(node.args[0]), node.args[1]
+    if element is None or not isinstance(data, bytes) or len(data) != element[0].itemsize:
+        return node
+    return decode(element[0], data, element[1])[0]
+
+
+def _element(dtype: Any) -> tuple[DType, str] | None:
+    """The element type and byte order of an inert numpy.dtype; None where torch has no such elements."""
+    if not (isinstance(dtype, Inert) and dtype.dotted == "numpy.dtype" and isinstance(dtype.args, tuple) and dtype.args):
+        return None
+    code, state = dtype.args[0], dtype.state if isinstance(dtype.state, tuple) else (3, "=", None, None, None)
+    if not isinstance(code, str) or code not in NUMPY_CODES or len(state) < 5 or state[2:5] != (None, None, None):
+        return None
+    return DTYPES[NUMPY_CODES[code]], "big" if state[1] == ">" else "little"
