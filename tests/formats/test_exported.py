@@ -1,0 +1,507 @@
+"""torch.export archives, against torch.export.load of files that this test wrote itself."""
+
+import functools
+import io
+import json
+import pickle
+import subprocess
+import sys
+import time
+import zipfile
+
+import hostile_makers as make
+import pytest
+import torch
+from conformance import FULL, SECONDS, FormatTests, state
+from strategies import same
+from torch._export.serde.serialize import serialize
+from torch.export.pt2_archive._package import load_pt2, package_pt2
+
+import workbench as wb
+from workbench.errors import CorruptFileError, UnsupportedError
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")]
+
+
+class Small(torch.nn.Module):
+    """The tensors of `conformance.state`, views of one storage, and a tie."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Module()
+        for name, tensor in state().items():
+            holder, _, last = name.replace("half", "halves").rpartition(".")  # every module has a method called half
+            owner = self.layer if holder else self
+            if last in ("weight", "bias"):
+                owner.register_parameter(last, torch.nn.Parameter(tensor))
+            else:
+                owner.register_buffer(last, tensor)
+        base = torch.arange(12.0).view(3, 4)
+        for name, view in {"transposed": base.t(), "stepped": base[:, ::2], "expanded": base[:1].expand(2, 4), "tail": base[2]}.items():
+            self.register_buffer(name, view)
+        self.layer.tied = self.layer.weight
+        self.register_buffer("wave", torch.tensor([1 + 2j]))
+        self.register_buffer("eighth", torch.ones(3).to(torch.float8_e4m3fn))
+
+    def forward(self, x):
+        return x + 1
+
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.arange(2.0))
+
+    def forward(self, x):
+        return x + 1
+
+
+class Rich(torch.nn.Module):
+    """Constants of the code, a buffer that the state dict leaves out, keyword inputs and a free dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 4)
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("fleeting", torch.ones(4), persistent=False)
+        self.plain = torch.full((4,), 9.0)
+
+    def forward(self, x, *, z):
+        self.count.add_(1)
+        return {"out": self.fc(x) + self.plain + self.fleeting + torch.tensor([1.0, 2.0, 3.0, 4.0]) + z}
+
+
+@functools.cache
+def exported(kind):
+    if kind != "rich":
+        return torch.export.export(Small() if kind == "small" else Tiny(), (torch.ones(1),))
+    sizes = {"x": {0: torch.export.Dim("batch")}, "z": None}
+    return torch.export.export(Rich(), (torch.full((2, 3), 7.0),), {"z": torch.full((1,), 8.0)}, dynamic_shapes=sizes)
+
+
+def without_source_lines(path):
+    """The file with the graph's metadata dropped: it is half of the bytes, and every byte is cut and flipped here."""
+    records = records_of(path)
+    for name, data in records.items():
+        if name.endswith("models/model.json"):
+            model = json.loads(data)
+            for node in model["graph_module"]["graph"]["nodes"]:
+                node["metadata"] = {}
+            records[name] = json.dumps(model).encode()
+    return rewritten(path, records)
+
+
+def records_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def rewritten(path, records):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    return path
+
+
+def prefixed(tensors, under=""):
+    return {f"{under}.{name}".lstrip("."): tensor for name, tensor in tensors.items()}
+
+
+class TestExported(FormatTests):
+    magic = 4
+
+    def build(self, folder, kind="small"):
+        torch.export.save(exported(kind), folder / "model.pt2")
+        return without_source_lines(folder / "model.pt2"), [folder / "model.pt2"]
+
+    def test_a_file_cut_at_any_byte_is_refused_or_whole(self, tmp_path):
+        super().test_a_file_cut_at_any_byte_is_refused_or_whole(self.build(tmp_path, "tiny"))
+
+    def test_a_flipped_byte_never_gives_a_foreign_exception_or_a_hang(self, tmp_path):
+        super().test_a_flipped_byte_never_gives_a_foreign_exception_or_a_hang(self.build(tmp_path, "tiny"))
+
+    def official(self, path):
+        loaded = torch.export.load(path)
+        return prefixed(loaded.state_dict) | {"sample_inputs.0.0": loaded.example_inputs[0][0]}
+
+
+@functools.cache
+def older(kind):
+    parts = serialize(exported(kind))
+    names = ("exported_program.json", "state_dict.pt", "constants.pt", "example_inputs.pt")
+    contents = (parts.exported_program, parts.state_dict, parts.constants, parts.example_inputs)
+    return {
+        **{f"serialized_{name}": data for name, data in zip(names, contents, strict=True)},
+        "version": b"8.20",
+        "extra_files/note.txt": b"hi",
+    }
+
+
+class TestOlderExported(TestExported):
+    """The layout of torch 2.1 to 2.7, which torch.export.load still reads: a zip with whole torch.save files in it."""
+
+    def build(self, folder, kind="small"):
+        return rewritten(folder / "model.pt2", older(kind)), [folder / "model.pt2"]
+
+    if not FULL:
+        test_a_flipped_byte_never_gives_a_foreign_exception_or_a_hang = None
+
+
+def saved(path, kind="rich", **extra):
+    torch.export.save(exported(kind), path, **extra)
+    return path
+
+
+def changed(path, change):
+    """The archive with records replaced by the end of their name; `change` maps it to new bytes or a function of the old."""
+    records = records_of(path)
+    for end, new in change.items():
+        name = next(name for name in records if name.endswith(end))
+        records[name] = new(records[name]) if callable(new) else new
+    return rewritten(path, records)
+
+
+def test_constants_stand_apart_from_the_state_dict(tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    ckpt, loaded = wb.open(path), torch.export.load(path)
+    assert ckpt.format == "torch-export"
+    assert list(ckpt.weights) == list(loaded.state_dict)
+    official = prefixed(loaded.constants, "constants")
+    assert {name: t for name, t in ckpt.items() if name.startswith("constants.")}.keys() == official.keys()
+    assert all(same(ckpt[name].load(), tensor) for name, tensor in official.items())
+
+
+def test_ties_and_gradients_are_kept(tmp_path):
+    ckpt, loaded = wb.open(saved(tmp_path / "m.pt2", "small")).weights, torch.export.load(tmp_path / "m.pt2")
+    assert ckpt.aliases == {"layer.tied": "layer.weight"}
+    assert {name: t.requires_grad for name, t in ckpt.items()} == {name: t.requires_grad for name, t in loaded.state_dict.items()}
+
+
+def test_the_signature_says_what_goes_in_and_out(tmp_path):
+    program = exported("rich").run_decompositions({})  # which spells out that a buffer changes
+    torch.export.save(program, tmp_path / "m.pt2", extra_files={"note.txt": "hi"})
+    ckpt = wb.open(tmp_path / "m.pt2")
+    told = {name.removeprefix("program."): value for name, value in ckpt.extras.items()}
+    signature = program.graph_signature
+    assert {told[f"parameter.{arg}"] for arg in signature.inputs_to_parameters} == {"fc.weight", "fc.bias"}
+    assert {told[f"buffer.{arg}"] for arg in signature.inputs_to_buffers} == {"count", "fleeting"}
+    assert [name for name in told if name.startswith("user_input.")] == ["user_input.x", "user_input.z"]
+    assert told["user_input.x"].startswith("float32 [s")
+    assert told["user_input.z"] == "float32 [1]"
+    assert [told[name].partition(" ")[0] for name in told if name.startswith("user_output.")] == ["float32"]
+    assert told["buffer_mutation." + next(iter(signature.buffers_to_mutate))] == "count"
+    assert told["torch_version"] == torch.__version__
+    assert told["opset_version.aten"] > 0
+    assert ckpt.extras["extra.note.txt"] == 2
+
+
+def test_several_models_in_one_archive_are_listed_under_their_names(tmp_path):
+    package_pt2(tmp_path / "m.pt2", exported_programs={"a": exported("rich"), "b.c": exported("small")})
+    ckpt = wb.open(tmp_path / "m.pt2")
+    assert {name for name in ckpt if "fc.weight" in name} == {"a.fc.weight"}
+    expected = load_pt2(tmp_path / "m.pt2").exported_programs["b.c"].state_dict
+    assert [name for name in ckpt.section(("b.c",)) if not name.startswith("sample_inputs.")] == list(expected)
+    for name, tensor in expected.items():
+        assert same(ckpt[f"b.c.{name}"].load(), tensor)
+
+
+def test_the_layout_of_torch_2_8_opens(tmp_path):
+    """Weights and constants are torch.save files of their own: torch 2.13 calls this legacy and reads it."""
+    path = saved(tmp_path / "m.pt2")
+    expected = torch.export.load(path)
+    records = {name: data for name, data in records_of(path).items() if "/data/weights/" not in name and "/data/constants/" not in name}
+    for kind, tensors in (("weights", expected.state_dict), ("constants", expected.constants)):
+        torch.save(tensors, buffer := io.BytesIO())
+        records[f"m/data/{kind}/model.pt"] = buffer.getvalue()
+    ckpt = wb.open(rewritten(path, records))
+    assert all(same(ckpt.weights[name].load(), tensor) for name, tensor in expected.state_dict.items())
+    assert all(same(ckpt[name].load(), tensor) for name, tensor in prefixed(expected.constants, "constants").items())
+    assert not ckpt.dangers
+
+
+@pytest.mark.parametrize("extension", ["pt", "safetensors"])
+def test_weights_are_rescued_from_the_program(extension, tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    wb.save(wb.open(path).weights, tmp_path / f"w.{extension}")
+    found, expected = wb.open(tmp_path / f"w.{extension}"), torch.export.load(path).state_dict
+    assert set(found) == set(expected)
+    assert all(same(found[name].load(), tensor) for name, tensor in expected.items())
+
+
+def test_deflated_weights_are_read(tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    expected = torch.export.load(path).state_dict
+    records = records_of(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data, zipfile.ZIP_DEFLATED if "weight" in name else zipfile.ZIP_STORED)
+    assert all(same(wb.open(path).weights[name].load(), tensor) for name, tensor in expected.items())
+
+
+def test_a_good_file_is_a_program_with_sample_inputs_and_no_danger(tmp_path):
+    for path in (saved(tmp_path / "m.pt2"), rewritten(tmp_path / "o.pt2", older("rich"))):
+        ckpt = wb.open(path)
+        assert {f.kind: f.severity for f in ckpt.findings} == {"program": "info", "sample inputs": "warning"}
+        assert all("torch.export.load" in f.hint for f in ckpt.findings)
+        assert ckpt["sample_inputs.0.0"].load().tolist() == [[7] * 3] * 2
+        assert ckpt["sample_inputs.1.z"].load().tolist() == [8]
+
+
+def test_a_program_without_sample_inputs_says_nothing_of_them(tmp_path):
+    path = changed(saved(tmp_path / "m.pt2"), {"sample_inputs/model.pt": b""})
+    assert {f.kind for f in wb.open(path).findings} == {"program"}
+
+
+def test_listing_needs_no_torch(tmp_path):
+    code = "import sys, workbench as wb; c = wb.open(sys.argv[1]); str(c), c.weights['fc.weight'].peek(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, saved(tmp_path / "m.pt2")], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
+
+
+# hostile files, from the layout above and from what torch.export.load runs
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.mark}",)
+
+
+def torch_file(value):
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def config_of(path, kind="weights"):
+    return next(json.loads(data) for name, data in records_of(path).items() if name.endswith(f"model_{kind}_config.json"))
+
+
+def with_entry(path, name, **meta):
+    """The archive with parts of one weight's entry replaced: of its tensor_meta, or `entry_x` of the entry itself."""
+    config = config_of(path)
+    for key, value in meta.items():
+        (config["config"][name] if key.startswith("entry_") else config["config"][name]["tensor_meta"])[key.removeprefix("entry_")] = value
+    return changed(path, {"model_weights_config.json": json.dumps(config).encode()})
+
+
+PICKLES = {
+    "torch zip": lambda evil: torch_file((evil,)),
+    "protocol 0": lambda evil: pickle.dumps(evil, 0),
+    "protocol 4": lambda evil: pickle.dumps(evil, 4),
+    "second pickle": lambda evil: pickle.dumps(1, 2) + pickle.dumps(evil, 2),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("layout", ["new", "older"])
+def test_a_pickle_in_the_sample_inputs_is_a_danger_and_is_not_run(kind, layout, tmp_path):
+    mark, record = tmp_path / "mark", PICKLES[kind](Evil(tmp_path / "mark"))
+    path = saved(tmp_path / "m.pt2") if layout == "new" else rewritten(tmp_path / "m.pt2", older("rich"))
+    changed(path, {"sample_inputs/model.pt" if layout == "new" else "serialized_example_inputs.pt": record})
+    ckpt = wb.open(path)
+    assert [name.rpartition(".")[2] for name in ckpt.dangers] == ["system"]
+    assert ckpt.weights["fc.weight"].load().shape == (4, 3)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["torch zip", "protocol 4"])
+def test_a_weight_said_to_be_a_pickle_is_a_danger_and_is_not_run(kind, tmp_path):
+    """Flipping `use_pickle` is enough to have torch.export.load run a weight's bytes."""
+    path, mark = saved(tmp_path / "m.pt2"), tmp_path / "mark"
+    payload = config_of(path)["config"]["fc.bias"]["path_name"]
+    changed(with_entry(path, "fc.bias", entry_use_pickle=True), {f"data/weights/{payload}": PICKLES[kind](Evil(mark))})
+    ckpt = wb.open(path)
+    assert [name.rpartition(".")[2] for name in ckpt.dangers] == ["system"]
+    assert "fc.weight" in ckpt
+    assert not mark.exists()
+
+
+def test_a_pickled_weight_that_is_plain_is_listed(tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    payload = config_of(path)["config"]["fc.bias"]["path_name"]
+    changed(
+        with_entry(path, "fc.bias", entry_use_pickle=True),
+        {f"data/weights/{payload}": torch_file(torch.nn.Parameter(torch.full((4,), 3.0)))},
+    )
+    ckpt = wb.open(path)
+    assert ckpt["fc.bias"].load().tolist() == torch.export.load(path).state_dict["fc.bias"].tolist() == [3] * 4
+    assert not ckpt.dangers
+
+
+@pytest.mark.parametrize("name", ["opaque_obj_0", "custom_obj_0"])
+def test_objects_among_the_constants_are_told(name, tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    config = config_of(path, "constants")
+    config["config"]["thing"] = {"path_name": name, "is_param": False, "use_pickle": True, "tensor_meta": None}
+    records = records_of(path) | {f"m/data/constants/{name}": pickle.dumps(Evil("x"))}
+    changed(rewritten(path, records), {"model_constants_config.json": json.dumps(config).encode()})
+    ckpt = wb.open(path)
+    assert bool(ckpt.dangers) == (name == "opaque_obj_0")
+    assert ("object not read" in {f.kind for f in ckpt.findings}) == (name == "custom_obj_0")
+
+
+@pytest.mark.parametrize("record", [b"\x80\x02cos\nsystem\n\xff", b"PK\x03\x04", b"garbage"])
+def test_sample_inputs_that_cannot_be_read_are_a_danger(record, tmp_path):
+    ckpt = wb.open(changed(saved(tmp_path / "m.pt2"), {"sample_inputs/model.pt": record}))
+    assert "unreadable pickle" in {f.kind for f in ckpt.findings if f.severity == "danger"}
+    assert ckpt.weights["fc.weight"].load().shape == (4, 3)
+
+
+def ints(*values):
+    return [{"as_int": value} for value in values]
+
+
+BAD_META = [
+    {"dtype": 0}, {"dtype": 99}, {"dtype": "7"}, {"dtype": [7]}, {"dtype": True}, {"dtype": None},
+    {"sizes": ints(-1, 3)}, {"sizes": ints(4)}, {"sizes": [4, 3]}, {"sizes": 12}, {"sizes": ints(4.0, 3)}, {"sizes": ints(True, 3)},
+    {"sizes": [{"as_expr": {"expr_str": "s0"}}] * 2}, {"sizes": ints(1 << 40, 1 << 40)}, {"sizes": ints(*[1] * 70), "strides": ints(*[1] * 70)},
+    {"strides": ints(3, -1)}, {"strides": None}, {"storage_offset": {"as_int": -1}}, {"storage_offset": 0}, {"layout": 1}, {"entry_tensor_meta": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", BAD_META, ids=str)
+def test_metadata_that_is_no_tensor_is_refused_with_its_name(meta, tmp_path):
+    with pytest.raises(CorruptFileError) as caught:
+        wb.open(with_entry(saved(tmp_path / "m.pt2"), "fc.weight", **meta))
+    assert caught.value.where["tensor"] == "fc.weight"
+    assert caught.value.where["record"].endswith("model_weights_config.json")
+
+
+IN_DOUBT = [
+    {"sizes": ints(5, 3)}, {"strides": ints(4, 1)}, {"storage_offset": {"as_int": 1}}, {"storage_offset": {"as_int": 1 << 62}}, {"dtype": 8},
+    {"strides": ints(1 << 62, 1)}, {"entry_path_name": "weight_99"}, {"entry_path_name": "../../../etc/passwd"}, {"entry_path_name": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("meta", IN_DOUBT, ids=str)
+def test_a_tensor_that_does_not_lie_in_its_record_is_locked_and_the_others_are_not(meta, tmp_path):
+    ckpt = wb.open(with_entry(saved(tmp_path / "m.pt2"), "fc.weight", **meta))
+    with pytest.raises(CorruptFileError, match="locked"):
+        ckpt["fc.weight"].load()
+    assert ckpt["fc.bias"].load().shape == (4,)
+    assert "values locked" in {f.kind for f in ckpt.findings if f.severity == "danger"}
+
+
+def test_a_weight_saved_without_values_is_locked(tmp_path):
+    """torch.export.load gives zeros here, and says nothing."""
+    path = saved(tmp_path / "m.pt2")
+    changed(path, {f"data/weights/{config_of(path)['config']['fc.bias']['path_name']}": b""})
+    assert torch.export.load(path).state_dict["fc.bias"].tolist() == [0] * 4
+    with pytest.raises(CorruptFileError, match="locked"):
+        wb.open(path)["fc.bias"].load()
+
+
+ODD_JSON = {
+    "deep": b'{"config":' * 200_000,
+    "deep list": b"[" * 200_000 + b"]" * 200_000,
+    "twice": b'{"config": {}, "config": {}}',
+    "twice inside": b'{"config": {"a": {}, "a": {}}}',
+    "huge number": b'{"config": {"a": ' + b"9" * 5000 + b"}}",
+    "list": b"[]",
+    "no config": b"{}",
+    "config is a list": b'{"config": []}',
+    "entry is a number": b'{"config": {"a": 1}}',
+    "not UTF-8": b'{"config": {"\xff": {}}}',
+    "cut": b'{"config": {',
+    "empty": b"",
+    "NUL": b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("what", ODD_JSON)
+def test_an_odd_config_is_refused_with_its_record(what, tmp_path):
+    path, start = changed(saved(tmp_path / "m.pt2"), {"model_weights_config.json": ODD_JSON[what]}), time.process_time()
+    with pytest.raises(CorruptFileError) as caught:
+        wb.open(path)
+    assert time.process_time() - start < SECONDS
+    assert caught.value.where["record"].endswith("model_weights_config.json")
+
+
+def test_a_config_of_too_many_values_is_refused_before_it_is_parsed(tmp_path):
+    text = b'{"config": {' + b",".join(b'"%d":[]' % n for n in range(1_500_000)) + b"}}"
+    path, start = changed(saved(tmp_path / "m.pt2"), {"model_weights_config.json": text}), time.process_time()
+    with pytest.raises(UnsupportedError, match="values"):
+        wb.open(path)
+    assert time.process_time() - start < SECONDS
+
+
+GRAPHS = {
+    "no graph": {"graph_module": None},
+    "lists for objects": {"graph_module": {"graph": [], "signature": []}},
+    "specs of numbers": {"graph_module": {"graph": {"tensor_values": []}, "signature": {"input_specs": [1, {"a": 1}, {"b": None}, {"c": []}], "output_specs": {}}}},
+    "names of lists": {"graph_module": {"signature": {"input_specs": [{"user_input": {"arg": {"as_tensor": {"name": ["x"]}}}}, {"parameter": {"arg": {"name": {}}, "parameter_name": [1]}}]}}},
+    "odd tensors": {
+        "graph_module": {
+            "graph": {"tensor_values": {"x": {"dtype": [1], "sizes": 3}, "y": {"dtype": 7, "sizes": [1, None, {"as_expr": 3}]}}},
+            "signature": {"input_specs": [{"user_input": {"arg": {"as_tensor": {"name": n}}}} for n in "xy"]},
+        }
+    },
+    "a signature without end": {"graph_module": {"signature": {"input_specs": [{"user_input": {"arg": {"as_int": n}}} for n in range(50_000)]}}},
+    "odd versions": {"schema_version": [1], "opset_version": "x", "torch_version": {"a": []}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", GRAPHS)
+def test_an_odd_graph_costs_the_signature_and_nothing_else(what, tmp_path):
+    ckpt = wb.open(changed(saved(tmp_path / "m.pt2"), {"models/model.json": json.dumps(GRAPHS[what]).encode()}))
+    str(ckpt)
+    assert ckpt.weights["fc.weight"].load().shape == (4, 3)
+    assert len(ckpt.extras) < 3000
+
+
+def test_a_graph_too_large_to_list_leaves_the_weights(tmp_path):
+    model = b'{"nodes": [' + b",".join([b"1"] * 2_100_000) + b"]}"
+    ckpt = wb.open(changed(saved(tmp_path / "m.pt2"), {"models/model.json": model}))
+    assert "graph not read" in {f.kind for f in ckpt.findings}
+    assert ckpt.weights["fc.weight"].load().shape == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "data", "word"), [("archive_format", b"pt3", "archive_format"), ("archive_version", b"1", "archive_version")]
+)
+def test_another_version_is_refused_by_name(record, data, word, tmp_path):
+    with pytest.raises(UnsupportedError, match=word):
+        wb.open(changed(saved(tmp_path / "m.pt2"), {record: data}))
+
+
+def test_compiled_native_code_is_a_danger(tmp_path):
+    (tmp_path / "model.so").write_bytes(b"\x7fELF")
+    package_pt2(tmp_path / "m.pt2", aoti_files=[str(tmp_path / "model.so")])
+    ckpt = wb.open(tmp_path / "m.pt2")
+    assert ("native code", "danger") in {(f.kind, f.severity) for f in ckpt.findings}
+    assert not len(ckpt)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "constants"])
+def test_a_global_in_an_older_state_dict_is_a_danger(part, tmp_path):
+    mark = tmp_path / "mark"
+    path = rewritten(tmp_path / "m.pt2", older("rich") | {f"serialized_{part}.pt": torch_file({"w": torch.ones(2), "evil": Evil(mark)})})
+    ckpt = wb.open(path)
+    assert [name.rpartition(".")[2] for name in ckpt.dangers] == ["system"]
+    assert ckpt["w" if part == "state_dict" else f"{part}.w"].load().tolist() == [1, 1]
+    assert not mark.exists()
+
+
+def test_an_older_state_dict_that_is_packed_is_refused_in_words(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in older("rich").items():
+            archive.writestr(name, data)
+    with pytest.raises(UnsupportedError, match="packed"):
+        wb.open(tmp_path / "m.pt2")
+
+
+@pytest.mark.parametrize(
+    "lie", [{"flags": 1}, {"local_size": 3}, {"local_name": b"m/data/weights/weight_9"}, {"central_method": 12}], ids=str
+)
+def test_a_weight_whose_headers_lie_never_gives_values(lie, tmp_path):
+    records = records_of(saved(tmp_path / "m.pt2"))
+    payload = "m/data/weights/" + config_of(tmp_path / "m.pt2")["config"]["fc.weight"]["path_name"]
+    make.raw_zip(tmp_path / "m.pt2", [make.Record(name, data, **(lie if name == payload else {})) for name, data in records.items()])
+    ckpt = wb.open(tmp_path / "m.pt2")
+    with pytest.raises(CorruptFileError):
+        ckpt["fc.weight"].load()
+    assert ckpt["fc.bias"].load().shape == (4,)

@@ -1,0 +1,245 @@
+"""torch.export archives (.pt2): graphs as JSON, weights as raw bytes; listed, and never loaded as programs.
+
+    <root>/archive_format, archive_version            'pt2' · '0'
+    <root>/models/<model>.json                        the graph, its signature, opset and schema versions
+    <root>/data/weights/<model>_weights_config.json   {"config": {name: {path_name, is_param, use_pickle, tensor_meta}}}
+    <root>/data/weights/<path_name>                   one storage, raw bytes; a torch.save file where use_pickle is true
+    <root>/data/constants/…                           likewise: <model>_constants_config.json, tensor_N, custom_obj_N, opaque_obj_N (a pickle)
+    <root>/data/sample_inputs/<model>.pt              the inputs that the model was exported with, a torch.save file; may be empty
+    <root>/data/aotinductor/<model>/…                 compiled native code
+    <root>/extra/<name> · byteorder · .data/…
+    tensor_meta: dtype (a number, see _DTYPES), sizes and strides [{"as_int": n}], storage_offset {"as_int": n}, requires_grad, layout 7 (strided)
+
+Until torch 2.7 the archive is a plain zip: serialized_exported_program.json, and the torch.save files serialized_state_dict.pt (.json in 2.1),
+serialized_constants.pt and serialized_example_inputs.pt. torch 2.8 has the records above, but for data/weights/<model>.pt and data/constants/<model>.pt.
+
+The checkpoint holds the state dict, and beside it `constants`, `sample_inputs` and `program`; under each model's name where there are several.
+`.weights` is without these.
+
+Source: torch 2.13 torch/export/pt2_archive (_package.py, constants.py), torch/_export/serde/schema.py; torch/export/__init__.py (older).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+from workbench.checkpoint import Checkpoint, Finding
+from workbench.dtypes import DTYPES
+from workbench.errors import CorruptFileError, FormatError, UnsupportedError, located
+from workbench.files import Span
+from workbench.formats import torch_zip
+from workbench.formats.torch_archive import read_byteorder
+from workbench.formats.torch_objects import TorchObjects, unpickle
+from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
+from workbench.tensors import LazyTensor
+from workbench.tree import Global, is_mapping, with_asides
+
+_MAX_JSON = 64 << 20
+_MAX_VALUES = 2_000_000  # in one JSON record
+_MAX_PICKLE = 64 << 20
+_SHOWN = 1000  # entries of a signature
+_DTYPES = {
+    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 9: "complex32", 10: "complex64",
+    11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz",
+    32: "float8_e5m2fnuz", 33: "float8_e8m0fnu", 34: "uint32", 35: "uint64",
+}  # fmt: skip
+# where a model's parts lie: the stem of its weights and that of its constants, its sample inputs and its graph
+_PLACES = ("data/weights/{}", "data/constants/{}", "data/sample_inputs/{}.pt", "models/{}.json")
+_OLDER = ("serialized_state_dict", "serialized_constants", "serialized_example_inputs.pt", "serialized_exported_program.json")
+_UNTYPED = Global("torch.storage", "UntypedStorage")
+_SYMBOL = re.compile(r"Symbol\('(\w+)'[^()]*\)")
+_HINT = "torch.export.load runs the pickles in it: use that only if you trust its author"
+
+
+def open_archive(index: ZipIndex) -> Checkpoint:
+    """List a torch.export archive.
+
+    Raises:
+        CorruptFileError: cut, damaged or contradictory. UnsupportedError: of a version that is not read.
+    Cost: the directory, the JSON records and the nested pickles; no tensor data.
+    """
+    findings = [Finding("program", "info", "this is a program: its tensors are listed and it is not run", hint=_HINT)]
+    places: dict[str, Any] = {"model": _OLDER}
+    if _OLDER[-1] in index.records:
+        root, extra = "", "extra_files/"
+    else:
+        root = _root(index)
+        extra = f"{root}extra/"
+        names = [name[len(root) + 7 : -5] for name in index.records if name.startswith(f"{root}models/") and name.endswith(".json")]
+        places = {name: tuple(root + place.format(name) for place in _PLACES) for name in names}
+    byteorder, found = read_byteorder(index, root)
+    findings += found
+    models = {name: _model(index, *records, order=byteorder, findings=findings) for name, records in places.items()}
+    tree = next(iter(models.values())) if len(models) == 1 else models
+    tree = with_asides(
+        tree, {"extra": {name[len(extra) :]: record.size for name, record in index.records.items() if name.startswith(extra)}}
+    )
+    native = [name for name in index.records if name.startswith(f"{root}data/aotinductor/")]
+    if native:
+        what = f"{len(native)} records belong to compiled native code: loading the file runs it, and nothing here can look inside"
+        findings.append(Finding("native code", "danger", what, {"record": native[0]}))
+    return Checkpoint(tree, name=index.file.name, format="torch-export", findings=tuple(findings), source=index.file)
+
+
+def _root(index: ZipIndex) -> str:
+    roots = [name[:-14] for name in index.records if f"/{name}".endswith("/archive_format") and name.count("/") < 2]
+    if len(roots) != 1:
+        raise CorruptFileError(f"the archive holds {len(roots)} records archive_format; it must hold one", path=index.file.url)
+    for name, expected in (("archive_format", b"pt2"), ("archive_version", b"0")):
+        found = read_record(index, roots[0] + name, 64)
+        if found != expected:
+            raise UnsupportedError(f"{name} is {found!r}; {expected!r} is read", path=index.file.url, record=roots[0] + name)
+    return roots[0]
+
+
+def _model(index: ZipIndex, weights: str, constants: str, samples: str, graph: str, *, order: str, findings: list[Finding]) -> Any:
+    state = _payloads(index, weights, order, findings)
+    if not is_mapping(state):
+        raise CorruptFileError("the weights are no mapping of names to tensors", path=index.file.url, record=weights)
+    asides = {
+        "constants": _payloads(index, constants, order, findings) if "/" in constants or f"{constants}.pt" in index.records else {},
+        "sample_inputs": _samples(index, samples, findings),
+        "program": _program(index, graph, findings),
+    }
+    return with_asides(state, asides)
+
+
+# weights and constants
+
+
+def _payloads(index: ZipIndex, stem: str, byteorder: str, findings: list[Finding]) -> Any:
+    """The tensors of one config in its order, each a view of a record; or what one torch.save file holds, where there is one instead."""
+    for record in (f"{stem}.pt", f"{stem}.json"):
+        if record in index.records:
+            return _torch_file(index, record, findings)
+    folder = stem.rpartition("/")[0]
+    record = f"{stem}_{folder.rpartition('/')[2]}_config.json" if folder else f"{stem}.pt"
+    objects = TorchObjects(index.storage, byteorder)
+    out: dict[str, Any] = {}
+    with located(path=index.file.url, record=record):
+        config = _json(index, record).get("config")
+        if not isinstance(config, dict):
+            raise CorruptFileError("there must be an object called 'config'")
+        for name, entry in config.items():
+            with located(tensor=name):
+                payload = f"{folder}/{_at(entry, 'path_name')}"
+                pickled = _at(entry, "use_pickle")
+                out[name] = _pickled(index, payload, findings) if pickled else _tensor(index, objects, payload, _at(entry, "tensor_meta"))
+    findings += objects.troubles
+    return out
+
+
+def _tensor(index: ZipIndex, objects: TorchObjects, record: str, meta: Any) -> LazyTensor:
+    """A view of a record; `objects` proves that it lies within, and locks its values where it does not."""
+    code, sizes, strides = _at(meta, "dtype"), _at(meta, "sizes"), _at(meta, "strides")
+    known = type(code) is int and code in _DTYPES and _at(meta, "layout") == 7
+    if not (known and isinstance(sizes, list) and isinstance(strides, list)):
+        raise CorruptFileError("tensor_meta must have a dtype of torch's numbers, sizes, strides and layout 7 (strided)")
+    shape, steps = (tuple(_at(n, "as_int") for n in numbers) for numbers in (sizes, strides))
+    nbytes = index.records[record].size if record in index.records else 0
+    storage = objects.persistent(("storage", _UNTYPED, record, "cpu", nbytes))
+    return objects.tensor(storage, _at(meta, "storage_offset", "as_int"), shape, steps, DTYPES[_DTYPES[code]], _at(meta, "requires_grad"))
+
+
+# nested pickles
+
+
+def _torch_file(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
+    """The object in a torch.save file that is a record of the archive."""
+    storage = index.storage(record)
+    if not isinstance(storage, Span):
+        raise UnsupportedError("a torch file inside the archive is packed, and is not read", record=record, path=index.file.url)
+    inner = torch_zip.open_archive(read_zip_index(index.file, storage))
+    findings += [replace(finding, where={**finding.where, "inside": record}) for finding in inner.findings]
+    return inner.tree
+
+
+def _pickled(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
+    """What torch.export.load unpickles, whatever it is: a tensor of a subclass, a sample, an object of the author's."""
+    where = {"record": record}
+    try:
+        storage = index.storage(record)
+        if "/custom_obj_" in record:
+            findings.append(Finding("object not read", "warning", "the state of a C++ object is listed nowhere", where))
+        elif isinstance(storage, Span) and storage.read(0, 2) == b"PK":
+            return _torch_file(index, record, findings)
+        elif storage.nbytes:
+            data, end = read_record(index, record, _MAX_PICKLE), 0
+            while end < len(data) and (end == 0 or data[end] == 0x80):  # torch's legacy files are several pickles, and each is run
+                objects = TorchObjects(index.storage)
+                _, machine, found = unpickle(data, objects, file=index.file, format="torch-export", record=record, start=end)
+                findings += found
+                end = machine.end
+            findings.append(Finding("pickle not listed", "warning", "a pickle was looked through, and what it holds is not listed", where))
+    except FormatError as error:
+        what = f"torch.export.load would run this as a pickle, and it cannot be read: {error.message}"
+        findings.append(Finding("unreadable pickle", "danger", what, where))
+        findings += error.partial.findings if error.partial is not None else ()
+    return None
+
+
+def _samples(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
+    tree = _pickled(index, record, findings) if record in index.records else None
+    if tree:
+        what = "the inputs that the model was exported with are in the file: look at them before you pass it on"
+        findings.append(Finding("sample inputs", "warning", what, {"record": record}, _HINT))
+    return tree
+
+
+# the graph
+
+
+def _program(index: ZipIndex, record: str, findings: list[Finding]) -> dict[str, Any]:
+    """What people ask of a graph: its versions, what goes in and what comes out."""
+    try:
+        model = _json(index, record)
+    except UnsupportedError as error:
+        findings.append(Finding("graph not read", "info", error.message, {"record": record}))
+        return {}
+    values, signature = _at(model, "graph_module", "graph", "tensor_values"), _at(model, "graph_module", "signature")
+    program: dict[str, Any] = {key: _at(model, key) for key in ("torch_version", "schema_version", "opset_version")}
+    for side in ("input_specs", "output_specs"):
+        specs = _at(signature, side)
+        for spec in specs[:_SHOWN] if isinstance(specs, list) else ():
+            for kind, body in spec.items() if isinstance(spec, dict) else ():
+                arg = _at(body, "arg")
+                name = next((n for n in (_at(arg, "as_tensor", "name"), _at(arg, "name")) if isinstance(n, str)), None)
+                target = next((text for key, text in body.items() if key.endswith("_name")), None) if isinstance(body, dict) else None
+                group = program.setdefault(kind, {})
+                group[name or str(len(group))] = target or (_described(_at(values, name)) if name else str(arg)[:200])
+    return program
+
+
+def _described(meta: Any) -> str:
+    """A tensor of the graph as text: ``float32 [s0, 3]``."""
+    code, sizes = _at(meta, "dtype"), _at(meta, "sizes")
+    told = [str(_at(n, "as_expr", "expr_str") or _at(n, "as_int"))[:200] for n in (sizes[:64] if isinstance(sizes, list) else ())]
+    return f"{_DTYPES.get(code) if isinstance(code, int) else None} [{_SYMBOL.sub(lambda found: found[1], ', '.join(told))}]"
+
+
+def _json(index: ZipIndex, record: str) -> dict[str, Any]:
+    data = read_record(index, record, _MAX_JSON)
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise UnsupportedError(f"the record holds more than {_MAX_VALUES} values", record=record, path=index.file.url)
+    with located(path=index.file.url, record=record):
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
+    if not isinstance(value, dict):
+        raise CorruptFileError("the record must be a JSON object", record=record, path=index.file.url)
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise CorruptFileError("an object names a key twice, and which of them counts is ambiguous")
+    return out
+
+
+def _at(value: Any, *keys: Any) -> Any:
+    """What lies at a path of keys; None where there is no such path."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

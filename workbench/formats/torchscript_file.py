@@ -1,0 +1,234 @@
+"""TorchScript archives (torch.jit.save, mobile .ptl): programs, whose tensors and code are listed and which are never run.
+
+    <root>/data.pkl              the root module, pickle protocol 2 as torch's C++ pickler spells it; its classes are globals __torch__.…
+    <root>/data/<key>            the storages of data.pkl
+    <root>/constants.pkl         the tuple that the code calls CONSTANTS.c0, CONSTANTS.c1 …
+    <root>/constants/<key>       the storages of constants.pkl
+    <root>/code/<path>.py        the classes: `__parameters__ = […]` and `__buffers__ = […]` name what state_dict() holds
+    <root>/code/….debug_pkl · bytecode.pkl, mobile_debug_handles.pkl (mobile) · traced_inputs.pkl (shapes) · extra/<name> (the author's)
+    <root>/byteorder · version · .data/…
+
+The checkpoint holds what state_dict() gives, in its order, and beside it `attributes` (what else the modules hold), `CONSTANTS` and
+`program`; `.weights` is without these. Code is looked at as text; nothing is refused for what it does, and what it could do is said.
+
+Source: torch 2.13 torch/csrc/jit/serialization (pickler, unpickler, export_module, import, import_source, python_print .cpp).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from workbench.checkpoint import Checkpoint, Finding
+from workbench.errors import CorruptFileError, FormatError, UnsupportedError
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES
+from workbench.formats.pickle_vm import Machine
+from workbench.formats.torch_archive import pickle_root, read_byteorder
+from workbench.formats.torch_objects import TorchObjects, trailing_finding, unpickle
+from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
+from workbench.names import join_path, unique_name
+from workbench.tensors import LazyTensor
+from workbench.tree import NOTHING, Global, Inert, walk, with_asides
+
+_MAX_PICKLE = 1 << 30
+_MAX_CODE = 8 << 20
+_ASIDE = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
+_FLAGS = ("training", "_is_full_backward_hook")  # every module has them
+_TAGS = {
+    f"torch.jit._pickle.{name}" for name in ("restore_type_tag", *(f"build_{kind}list" for kind in ("int", "tensor", "double", "bool")))
+}
+_HINT = "torch.jit.load runs it: use that only if you trust its author"
+
+_TEXT = r'"(?:[^"\\]|\\[\s\S])*+"|' + r"'(?:[^'\\]|\\[\s\S])*+'"
+_QUOTED = re.compile(r'"""[\s\S]*?"""|' + r"'''[\s\S]*?'''|" + _TEXT + r"|\\[\s\S]|#[^\n]*")
+_CLASS = re.compile(r"^class\s++(\w++)\s*+(?:\(\s*+(\w++)\s*+\)\s*+)?:", re.MULTILINE)
+_MARK = re.compile("__(?:parameters|buffers)__")
+_TENSORS = re.compile(rf"__(parameters|buffers)__\s*+=\s*+\[((?:[\s,]|{_TEXT})*+)\]")
+# operators that touch files or the network; then `torch` and `ops` as values, through which any operator can be had
+_REACHES = re.compile(
+    r"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+((?:from|read|write)_file|save|load_tensor|rpc_\w+)\b"
+    r"|(torch(?<![\w.]torch)\b(?!\s*[.:])|ops(?<![\w.]ops)\b(?!\s*:|\s*\.\s*\w+\s*\.))"
+)
+Tensors = dict[str, set[str]]  # of a module's class: the names of its "parameters" and "buffers"
+
+
+def open_archive(index: ZipIndex) -> Checkpoint:
+    """List a TorchScript archive.
+
+    Raises:
+        CorruptFileError: cut, damaged or contradictory.
+    Cost: the directory, the pickles and the code; no tensor data.
+    """
+    root = pickle_root(index)
+    byteorder, findings = read_byteorder(index, root)
+    module, found = _unpickled(index, f"{root}data.pkl", f"{root}data/", byteorder)
+    constants, also_found = _unpickled(index, f"{root}constants.pkl", f"{root}constants/", byteorder)
+    findings += found + also_found
+    if not isinstance(module, Inert) or not isinstance(constants, tuple):
+        raise CorruptFileError("data.pkl must hold an object and constants.pkl a tuple", path=index.file.url, record=f"{root}data.pkl")
+    findings.append(Finding("program", "info", "this is a program: its tensors are listed and it is not run", hint=_HINT))
+    state, attributes = _split(module, _modules(index, root, findings), findings)
+    program = {"class": module.dotted, "code": _sizes(index, f"{root}code/", ".py"), "extra": _sizes(index, f"{root}extra/")}
+    named = {f"c{at}": value for at, value in enumerate(constants)}
+    tree = with_asides(_flat(state, findings), {"attributes": attributes, "CONSTANTS": named, "program": program})
+    for name in _ASIDE:
+        if root + name in index.records:
+            findings += _scanned(index, root + name)
+    return Checkpoint(tree, name=index.file.name, format="torchscript", findings=tuple(findings), source=index.file)
+
+
+def code_listing(ckpt: Checkpoint, *, max_nbytes: int = _MAX_CODE) -> dict[str, str]:
+    """The source text of a TorchScript archive, by path.
+
+    Raises:
+        UnsupportedError: no archive, or more than `max_nbytes` of code. CorruptFileError: it is damaged.
+    """
+    if ckpt.source is None:
+        raise UnsupportedError("this checkpoint does not come from a file", hint="open the TorchScript archive with wb.open")
+    index = read_zip_index(ckpt.source)
+    return dict(_sources(index, pickle_root(index), max_nbytes))
+
+
+def _sources(index: ZipIndex, root: str, max_nbytes: int) -> Iterator[tuple[str, str]]:
+    for path, size in _sizes(index, f"{root}code/", ".py").items():
+        max_nbytes -= size
+        if max_nbytes < 0:
+            raise UnsupportedError("the archive holds more code than is read at once", record=path, path=index.file.url)
+        yield path, read_record(index, f"{root}code/{path}", size).decode("utf-8", "backslashreplace")
+
+
+def _sizes(index: ZipIndex, prefix: str, suffix: str = "") -> dict[str, int]:
+    return {name[len(prefix) :]: record.size for name, record in index.records.items() if name.startswith(prefix) and name.endswith(suffix)}
+
+
+def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, Tensors]:
+    """The classes of modules by qualified name; what in their code is out of the ordinary goes to `findings`."""
+    modules: dict[str, Tensors] = {}
+    restoring = []
+    try:
+        for path, text in _sources(index, root, _MAX_CODE):
+            where = {"record": f"{root}code/{path}"}
+            text = text.replace("\\\n", " ")
+            bare = _QUOTED.sub("''", text)
+            for name in sorted({f"torch.{found[1]}" if found[1] else found[2] for found in _REACHES.finditer(bare)}):
+                what = f"the code uses {name}, by which a program reaches files or the network; it was not run"
+                findings.append(Finding("operator", "danger", what, {"global": name, **where}, _HINT))
+            if any(text.count(word) != bare.count(word) for word in ("\nclass", "__parameters__", "__buffers__")):
+                findings.append(Finding("code in doubt", "danger", "quoted text in the code looks like classes; none is believed", where))
+                continue
+            heads = list(_CLASS.finditer(text))
+            for head, following in zip(heads, [*heads[1:], None], strict=bool(heads)):
+                name, body = f"{path[:-3].replace('/', '.')}.{head[1]}", text[head.end() : following and following.start()]
+                if "__setstate__" in body:
+                    restoring.append(name)
+                if head[2] == "Module":
+                    tensors = modules[name] = {"parameters": set(), "buffers": set()}
+                    for mark in islice(_MARK.finditer(body), 2):  # torch writes one of each
+                        if found := _TENSORS.match(body, mark.start()):
+                            tensors[found[1]].update(quoted[1:-1] for quoted in re.findall(_TEXT, found[2]))
+    except UnsupportedError as error:
+        findings.append(Finding("code in doubt", "danger", f"the code was not read: {error.message}", dict(error.where)))
+    if restoring:
+        what = f"loading alone runs code: torch.jit.load calls __setstate__ of {', '.join(restoring[:5])}; it was not called here"
+        findings.append(Finding("code runs at load", "warning", what, {"classes": restoring[:100]}, _HINT))
+    return modules
+
+
+# pickles
+
+
+class _ScriptMachine(Machine):
+    """The pickle machine as torch's C++ reader has it: the value of an enum is an argument without its tuple."""
+
+    def _made(self, func: Any, args: Any, kwargs: Any = None, new: bool = False) -> None:
+        super()._made(func, args if isinstance(args, (tuple, Inert)) else (args,), kwargs, new)
+
+
+class _ScriptObjects(TorchObjects):
+    """What torch's C++ pickler writes otherwise than torch.save: typed lists and dicts, and sparse tensors."""
+
+    def construct(self, node: Inert) -> Any:
+        args = node.args
+        if node.dotted in _TAGS and isinstance(args, tuple) and args:
+            return args[0]
+        if node.dotted == "torch._utils._rebuild_sparse_tensor" and isinstance(args, tuple) and len(args) > 4 and args[0] in (1, 2):
+            layout, size, _, *parts = args  # c10::Layout, in front of what Python's call has last
+            node.args = (Global("torch", ("sparse_coo", "sparse_csr")[layout - 1]), (*parts[: layout + 1], size))
+        return super().construct(node)
+
+
+def _is_plain(found: Global) -> bool:
+    return (
+        found.dotted in _TAGS
+        or f"{found.module}.".startswith("__torch__.")
+        or (found.module == "torch" and found.name in ALL_STORAGE_DTYPES)
+    )
+
+
+def _unpickled(index: ZipIndex, record: str, folder: str, byteorder: str = "little") -> tuple[Any, list[Finding]]:
+    data = read_record(index, record, _MAX_PICKLE)
+    objects = _ScriptObjects(lambda key: index.storage(folder + key), byteorder)
+    tree, machine, found = unpickle(
+        data, objects, file=index.file, format="torchscript", record=record, machine=_ScriptMachine, plain=_is_plain
+    )
+    trailing = [trailing_finding(len(data) - machine.end, record)] if machine.end != len(data) else []
+    return tree, [*found, *trailing]
+
+
+def _scanned(index: ZipIndex, record: str) -> list[Finding]:
+    """What is wrong with a pickle that holds no weights."""
+    try:
+        unread, found = [], _unpickled(index, record, record)[1]
+    except FormatError as error:
+        unread = [Finding("unreadable pickle", "danger", f"the pickle cannot be read: {error.message}", {"record": record})]
+        found = list(error.partial.findings) if error.partial is not None else []
+    return [*unread, *(finding for finding in found if finding.kind.startswith("forbidden"))]
+
+
+# modules
+
+
+def _is_module(node: Any, modules: dict[str, Tensors]) -> bool:
+    return isinstance(node, Inert) and node.dotted in modules and isinstance(node.state, dict)
+
+
+def _split(root: Inert, modules: dict[str, Tensors], findings: list[Finding]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What state_dict() names, in its order, and all else that the modules hold: both nested as the modules are."""
+    if not _is_module(root, modules):
+        what = f"the code does not tell which attributes of {root.dotted} are parameters and buffers; all are listed as attributes"
+        findings.append(Finding("names unknown", "warning", what, {"class": root.dotted}))
+        return {}, {"self": root.state}
+    made: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {id(root): ({}, {})}
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        state, rest = made[id(node)]
+        tensors = modules[node.dotted]
+        buffers, inner = {}, {}
+        for name, value in node.state.items():
+            if _is_module(value, modules):
+                if id(value) not in made:
+                    made[id(value)] = ({}, {})
+                    pending.append(value)
+                inner[name], rest[name] = made[id(value)]
+            elif name in tensors["parameters"] and (value is None or isinstance(value, LazyTensor)):
+                state[name] = value
+            elif name in tensors["buffers"] and (value is None or isinstance(value, LazyTensor)):
+                buffers[name] = value
+            elif name not in _FLAGS:
+                rest[name] = value
+        state |= buffers | inner
+    return made[id(root)]
+
+
+def _flat(state: dict[Any, Any], findings: list[Finding]) -> dict[str, LazyTensor]:
+    flat: dict[str, LazyTensor] = {}
+    counts: dict[str, int] = {}
+    for path, value in walk(state):
+        if value is NOTHING:
+            findings.append(Finding("tree cut", "warning", "modules nest too deep or repeat too often, and not all of them are listed"))
+        elif value is not None:
+            flat[unique_name(join_path(path), flat, counts)] = value
+    return flat
