@@ -53,10 +53,45 @@ def test_a_terminal_without_unicode_gets_escapes(file):
     assert done.stdout.isascii()
 
 
-@pytest.mark.parametrize(
-    ("source", "sentence"), [("", "empty"), ("/nowhere/at/all.pt", "no such file"), ("https://example.org/x.pt", "not read yet")]
-)
+@pytest.mark.parametrize(("source", "sentence"), [("", "empty"), ("/nowhere/at/all.pt", "no such file")])
 def test_what_cannot_be_opened_is_one_sentence_and_exit_code_2(source, sentence):
     done = inspect(source, "--json")
     assert done.returncode == 2
     assert sentence in json.loads(done.stdout)["error"]
+
+
+# scan
+
+
+def scanned(*args):
+    return subprocess.run([sys.executable, "-m", "workbench", "scan", *map(str, args)], capture_output=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def evil(tmp_path):
+    path = tmp_path / "evil.pt"
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "marker").encode() + b"'\ntR.")
+    yield path
+    assert not (tmp_path / "marker").exists()
+
+
+def test_scan_tells_by_its_exit_code(file, evil, tmp_path):
+    assert scanned(file).returncode == 0
+    assert scanned(evil).returncode == 1
+    assert scanned(tmp_path / "nothing.pt").returncode == 2
+    assert scanned().returncode == 2
+    assert scanned(file, evil).returncode == 1
+    assert scanned(file, tmp_path / "nothing.pt").returncode == 2
+    done = scanned(evil)
+    assert b"would call os.system" in done.stdout
+    assert not set(done.stdout) & {*range(32)} - {10}
+
+
+def test_scan_as_json_sarif_and_page(file, evil, tmp_path):
+    one, two = json.loads(scanned(evil, "--json").stdout), json.loads(scanned(file, evil, "--json").stdout)
+    assert one["ok"] is False
+    assert [report["ok"] for report in two] == [True, False]
+    log = json.loads(scanned(file, evil, "--sarif").stdout)
+    assert [len(run["results"]) > 0 for run in log["runs"]] == [False, True]
+    assert scanned(evil, "--html", tmp_path / "out.html").returncode == 1
+    assert "os.system" in (tmp_path / "out.html").read_text()

@@ -18,6 +18,10 @@ __version__ = "0.1.0"
 _FACE = {
     "open": "workbench.opening:open",
     "save": "workbench.formats:save",
+    "scan": "workbench.analyses.scanner:scan",
+    "checkup": "workbench.analyses.checkup:checkup",
+    "describe": "workbench.analyses.description:describe",
+    "archive": "workbench.analyses.archive:archive",
     "stats": "workbench.analyses.statistics:stats",
     "ledger": "workbench.analyses.sizes:ledger",
     "diff": "workbench.differ:diff",
@@ -32,7 +36,10 @@ _ROOMS = ("ops", "errors", "widgets")
 
 __all__ = [
     "Checkpoint",
+    "archive",
+    "checkup",
     "compare",
+    "describe",
     "diff",
     "errors",
     "export_model",
@@ -43,12 +50,17 @@ __all__ = [
     "ops",
     "parity",
     "save",
+    "scan",
     "stats",
     "widgets",
 ]
 
 if TYPE_CHECKING:
     from workbench import errors, ops, widgets
+    from workbench.analyses.archive import archive
+    from workbench.analyses.checkup import checkup
+    from workbench.analyses.description import describe
+    from workbench.analyses.scanner import scan
     from workbench.analyses.sizes import ledger
     from workbench.analyses.statistics import stats
     from workbench.checkpoint import Checkpoint

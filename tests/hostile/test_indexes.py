@@ -181,7 +181,7 @@ def test_a_tensor_that_its_shard_lacks_is_an_error_that_names_both(tmp_path):
 def test_a_tensor_that_the_index_forgets_is_a_finding(tmp_path):
     ckpt = wb.open(sharded(tmp_path, {"a": "s1.safetensors"}, {"s1.safetensors": {"a": torch.ones(1), "extra": torch.ones(1)}}))
     assert list(ckpt) == ["a"]
-    assert any(f.where.get("tensor") == "extra" for f in ckpt.findings)
+    assert any("extra" in f.where.get("tensors", ()) for f in ckpt.findings)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x02."])
@@ -227,7 +227,7 @@ def test_an_index_that_is_none_is_refused(index, tmp_path):
     if index == '{"weight_map": {}}':
         assert len(wb.open(tmp_path / "model.safetensors.index.json")) == 0
     else:
-        refused(tmp_path / "model.safetensors.index.json", CorruptFileError)
+        refused(tmp_path / "model.safetensors.index.json", UnknownFormatError if "weight_map" not in index else CorruptFileError)
 
 
 # things that are no file
@@ -296,14 +296,10 @@ def test_a_file_that_may_not_be_read_is_told_so(tmp_path):
 
 
 OTHERS = {
-    "a legacy torch checkpoint": b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
-    "a Python pickle": b"\x80\x04K\x01.",
-    "GGUF": b"GGUF\x03\0\0\0" + bytes(16),
     "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(20),
-    "NumPy": b"\x93NUMPY\x01\0" + bytes(20),
     "gzip": b"\x1f\x8b\x08" + bytes(20),
     "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-    "web page": b"<!DOCTYPE html><html></html>",
+    "HTML page": b"<!DOCTYPE html><html></html>",
     "tar": b"a" * 257 + b"ustar" + bytes(250),
     "empty": b"",
     "text": b"just some words\n",

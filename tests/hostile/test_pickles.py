@@ -10,11 +10,13 @@ import zipfile
 import pytest
 import torch
 from hostile_makers import (
+    ATTACKS,
     HOOKS,
     PROTO,
     REAL,
     REAL_DATA,
     REBUILD,
+    command,
     good_records,
     laugh,
     number,
@@ -39,10 +41,6 @@ def marker(tmp_path):
     assert not path.exists(), "the file was executed"
 
 
-def command(marker):
-    return text(f"touch {marker}")
-
-
 def opened(path):
     """(the checkpoint, None) or (None, the text of the one error of ours)."""
     try:
@@ -51,45 +49,6 @@ def opened(path):
         return None, str(error)
 
 
-# name -> the global that must be named, and the opcodes for a command
-ATTACKS = {
-    "GLOBAL REDUCE": ("os.system", lambda c: b"cos\nsystem\n" + c + b"\x85R"),
-    "posix": ("posix.system", lambda c: b"cposix\nsystem\n" + c + b"\x85R"),
-    "Python 2 name": ("builtins.eval", lambda c: b"c__builtin__\neval\n" + text("1") + b"\x85R"),
-    "STACK_GLOBAL": ("os.system", lambda c: b"\x8c\x02os\x8c\x06system\x93" + c + b"\x85R"),
-    "STACK_GLOBAL through the memo": ("os.system", lambda c: b"\x8c\x06systemq\x630\x8c\x02osh\x63\x93" + c + b"\x85R"),
-    "INST": ("os.system", lambda c: b"(" + c + b"ios\nsystem\n"),
-    "OBJ": ("os.system", lambda c: b"(cos\nsystem\n" + c + b"o"),
-    "NEWOBJ": ("os.system", lambda c: b"cos\nsystem\n" + c + b"\x85\x81"),
-    "NEWOBJ_EX": ("os.system", lambda c: b"cos\nsystem\n" + c + b"\x85}\x92"),
-    "hidden by POP": ("os.system", lambda c: b"Ncos\nsystem\n" + c + b"\x85R0"),
-    "OBJ hidden by POP": ("os.system", lambda c: b"N(cos\nsystem\n" + c + b"o0"),
-    "hidden by POP_MARK": ("os.system", lambda c: b"N(cos\nsystem\n" + c + b"\x85R1"),
-    "overwritten in the memo": ("os.system", lambda c: b"cos\nsystem\n" + c + b"\x85Rq\x630Nq\x63"),
-    "a dict key": ("os.system", lambda c: b"}cos\nsystem\n" + c + b"\x85RNs"),
-    "in a tuple in a list": ("os.system", lambda c: b"](cos\nsystem\n" + c + b"\x85RNt\x85a"),
-    "BUILD state": ("os.system", lambda c: b"ccollections\nOrderedDict\n)R}" + text("a") + b"cos\nsystem\n" + c + b"\x85Rsb"),
-    "after odd INT": ("os.system", lambda c: b"I0x10\n0cos\nsystem\n" + c + b"\x85R"),
-    "after odd LONG": ("os.system", lambda c: b"L0x10L\n0cos\nsystem\n" + c + b"\x85R"),
-    "after a NUL in INT": ("os.system", lambda c: b"I1\0x\n0cos\nsystem\n" + c + b"\x85R"),
-    "after non-ASCII STRING": ("os.system", lambda c: b"S'\xc3\xa9'\n0cos\nsystem\n" + c + b"\x85R"),
-    "after a short FRAME": ("os.system", lambda c: b"\x95\x02\0\0\0\0\0\0\0cos\nsystem\n" + c + b"\x85R"),
-    "named and not called": ("os.system", lambda c: b"cos\nsystem\n"),
-    "dotted through torch": ("torch.serialization.os.system", lambda c: b"\x8c\x13torch.serialization\x8c\x09os.system\x93" + c + b"\x85R"),
-    "dotted through a plain name": ("torch._utils._rebuild_tensor_v2.__globals__", lambda c: b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n"),
-    "io.open": ("io.open", lambda c: b"cio\nopen\n" + c + b"\x85R"),
-    "pathlib.Path.touch": ("pathlib.Path.touch", lambda c: b"cpathlib\nPath.touch\ncpathlib\nPath\n" + c + b"\x85R\x85R"),
-    "getattr chain": ("builtins.getattr", lambda c: b"cbuiltins\ngetattr\n(cos\npath\n" + text("os") + b"tR"),
-    "torch.load": ("torch.load", lambda c: b"ctorch\nload\n" + c + b"\x85R"),
-    "torch.hub.load": ("torch.hub.load", lambda c: b"ctorch.hub\nload\n" + c + b"\x85R"),
-    "functools.partial": ("functools.partial", lambda c: b"cfunctools\npartial\ncos\nsystem\n\x85R"),
-    "timeit": ("timeit.timeit", lambda c: b"ctimeit\ntimeit\n" + text("1") + b"\x85R"),
-    "pip.main": ("pip.main", lambda c: b"cpip\nmain\n]\x85R"),
-    "copyreg extension": ("copyreg.extension 7", lambda c: b"\x82\x07)R"),
-    "numpy scalar": ("numpy.core.multiarray.scalar", lambda c: b"cnumpy.core.multiarray\nscalar\n)R"),
-    "a lookalike module": ("torch._utils._rebuild_tensor_v2 ", lambda c: b"ctorch._utils\n_rebuild_tensor_v2 \n)R"),
-    "case": ("collections.ordereddict", lambda c: b"ccollections\nordereddict\n)R"),
-}  # fmt: skip
 WHERE = ["before", "between", "after", "instead of a key"]
 
 
@@ -177,7 +136,7 @@ LOCKED = {
 @pytest.mark.parametrize("case", LOCKED)
 def test_values_in_doubt_are_locked_and_named(case, tmp_path):
     pairs, data = LOCKED[case]
-    start = time.monotonic()
+    start = time.process_time()
     ckpt = wb.open(torch_zip(tmp_path / "bad.pt", pickled(pairs), data))
     assert ckpt["weight"].locked
     assert any(f.kind == "values locked" for f in ckpt.findings)
@@ -187,7 +146,7 @@ def test_values_in_doubt_are_locked_and_named(case, tmp_path):
     with pytest.raises(CorruptFileError):
         wb.save(ckpt, tmp_path / "again.pt")
     str(ckpt), ckpt._repr_html_()
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 REFUSED = {
@@ -225,7 +184,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("opcodes", REFUSED.values(), ids=REFUSED.keys())
 def test_what_torch_never_writes_is_refused_in_time(opcodes, tmp_path, marker):
-    start = time.monotonic()
+    start = time.process_time()
     path = torch_zip(tmp_path / "bad.pt", pickled([("real", tensor("1")), ("bad", opcodes)]))
     ckpt, error = opened(path)
     if error:
@@ -234,7 +193,7 @@ def test_what_torch_never_writes_is_refused_in_time(opcodes, tmp_path, marker):
     else:  # inert: the call was never made, so only a real unpickler would have failed
         assert ckpt["real"].load().tolist() == [4, 5, 6]
         assert set(ckpt) <= {"real", "bad"}
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 TREES = {
@@ -258,7 +217,7 @@ TREES = {
 
 @pytest.mark.parametrize("opcodes", TREES.values(), ids=TREES.keys())
 def test_odd_trees_are_listed_shown_and_walked_in_time(opcodes, tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     path = torch_zip(tmp_path / "tree.pt", pickled([("real", tensor("0")), ("odd", opcodes)]))
     ckpt, error = opened(path)
     if error:
@@ -266,7 +225,7 @@ def test_odd_trees_are_listed_shown_and_walked_in_time(opcodes, tmp_path):
     else:
         assert ckpt["real"].load().tolist() == [1, 2, 3]
         ckpt.sections(), ckpt.weights_section, str(ckpt), ckpt._repr_html_(), ckpt.aliases, ckpt.nbytes
-    assert time.monotonic() - start < 4
+    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize("opcodes", [b"](" * 5_000 + b"e" * 5_000, b"]q\x00h\x00a", laugh(20)], ids=["deep", "circular", "shared"])
@@ -340,7 +299,7 @@ def test_a_bomb_asks_for_little_memory_and_time(make, tmp_path):
 import resource, sys, time
 import workbench as wb
 from workbench.errors import WorkbenchError
-start = time.monotonic()
+start = time.process_time()
 def high(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1000
 before = high()
 try:
@@ -348,7 +307,7 @@ try:
     [t.peek() for t in ckpt.values() if t.nbytes < 1000 and t.locked is None]
 except WorkbenchError as error:
     pass
-print(high() - before, time.monotonic() - start)
+print(high() - before, time.process_time() - start)
 """
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,482 @@
+"""`wb.scan`: what loading a file would import and call, found without doing so.
+
+Pickles are found by content, never by extension, flags, checksum or method: at the start of a file, one behind another, as any
+record of any archive, as members of an old tar, behind the header of an object array, and inside byte strings of other
+pickles. Whatever a format makes of a file, its first bytes are also run as a pickle, for that is what pickle.load would do.
+A pickle that breaks off has made the calls before the break; a file that cannot be read is a danger and not a clean one.
+
+Sources: torch 2.13 torch/serialization.py (_load, _legacy_load with the tar), PKWARE APPNOTE 6.3.10, POSIX ustar, NumPy NEP 1 (.npy).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice, pairwise
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
+from workbench.checkpoint import Checkpoint, Finding, Severity
+from workbench.dtypes import DTYPES
+from workbench.errors import CorruptFileError, FormatError, MissingFileError, SelectionError, UnknownFormatError, WorkbenchError, located
+from workbench.files import FileRef, Folder, Span, checksum, place, read_span
+from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, open_file, open_folder
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, danger_findings, judge, misuses
+from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, payload_span
+from workbench.formats.pickle_vm import Machine
+from workbench.formats.torch_archive import pickle_roots
+from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
+from workbench.tensors import parts
+from workbench.tree import NOTHING, Global, Inert
+
+_FIRST_READ, _LAST_READ = 1 << 16, 32 << 20  # of one pickle; a longer one is read by pages, its long payloads stepped over
+_MOST_READ = 256 << 20  # of one packed record
+_MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _DEPTH = 1000, 2000, 1000, 100, 8
+
+_SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
+_OWN_KINDS = frozenset(
+    {"forbidden global", "forbidden call", "data classes", "unreadable pickle"}
+)  # findings of wb.open that are made here
+_NESTED = "torch.storage._load_from_bytes"
+_ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
+_NO_HOLDERS = frozenset({str, int, float, bool, complex, type(None), type(NOTHING), Global})
+
+_CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
+_PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
+_RAW_VALUES = re.compile(r"(?:^|/)(?:data|constants|weights|tensors)/[^/.]+$")
+_SCRIPT_PICKLES = re.compile(
+    r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
+)
+_CLIMBS = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
+_PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
+_PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
+_is_tar: Callable[[bytes], bool] = next(form.claims for form in FILES if form.name == "torch-tar")
+
+_LEAF = Inert(Global("torch", "Tensor"))
+_LEAVES = SimpleNamespace(form=lambda *_: _LEAF, template_tensor=lambda *_: _LEAF, run=lambda _, forms: forms)  # no tensors are made here
+
+
+def scan(source: Any, *, crc: bool = False, storage_options: Mapping[str, Any] | None = None) -> ScanReport:
+    """Find everything that loading a file would run, and everything in it that should not be there. Nothing is run.
+
+    Args:
+        source: a path or address of a file or folder (of a folder, the files in it and not those below), or a Checkpoint opened from one.
+        crc: read every record of an archive too, and compare its checksum.
+        storage_options: as for `wb.open`.
+    Returns:
+        A ScanReport, false where something is dangerous, unknown or not readable.
+    Raises:
+        MissingFileError: there is no such file. SelectionError: the checkpoint comes from no file.
+    Cost: the pickles and every local header of an archive; no tensor data without `crc`.
+    """
+    ckpt = source if isinstance(source, Checkpoint) else None
+    known = ckpt.source if ckpt is not None else None
+    if ckpt is not None and known is None:
+        raise SelectionError("this checkpoint comes from no file", hint="save it first, or scan the file that it was made from")
+    address = known.url if known is not None else os.fsdecode(source)
+    job = _Scan(crc)
+    try:
+        found = known or place(address, storage_options)
+        with collector_paused():
+            job.folder(found) if isinstance(found, Folder) else job.file(found, ckpt)
+    except FormatError as error:
+        job.refuse(error, Place(os.path.basename(address)))
+    report = ScanReport(
+        address, "/".join(dict.fromkeys(job.formats)) or "unknown", job.tensors, job.told(), tuple(job.uses), tuple(job.pickles)
+    )
+    if report.ok and job.loads and report.needs_allowing and "://" not in address:
+        object.__setattr__(report, "snippet", loading_lines(address, report.needs_allowing, job.element_types))
+    return report
+
+
+class _Piece(NamedTuple):
+    """Bytes to look into: a file, a record of it, or a byte string of a pickle."""
+
+    span: Span
+    file: str
+    record: str = ""
+    depth: int = 0
+    script: bool = False  # a record of a TorchScript archive, whose classes are its own
+    lies: bool = True  # whether its bytes lie in the file as they are
+
+    def inner(self, span: Span, name: str, script: bool = False) -> _Piece:
+        lies = self.lies and span.file == self.span.file
+        return _Piece(span, self.file, f"{self.record} › {name}" if self.record else name, self.depth + 1, script, lies)
+
+    def part(self, start: int, nbytes: int) -> _Piece:
+        return self._replace(span=self.span.part(start, nbytes))
+
+    def place(self, offset: int | None = None) -> Place:
+        return Place(self.file, self.record, offset, self.span.start + (offset or 0) if self.lies else None)
+
+    @property
+    def name(self) -> str:
+        return self.record or self.file
+
+
+class _Scan:
+    """One scan: what it found so far."""
+
+    def __init__(self, crc: bool) -> None:
+        self.crc = crc
+        self.findings: list[Finding] = []
+        self.uses: list[GlobalUse] = []
+        self.pickles: list[PickleSeen] = []
+        self.formats: list[str] = []
+        self.tensors = 0
+        self.refused: set[tuple[str, str]] = set()
+        self.loads = True  # whether torch would load it, once the harmless classes are allowed
+        self.element_types: set[str] = set()  # of NumPy
+
+    def tell(self, kind: str, severity: Severity, message: str, here: Place) -> None:
+        self.findings.append(Finding(kind, severity, message, here.to_dict()))
+
+    def refuse(self, error: WorkbenchError, here: Place) -> None:
+        """What cannot be read is a danger. Told once for each record."""
+        here = here._replace(record=here.record or str(error.where.get("record", "")))
+        if here[:2] not in self.refused:
+            self.refused.add(here[:2])
+            self.tell("unreadable", "danger", f"{here.name} cannot be read: {error.message}", here)
+
+    def told(self) -> tuple[Finding, ...]:
+        """The findings, worst first, and no more of a kind than anybody reads."""
+        order = {"danger": 0, "warning": 1, "info": 2}
+        counts: Counter[tuple[Severity, str]] = Counter()
+        kept = []
+        for finding in sorted(self.findings, key=lambda finding: (order[finding.severity], finding.kind == "unreadable")):
+            counts[finding.severity, finding.kind] += 1
+            kept += [finding] if counts[finding.severity, finding.kind] <= _MOST_TOLD else []
+        more = ((severity, kind, count - _MOST_TOLD) for (severity, kind), count in counts.items() if count > _MOST_TOLD)
+        return (*kept, *(Finding(kind, severity, f"{count} more of this kind, not told one by one") for severity, kind, count in more))
+
+    # files and folders
+
+    def folder(self, folder: Folder) -> None:
+        names, here = folder.names(), Place(os.path.basename(folder.url))
+        is_one = any(form.claims(names) for form in FOLDERS)
+        if is_one:
+            self.open(lambda: open_folder(folder), here)
+        for name in names:
+            try:
+                file = folder.file(name)
+            except (UnknownFormatError, MissingFileError):
+                self.tell("not scanned", "info", f"{name} is no file, and what is below it was not looked into", Place(name))
+            except FormatError as error:
+                self.tell(STRAY, "warning", f"{name} was not looked into: {error.message}", Place(name))
+            else:
+                if is_one:
+                    self.content(_Piece(Span(file, 0, file.size), name), sure=name == ".metadata")
+                else:
+                    self.file(file, None, must=_CHECKPOINT.search(name) is not None)
+        if not self.formats:
+            self.refuse(UnknownFormatError("no file in this folder is a checkpoint"), here)
+
+    def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
+        """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
+        here, seen = Place(file.name), len(self.pickles)
+        ckpt = self.open(lambda: ckpt or open_file(file), here, must)
+        form = "" if ckpt is None else ckpt.format
+        self.content(_Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
+        if form in _SAFE_FORMATS and any(not found.place.record for found in self.pickles[seen:]):
+            self.tell("polyglot", "danger", f"{file.name} is {form} and a pickle as well: what it is depends on who reads it", here)
+        if ckpt is not None and form in ("sharded-safetensors", "onnx"):  # their values lie in further files
+            spans = (getattr(leaf.source, "storage", None) for tensor in ckpt.values() for leaf in parts(tensor))
+            for other in {storage.file for storage in spans if isinstance(storage, Span)} - {file}:
+                self.content(_Piece(Span(other, 0, other.size), other.name))
+
+    def open(self, opener: Callable[[], Checkpoint], here: Place, must: bool = True) -> Checkpoint | None:
+        """List it as wb.open does, for what that finds besides pickles."""
+        ckpt: Checkpoint | None = None
+        listed: Checkpoint | None = None
+        try:
+            with located():
+                listed = ckpt = opener()
+            self.formats.append(ckpt.format)
+        except WorkbenchError as error:
+            listed = getattr(error, "partial", None)
+            if must or not isinstance(error, UnknownFormatError):
+                self.refuse(error, here)
+        if listed is not None:
+            self.tensors += len(listed)
+            others = (found for found in listed.findings if found.kind not in _OWN_KINDS)
+            self.findings += [Finding(f.kind, f.severity, f.message, {**f.where, **here.to_dict()}, f.hint) for f in others]
+        self.loads &= ckpt is not None and ckpt.format in ("torch-zip", "torch-legacy")
+        return ckpt
+
+    # what holds pickles
+
+    def content(self, piece: _Piece, *, sure: bool = False) -> None:
+        """The archives that end it, and what stands before them. `sure`: it is a pickle, and one that breaks off is told."""
+        span = piece.span
+        if piece.depth > _DEPTH:
+            self.tell("not scanned", "danger", f"{piece.name} lies {_DEPTH} files deep and was not looked into", piece.place())
+            return
+        cuts = [span.nbytes]
+        while cuts[-1] and len(cuts) < 100_000 and (start := _archive_start(span, cuts[-1])) is not None:
+            cuts.append(start)
+        front, head = cuts[-1], span.read(0, 512)
+        if (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
+            what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
+            self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
+        for start, end in pairwise(reversed(cuts)):
+            self.archive(piece.part(start, end - start))
+        rest = piece.part(0, front)
+        if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
+            self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
+            self.carve(rest)
+        elif front:
+            self.run_all(rest, sure=sure)
+            if _is_tar(head):
+                self.tar(rest)
+            elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
+                length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
+                if length <= front and b"O" in head[10:length].partition(b"descr")[2].partition(b"fortran")[0]:
+                    self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=True)
+
+    def archive(self, piece: _Piece) -> None:
+        try:
+            index = read_zip_index(piece.span.file, piece.span)
+        except FormatError as error:
+            self.refuse(error, piece.place())
+            self.carve(piece)
+            return
+        names = [name for name in index.records if not name[-1:].isdigit()] or [*index.records]  # not the storages, which are many
+        kind = next((form.name for form in ARCHIVES if form.claims(names)), "")
+        if len(pickle_roots(names)) > 1:
+            self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
+        whole = True
+        with piece.span.file.open() as source:
+            for name, record in index.records.items():
+                try:
+                    storage = index.storage(name)
+                    payload = storage if isinstance(storage, Span) else storage.span
+                    record.prove(source.pread, payload.start)
+                    head = source.pread(payload.start, min(16, record.size)) if payload is storage else read_span(storage, 0, 16)
+                    if self.crc and record.crc and checksum(storage) != record.crc:  # torch writes 0 where it was told to count none
+                        where = piece.inner(payload, name).place()
+                        self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
+                    if _is_marked(head) or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
+                        self.record(piece, index, name, head, kind)
+                except FormatError as error:
+                    self.refuse(error, piece.inner(piece.span, name).place()._replace(position=None))
+                    whole = False
+        if not whole:
+            self.carve(piece)
+
+    def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str) -> None:
+        storage, is_script, is_raw = index.storage(name), kind == "torchscript", _RAW_VALUES.search(name) is not None
+        found = storage if isinstance(storage, Span) else payload_span(index.file, read_record(index, name, _MOST_READ))
+        assert found is not None
+        inner, seen = piece.inner(found, name, is_script), len(self.pickles)
+        if _CLIMBS.search(name):
+            self.tell(STRAY, "danger", f"{inner.name} would be unpacked outside the archive's own folder", inner.place())
+        is_code = is_script and name.partition("/")[2].startswith("code/")
+        if not is_raw and not is_code and (head.startswith(_PROGRAM_MARKS) or _PROGRAM.search(name)):
+            self.tell(STRAY, "danger", f"{inner.name} is a program or script, and no part of a checkpoint", inner.place())
+        self.content(inner, sure=not is_script and _PICKLE.search(name) is not None)
+        expected = name.endswith(".npy" if kind == "npz" else "data.pkl") and name.count("/") < 2
+        expected |= is_script and _SCRIPT_PICKLES.fullmatch(name) is not None
+        if len(self.pickles) > seen and kind != "torch-export" and not expected:
+            told = f"{inner.name} holds a pickle that no part of the container refers to"
+            self.tell(STRAY, "warning" if is_raw else "danger", told, inner.place())
+
+    def carve(self, piece: _Piece) -> None:
+        """The records of an archive without a sound index, by their local headers, so that what they would do is named."""
+        data = piece.span.read(0, _MOST_READ // 4)
+        starts = [found.start() for found in islice(re.finditer(rb"PK\x03\x04.{26}", data, re.DOTALL), _MOST_NAMES)]
+        for at, end in pairwise([*starts, len(data)]):
+            method, name_length, extra_length = struct.unpack_from("<H16xHH", data, at + 8)
+            name = data[at + 30 : at + 30 + name_length].decode("utf-8", "replace")
+            body = data[at + 30 + name_length + extra_length : end]
+            found = payload_span(piece.span.file, _inflated(body) if method == 8 else body)
+            if found is not None and not _RAW_VALUES.search(name):
+                self.content(piece.inner(found, name), sure=name.endswith("data.pkl"))
+
+    def tar(self, piece: _Piece) -> None:
+        """The members of an old torch file: `storages` and `tensors` are pickles with other bytes between."""
+        at = 0
+        while (head := piece.span.read(at, at + 512)).strip(b"\0") and at < piece.span.nbytes:
+            name, size = head[:100].partition(b"\0")[0].decode("utf-8", "replace"), head[124:136].strip(b" \0")
+            at += 512
+            rest = piece.span.nbytes - at
+            nbytes = int(size, 8) if re.fullmatch(rb"[0-7]+", size) else rest
+            member = piece.inner(piece.span.part(at, max(0, min(nbytes, rest))), name)
+            if name in _GAPS:
+                self.run_all(member, sure=True, gap=_GAPS[name])
+            else:
+                self.content(member, sure=name == "pickle")
+            if name not in ("pickle", "storages", "tensors", "sys_info"):
+                self.tell(STRAY, "danger", f"{member.name} is no member of a torch file", member.place())
+            at += -(-nbytes // 512) * 512
+
+    # pickles
+
+    def run_all(self, piece: _Piece, *, sure: bool = False, gap: Callable[[Any, bytes], int] | None = None) -> None:
+        """The pickle at the start and those that follow it; `gap` tells how many other bytes stand behind each but the first."""
+        at = 0
+        for count in range(_MOST_PICKLES if gap is None else 1_000_000):
+            ended = self.run(piece, at, sure=sure and (count == 0 or gap is not None))
+            if ended is None:
+                return
+            at = ended[0] + (gap(ended[1], piece.span.read(ended[0], ended[0] + 8)) if gap is not None and count else 0)
+            if at >= piece.span.nbytes:
+                return
+        self.tell("not scanned", "danger", f"{piece.name} holds more pickles than were looked into", piece.place())
+
+    def run(self, piece: _Piece, at: int, *, sure: bool) -> tuple[int, Any] | None:
+        """One pickle: what it names and calls is noted. The byte after it and its value, or None where none ends."""
+        machine, made, root, error = _ran(piece.span.part(at, piece.span.nbytes - at), sure)
+        seen = len(self.findings)
+        if error is None or machine.globals:
+            self.strings(piece, root, made)
+        nested = not any(finding.severity == "danger" for finding in self.findings[seen:])
+        nested &= all(isinstance(node.args, tuple) and list(map(type, node.args)) == [bytes] for node in made if node.dotted == _NESTED)
+
+        def also(found: Global) -> bool:
+            own = found.module.startswith("__torch__") or found.module == "torch.jit._pickle" or found.name in ALL_STORAGE_DTYPES
+            return (piece.script and own) or (nested and found.dotted == _NESTED)
+
+        findings = danger_findings(machine, made, also)
+        acts = any(found.kind == "forbidden call" or found.where.get("global") in machine.calls for found in findings)
+        if sure or acts or (error is None and (machine.proto or machine.globals)):
+            self.note(machine, made, piece, at, also, "at its STOP" if error is None else f"broken: {error.message}")
+            for found in findings:
+                where = {**found.where, **piece.place(at + found.where.get("offset", 0)).to_dict()}
+                self.findings.append(
+                    Finding(found.kind, found.severity, found.message.replace("the pickle", piece.name, 1), where, found.hint)
+                )
+            if error is not None and sure:
+                self.refuse(error, piece.place(at))
+        return None if error is not None else (at + machine.end, root)
+
+    def note(self, machine: Machine, made: list[Inert], piece: _Piece, at: int, also: Callable[[Global], bool], ends: str) -> None:
+        self.pickles.append(PickleSeen(piece.place(at), machine.proto, machine.end or machine.pos, ends))
+        misused, built = misuses(made), {node.dotted for node in made if node.new} - {node.dotted for node in made if not node.new}
+        for found, offset in islice(machine.globals.items(), _MOST_NAMES):
+            verdict, why = judge(found, misused.get(found.dotted), also)
+            use = "imported" if found.dotted not in machine.calls else "built" if found.dotted in built else "called"
+            self.uses.append(GlobalUse(found.dotted, verdict, use, why, piece.place(at + offset)))
+        self.loads &= machine.proto == 2 and not any(node.items or node.elements for node in made)
+        self.element_types |= {
+            str(node.args[0]) for node in made if node.dotted == "numpy.dtype" and isinstance(node.args, tuple) and node.args
+        }
+
+    def strings(self, piece: _Piece, root: Any, made: list[Inert]) -> None:
+        """Byte strings of a pickle: those that it hands to torch as files, those that look like files, and the first of all others."""
+        given = {id(arg) for node in made if node.dotted == _NESTED and isinstance(node.args, tuple) for arg in node.args}
+        for count, data in enumerate(_byte_strings([root, *made])):
+            left = isinstance(data, Left)
+            found = piece.span.part(data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
+            if found is not None and found.nbytes > 3 and (count < _MOST_STRINGS or id(data) in given or _is_marked(found.read(0, 6))):
+                self.content(piece.inner(found, "byte string"), sure=id(data) in given)
+
+
+_Outcome = tuple[Machine, list[Inert], Any, FormatError | None]
+
+
+def _ran(piece: Span, sure: bool) -> _Outcome:
+    """The machine after its run, the calls of strangers, the value (what stood on the stack, where it broke) and what broke it."""
+    made: list[Inert] = []
+
+    def persistent(pid: Any) -> Any:
+        """What torch's own functions make of it: the class that it carries along with its source, or a storage."""
+        held = pid if isinstance(pid, tuple) else ()
+        found = next((item for item in held[:2] if isinstance(item, (Global, Inert))), None) if held[:1] != ("storage",) else None
+        if found is None:
+            return _LEAF
+        made.append(Inert(found, (), None, True, elements=[pid]))  # noted as an object that torch does not fill, for it refuses such ids
+        return found
+
+    def construct(node: Inert) -> Any:
+        args = node.args
+        if node.dotted == "_codecs.encode" and isinstance(args, tuple) and list(map(type, args)) == [str, str] and args[1] in _ENCODINGS:
+            return args[0].encode(args[1], "replace")
+        if node.dotted not in PLAIN:
+            made.append(node)
+        return node
+
+    def run(kind: type[Machine], data: Any, **torch: Any) -> _Outcome:
+        made.clear()
+        machine = kind(data, persistent=persistent, construct=construct, **torch)
+        try:
+            return machine, made, machine.run(), None
+        except FormatError as error:
+            return machine, made, machine.stack, error
+
+    count = piece.nbytes if sure and piece.nbytes <= _LAST_READ else min(piece.nbytes, _FIRST_READ)
+    while count:
+        outcome = run(Machine, data := piece.read(0, count), torch=_LEAVES)
+        if outcome[3] is not None and outcome[0].short and count < piece.nbytes:
+            count = min(piece.nbytes, 8 * count) if count < _LAST_READ else 0
+        elif outcome[3] is not None and b"\x95" in data:
+            return (*run(_Sequential, data)[:3], outcome[3])
+        else:
+            return outcome
+    return run(PayloadMachine, Pages(lambda at, size: piece.read(at, at + size), piece.nbytes))
+
+
+class _Sequential(Machine):
+    """Reads on across the end of a frame, as C does over bytes and the other machine refuses to."""
+
+    _frame_end = property(lambda _: 0, lambda _, end: None)
+
+
+def _byte_strings(roots: Iterable[Any]) -> Iterator[Any]:
+    pending, seen = [*roots], set[int]()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (bytes, bytearray)) or (isinstance(node, Left) and node.spelling == "bytes"):
+            yield node
+        elif isinstance(node, (list, tuple, dict, set, frozenset, Inert)) and id(node) not in seen:
+            seen.add(id(node))
+            held = [node.args, node.kwargs, node.state, node.items, node.elements] if isinstance(node, Inert) else node
+            pending += [item for item in held if type(item) not in _NO_HOLDERS]
+            pending += [item for item in node.values() if type(item) not in _NO_HOLDERS] if isinstance(node, dict) else ()
+
+
+def _is_marked(head: bytes) -> bool:
+    """Whether bytes begin as a pickle of protocol 1 to 5, an archive or an array says."""
+    return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or head.startswith((b"PK\x03\x04", b"\x93NUMPY"))
+
+
+def _archive_start(span: Span, end: int) -> int | None:
+    """Where the zip archive begins that ends at `end`; None where none does."""
+    for reach in (22, 65_557):
+        base = max(0, end - reach)
+        tail = span.read(base, end)
+        at = tail.rfind(b"PK\x05\x06")
+        while at >= 0 and (at + 22 > len(tail) or at + 22 + struct.unpack_from("<H", tail, at + 20)[0] != len(tail)):
+            at = tail.rfind(b"PK\x05\x06", 0, at)
+        if at >= 0:
+            size, offset, place = *struct.unpack_from("<II", tail, at + 12), base + at
+            record = span.read(max(0, place - 76), place)
+            if record[:4] == b"PK\x06\x06" and record[56:60] == b"PK\x06\x07":
+                (size, offset), place = struct.unpack_from("<QQ", record, 40), place - 76
+            return max(0, place - size - offset) if size or offset else None
+    return None
+
+
+def _inflated(body: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(-15).decompress(body, _MOST_READ // 4)
+    except zlib.error:
+        return body
+
+
+def _storage_gap(value: Any, head: bytes) -> int:
+    """A storage: 8 bytes count, then the elements; none behind the list of views, which comes last."""
+    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], Global)):
+        return 0
+    return 8 + int.from_bytes(head, "little") * DTYPES[ALL_STORAGE_DTYPES.get(value[2].name, "uint8")].itemsize
+
+
+# a tensor: 4 bytes dimensions, 4 unused, then sizes, strides and offset, 8 bytes each
+_GAPS: dict[str, Callable[[Any, bytes], int]] = {
+    "storages": _storage_gap,
+    "tensors": lambda _, head: 16 + 16 * int.from_bytes(head[:4], "little"),
+}

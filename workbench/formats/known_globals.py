@@ -1,0 +1,259 @@
+"""The globals that a pickle may name: which are plain data, which are harmless strangers, and what is said of the others.
+
+Owns the exact allow-list and the words for every name. Names are compared whole, and nothing but these tables makes a name
+plain or harmless; the table of dangerous modules only explains a verdict that stands without it.
+
+Source: torch 2.13 torch/_weights_only_unpickler.py (what is plain); the classes' own modules for the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import Literal, NamedTuple
+
+from workbench.checkpoint import Finding
+from workbench.dtypes import DTYPES
+from workbench.formats.pickle_vm import Machine
+from workbench.tree import NOTHING, Global, Inert
+
+STORAGE_DTYPES = {
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
+    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128", "ComplexFloatStorage": "complex64", "QInt8Storage": "qint8", "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32", "QUInt4x2Storage": "quint4x2", "QUInt2x4Storage": "quint2x4",
+}  # fmt: skip
+# what torch's C++ pickler writes besides, into TorchScript archives
+_ONLY_CPP = (
+    "ComplexHalf:complex32 UInt16:uint16 UInt32:uint32 UInt64:uint64 Float8_e4m3fn:float8_e4m3fn Float8_e5m2:float8_e5m2"
+    " Float8_e4m3fnuz:float8_e4m3fnuz Float8_e5m2fnuz:float8_e5m2fnuz Float8_e8m0fnu:float8_e8m0fnu Float4_e2m1fn_x2:float4_e2m1fn_x2"
+    " Bits8:bits8 Bits16:bits16 Bits1x8:bits1x8 Bits2x4:bits2x4 Bits4x2:bits4x2"
+)
+ALL_STORAGE_DTYPES = STORAGE_DTYPES | {f"{cls}Storage": dtype for cls, _, dtype in (word.partition(":") for word in _ONLY_CPP.split())}
+_TENSOR_TYPES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+
+_TOLD_SINGLY = 100  # dangers of one pickle
+
+Verdict = Literal["plain", "data class", "unknown", "dangerous"]
+Names = Collection[str] | Callable[[Global], bool]  # what is plain in one container, by its dotted name
+
+
+class Judged(NamedTuple):
+    """What is thought of one global, and why."""
+
+    verdict: Verdict
+    why: str
+
+
+def _named(text: str) -> list[str]:
+    """Dotted names from "module: name name; module: name"; a `#` in a name stands for 1, 2 and 3."""
+    groups = (
+        group.partition(":")
+        for group in re.sub(r"[^\s;]*#[^\s;]*", lambda m: " ".join(m[0].replace("#", d) for d in "123"), text).split(";")
+    )
+    return [f"{module.strip()}.{name}" for module, _, names in groups for name in names.split()]
+
+
+_PLAIN = {
+    "a container, number or byte string of Python's own": "_codecs: encode; builtins: bytearray complex set; collections: Counter OrderedDict",
+    "a part of a tensor: its size, device, layout, scale or wrapper": "torch: Size Tensor device per_channel_affine per_channel_affine_float_qparams"
+    " per_channel_symmetric per_tensor_affine per_tensor_symmetric; torch.nn.parameter: Parameter; torch.serialization: _get_layout",
+    "puts a tensor together from its storage": "torch._tensor: _rebuild_from_type_v2; torch._utils: _rebuild_device_tensor_from_cpu_tensor"
+    " _rebuild_device_tensor_from_numpy _rebuild_meta_tensor_no_storage _rebuild_nested_tensor _rebuild_parameter _rebuild_parameter_with_state"
+    " _rebuild_qtensor _rebuild_sparse_tensor _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_wrapper_subclass",
+    "an element type": "torch: " + " ".join([*DTYPES, *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8))]),
+    "a kind of storage": f"torch.storage: TypedStorage UntypedStorage; torch: {' '.join(STORAGE_DTYPES)};"
+    f"torch.cuda: {' '.join(name for name in STORAGE_DTYPES if not name.startswith('Q'))}",
+    "a kind of tensor": ";".join(
+        f"torch{where}{sparse}: {' '.join(f'{kind}Tensor' for kind in _TENSOR_TYPES if not (sparse and kind == 'Bool'))}"
+        for where in ("", ".cuda") for sparse in ("", ".sparse")
+    ),
+}  # fmt: skip
+_WHY_PLAIN = {dotted: why for why, names in _PLAIN.items() for dotted in _named(names)}
+PLAIN = frozenset(_WHY_PLAIN)
+
+# what weights_only refuses and what yet does no harm, by how it may be used:
+#   call: called with anything · new: made empty and then filled, as pickle does with objects · name: referred to only
+_HARMLESS: tuple[tuple[Literal["call", "new", "name"], str, str], ...] = (
+    ("call", "a value of Python's own; making one only stores its parts",
+     "builtins: Ellipsis NotImplemented bool bytes dict float frozenset int list object range slice str tuple; copyreg: _reconstructor;"
+     "argparse: Namespace; types: SimpleNamespace; typing: Any; collections: defaultdict deque; decimal: Decimal; fractions: Fraction;"
+     "datetime: date datetime time timedelta timezone; uuid: UUID;"
+     + ";".join(f"{m}: Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath" for m in ("pathlib", "pathlib._local"))),
+    ("call", "a NumPy array, number, element type or random state; making one copies bytes and no more",
+     "numpy: dtype matrix ndarray record recarray bool_ complex64 complex128 float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64;"
+     "numpy.rec: recarray record; numpy.ma: MaskedArray; numpy.ma.core: MaskedArray _mareconstruct;"
+     + ";".join(f"numpy.{core}.multiarray: _reconstruct scalar; numpy.{core}.numeric: _frombuffer" for core in ("core", "_core"))
+     + ";numpy.random._pickle: __bit_generator_ctor __generator_ctor __randomstate_ctor; numpy.random._mt19937: MT19937;"
+     "numpy.random._pcg64: PCG64 PCG64DXSM; numpy.random._philox: Philox; numpy.random._sfc64: SFC64;"
+     "numpy.random.bit_generator: SeedSequence __pyx_unpickle_SeedSequence"),
+    ("call", "a record of torch's own that describes how tensors are cut and stored",
+     "torch.distributed.checkpoint.metadata: BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties"
+     " TensorStorageMetadata _MEM_FORMAT_ENCODING; torch.distributed.checkpoint.filesystem: _StorageInfo;"
+     "torch.distributed.tensor: DTensor; torch.distributed.tensor._dtensor_spec: DTensorSpec ShardOrderEntry TensorMeta;"
+     "torch.distributed.tensor.placement_types: Partial Replicate Shard _StridedShard; torch.distributed._mesh_layout: _FlatLayout _MeshLayout;"
+     "torch.distributed.device_mesh: DeviceMesh; torch._dynamo.decorators: _DimRange; torch.nested._internal.nested_tensor: NestedTensor _rebuild_njt; torch.nn.parameter: Buffer UninitializedBuffer UninitializedParameter"),
+    ("new", "a layer or loss of torch.nn, made empty and filled; nothing of it runs before the model is called",
+     "torch.nn.modules.activation: CELU ELU GELU GLU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid LogSoftmax Mish"
+     " MultiheadAttention PReLU RReLU ReLU ReLU6 SELU SiLU Sigmoid Softmax Softmax2d Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold;"
+     "torch.nn.modules.adaptive: AdaptiveLogSoftmaxWithLoss; torch.nn.modules.batchnorm: BatchNorm#d LazyBatchNorm#d SyncBatchNorm;"
+     "torch.nn.modules.channelshuffle: ChannelShuffle; torch.nn.modules.container: ModuleDict ModuleList ParameterDict ParameterList Sequential;"
+     "torch.nn.modules.conv: Conv#d ConvTranspose#d LazyConv#d LazyConvTranspose#d; torch.nn.modules.distance: CosineSimilarity PairwiseDistance;"
+     "torch.nn.modules.dropout: AlphaDropout Dropout Dropout#d FeatureAlphaDropout; torch.nn.modules.flatten: Flatten Unflatten;"
+     "torch.nn.modules.fold: Fold Unfold; torch.nn.modules.instancenorm: InstanceNorm#d LazyInstanceNorm#d;"
+     "torch.nn.modules.linear: Bilinear Identity LazyLinear Linear NonDynamicallyQuantizableLinear;"
+     "torch.nn.modules.loss: BCELoss BCEWithLogitsLoss CTCLoss CosineEmbeddingLoss CrossEntropyLoss GaussianNLLLoss HingeEmbeddingLoss HuberLoss"
+     " KLDivLoss L1Loss MSELoss MarginRankingLoss MultiLabelMarginLoss MultiLabelSoftMarginLoss MultiMarginLoss NLLLoss NLLLoss2d PoissonNLLLoss"
+     " SmoothL1Loss SoftMarginLoss TripletMarginLoss TripletMarginWithDistanceLoss; torch.nn.modules.module: Module;"
+     "torch.nn.modules.normalization: CrossMapLRN2d GroupNorm LayerNorm LocalResponseNorm RMSNorm;"
+     "torch.nn.modules.padding: CircularPad#d ConstantPad#d ReflectionPad#d ReplicationPad#d ZeroPad#d; torch.nn.modules.pixelshuffle: PixelShuffle"
+     " PixelUnshuffle; torch.nn.modules.pooling: AdaptiveAvgPool#d AdaptiveMaxPool#d AvgPool#d FractionalMaxPool2d FractionalMaxPool3d LPPool#d"
+     " MaxPool#d MaxUnpool#d; torch.nn.modules.rnn: GRU GRUCell LSTM LSTMCell RNN RNNCell; torch.nn.modules.sparse: Embedding EmbeddingBag;"
+     "torch.nn.modules.transformer: Transformer TransformerDecoder TransformerDecoderLayer TransformerEncoder TransformerEncoderLayer;"
+     "torch.nn.modules.upsampling: Upsample UpsamplingBilinear2d UpsamplingNearest2d; torch.nn.parallel.data_parallel: DataParallel"),
+    ("new", "a hook of torch.nn.utils that a layer runs before its forward, made empty and filled",
+     "torch.nn.utils.weight_norm: WeightNorm; torch.nn.utils.spectral_norm: SpectralNorm; torch.nn.utils.prune: CustomFromMask Identity"
+     " L1Unstructured LnStructured PruningContainer RandomStructured RandomUnstructured"),
+    ("new", "an optimizer, schedule or averaged model of torch, made empty and filled",
+     "torch.optim.adadelta: Adadelta; torch.optim.adagrad: Adagrad; torch.optim.adam: Adam; torch.optim.adamax: Adamax; torch.optim.adamw: AdamW;"
+     "torch.optim.asgd: ASGD; torch.optim.lbfgs: LBFGS; torch.optim.nadam: NAdam; torch.optim.radam: RAdam; torch.optim.rmsprop: RMSprop;"
+     "torch.optim.rprop: Rprop; torch.optim.sgd: SGD; torch.optim.sparse_adam: SparseAdam; torch.optim.swa_utils: AveragedModel SWALR;"
+     "torch.optim.lr_scheduler: ChainedScheduler ConstantLR CosineAnnealingLR CosineAnnealingWarmRestarts CyclicLR ExponentialLR LambdaLR LinearLR"
+     " MultiStepLR MultiplicativeLR OneCycleLR PolynomialLR ReduceLROnPlateau SequentialLR StepLR"),
+    ("name", "a function of torch that computes on tensors; it is only referred to",
+     "torch._C._nn: gelu softplus log_sigmoid; torch.nn.functional: celu elu glu hardswish hardtanh leaky_relu log_softmax mish relu relu6 selu sigmoid"
+     " silu softmax softsign tanh tanhshrink"),
+    ("call", "a setting of Hugging Face transformers or accelerate: one of a fixed set of words, or a record of them",
+     "transformers.trainer_utils: FSDPOption HubStrategy IntervalStrategy SaveStrategy SchedulerType; transformers.training_args: OptimizerNames ParallelMode;"
+     "transformers.debug_utils: DebugOption; transformers.trainer_pt_utils: AcceleratorConfig; accelerate.utils.dataclasses: DistributedType DynamoBackend"),
+    ("new", "settings of a training run by Hugging Face, Lightning or OmegaConf, made empty and filled; importing their library runs its own code",
+     "transformers.training_args: TrainingArguments; transformers.training_args_seq2seq: Seq2SeqTrainingArguments; accelerate.state: PartialState;"
+     "omegaconf.base: ContainerMetadata Metadata; omegaconf.dictconfig: DictConfig; omegaconf.listconfig: ListConfig;"
+     "omegaconf.nodes: AnyNode BooleanNode BytesNode FloatNode IntegerNode InterpolationResultNode PathNode StringNode;"
+     "pytorch_lightning.utilities.parsing: AttributeDict; lightning.pytorch.utilities.parsing: AttributeDict;"
+     "lightning_fabric.utilities.data: AttributeDict; lightning.fabric.utilities.data: AttributeDict"),
+    ("name", "a callback of Lightning that labels its state; it is only referred to",
+     "pytorch_lightning.callbacks.model_checkpoint: ModelCheckpoint; pytorch_lightning.callbacks.early_stopping: EarlyStopping"),
+)  # fmt: skip
+HARMLESS = {dotted: (rule, why) for rule, why, names in _HARMLESS for dotted in _named(names)}
+_BASES = frozenset(
+    _named("builtins: object dict list tuple set frozenset int float str")
+)  # what _reconstructor may make, defaultdict may call
+
+_DANGERS = {
+    "runs commands, or changes files and processes": "os posix nt posixpath ntpath subprocess pty popen2 commands platform multiprocessing asyncio",
+    "evaluates text, imports modules, opens files or reaches any attribute": "builtins __builtin__ sys inspect types gc",
+    "imports or runs any code": "importlib imp runpy pkgutil zipimport site pydoc test unittest doctest idlelib lib2to3 torch.package torch.jit",
+    "evaluates text as a program": "code codeop bdb pdb timeit profile cProfile trace sympy pandas.eval numexpr torch.fx torch._inductor torch.utils.cpp_extension",
+    "unpickles, or makes code from bytes, without restriction": "pickle _pickle marshal shelve dill cloudpickle joblib pandas torch.load torch.storage torch.serialization",
+    "calls whatever it is given, or reaches any attribute": "operator functools itertools dataclasses copy copyreg weakref contextlib",
+    "runs native code": "ctypes _ctypes cffi mmap numpy.f2py numpy.distutils numpy.testing torch.ops torch.utils.data torch.classes",
+    "talks to other machines": "socket ssl http urllib urllib2 requests httpx aiohttp ftplib imaplib poplib smtplib telnetlib xmlrpc webbrowser torch.hub torch.distributed",
+    "reads or writes files": "io _io shutil tempfile pathlib glob fileinput linecache zipfile tarfile sqlite3 logging numpy",
+    "installs packages": "pip ensurepip setuptools distutils venv",
+}  # fmt: skip
+_DANGEROUS = {module: why for why, modules in _DANGERS.items() for module in modules.split()}
+
+
+def judge(found: Global, misuse: str | None = None, also: Names = ()) -> Judged:
+    """The verdict on one global. `misuse` says how a harmless one is used in a way that is not; `also` are names plain in this container."""
+    dotted = found.dotted
+    if dotted in PLAIN:
+        return Judged("plain", _WHY_PLAIN[dotted])
+    if also(found) if callable(also) else dotted in also:
+        return Judged("plain", "a name of this container's own, which its reader does not import")
+    if dotted in HARMLESS and misuse is None:
+        return Judged("data class", HARMLESS[dotted][1])
+    if misuse is not None:
+        return Judged("dangerous", misuse)
+    if found.module == "copyreg" and found.name.startswith("extension "):
+        return Judged("dangerous", "stands for whatever this process registered under that number")
+    parts = dotted.split(".")
+    why = next((_DANGEROUS[head] for n in range(len(parts), 0, -1) if (head := ".".join(parts[:n])) in _DANGEROUS), None)
+    if "." in found.name:
+        return Judged("dangerous", f"reaches through {found.module} to something else" + (f", and that module {why}" if why else ""))
+    if why is not None:
+        return Judged("dangerous", f"belongs to a module that {why}")
+    return Judged("unknown", f"is not known: importing {found.module} runs its code, and building the object runs the class's own")
+
+
+def misuses(made: Iterable[Inert]) -> dict[str, str]:
+    """Harmless names that the calls of a pickle use in a way that is not harmless, and how."""
+    out: dict[str, str] = {}
+    for node in made:
+        rule = HARMLESS[node.dotted][0] if node.dotted in HARMLESS else None
+        args = node.args if isinstance(node.args, tuple) else ()
+        if rule == "name":
+            out[node.dotted] = "is only harmless where it is not called, and here it is"
+        elif rule == "new" and (not node.new or node.args or node.kwargs):
+            out[node.dotted] = "is only harmless where it is made empty, and here it is called with arguments"
+        elif node.dotted == "copyreg._reconstructor" and not (len(args) == 3 and _is_base(args[1])):
+            out[node.dotted] = "makes an object by the rules of a class that is no plain container"
+        elif node.dotted == "collections.defaultdict" and args and args[0] is not None and not _is_base(args[0]):
+            out[node.dotted] = "calls its first argument for every missing key, and that is no plain container"
+        elif node.dotted == "numpy.dtype" and node.state is not NOTHING and not _is_honest(node):
+            out[node.dotted] = "is told flags that are not its own: NumPy would take bytes of the file for addresses of objects"
+    return out
+
+
+def _is_base(value: object) -> bool:
+    return isinstance(value, Global) and value.dotted in _BASES
+
+
+def _is_honest(dtype: Inert) -> bool:
+    """Whether the flags (the eighth part of the state) say "holds objects" just where the type, its fields or its items do."""
+    state = dtype.state
+    return isinstance(state, tuple) and len(state) >= 8 and isinstance(state[7], int) and bool(state[7] & 1) == _holds_objects(dtype)
+
+
+def _holds_objects(dtype: object, depth: int = 8) -> bool:
+    if not isinstance(dtype, Inert) or not isinstance(dtype.args, tuple) or not depth:
+        return False
+    state = dtype.state if isinstance(dtype.state, tuple) and len(dtype.state) >= 8 else (None,) * 8
+    inner = [
+        state[2],
+        *(state[4].values() if isinstance(state[4], dict) else ()),
+    ]  # (type, shape) of the items, (type, offset) of each field
+    return str(dtype.args[:1]).startswith("('O") or any(
+        _holds_objects(part[0], depth - 1) for part in inner if isinstance(part, tuple) and part
+    )
+
+
+def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = ()) -> list[Finding]:
+    """One finding for each global that is dangerous or unknown: named, with where it stands and whether it would be called; one for
+    all harmless strangers together; one for each call of something that is no global.
+
+    `made` are the calls of strangers that the machine met.
+    """
+    misused = misuses(made)
+    out, harmless = list[Finding](), {}
+    for count, (found, offset) in enumerate(machine.globals.items()):
+        if len(out) == _TOLD_SINGLY:
+            out.append(
+                Finding(
+                    "forbidden global",
+                    "danger",
+                    f"the pickle names {len(machine.globals) - count} more, not told one by one",
+                    {"offset": offset},
+                )
+            )
+            break
+        verdict, why = judge(found, misused.get(found.dotted), also)
+        if verdict == "data class":
+            harmless[found.dotted] = offset
+        elif verdict != "plain":
+            called = "would call" if found.dotted in machine.calls else "refers to"
+            message = f"the pickle {called} {found.dotted}, which {why}; it was not imported"
+            hint = 'the values stay readable here; wb.save(ckpt, path, unsafe="drop") writes a file without it'
+            out.append(Finding("forbidden global", "danger", message, {"global": found.dotted, "offset": offset}, hint))
+    named = {found.dotted for found in machine.globals} | {"torch.Tensor.__setstate__"}
+    for dotted, offset in machine.calls.items():
+        if dotted not in named:
+            out.append(Finding("forbidden call", "danger", f"the pickle asks for {dotted}; it was not carried out", {"offset": offset}))
+    if harmless:
+        shown = ", ".join(list(harmless)[:4]) + (f" and {len(harmless) - 4} more" if len(harmless) > 4 else "")
+        message = f"the pickle also builds known, harmless classes: {shown}"
+        out.append(
+            Finding("data classes", "info", message, {"globals": list(harmless)}, "plain torch.load needs them allowed; wb.scan says how")
+        )
+    return out
