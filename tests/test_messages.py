@@ -17,7 +17,7 @@ def missing(folder):
 
 
 def unknown(folder):
-    (folder / "x.pt").write_bytes(b"\x93NUMPY\x01\x00")
+    (folder / "x.pt").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
     wb.open(folder / "x.pt")
 
 
@@ -105,7 +105,7 @@ def no_container(folder):
 
 
 def remote(folder):
-    wb.open("https://user:secret@example.org/x.pt?token=hidden")
+    wb.open("https://user:secret@127.0.0.1:9/x.pt?token=hidden")
 
 
 def does_not_fit(folder):
@@ -119,12 +119,12 @@ def failed_check(folder):
 # (cause, class, words that must appear: what was found, where, what next)
 CASES = [
     (missing, errors.MissingFileError, ["no such file", "none.pt", "check the path"]),
-    (unknown, errors.UnknownFormatError, ["NumPy", "x.pt", "safetensors"]),
+    (unknown, errors.UnknownFormatError, ["HDF5", "x.pt", "Keras"]),
     (cut, errors.CorruptFileError, ["cut", "x.pt"]),
     (cut_safetensors, errors.CorruptFileError, ["cut", "layer.weight", "x.safetensors"]),
     (locked, errors.CorruptFileError, ["locked", "16 bytes", "12", "in doubt"]),
     (changed, errors.FileChangedError, ["changed", "x.pt", "open it again"]),
-    (shard, errors.MissingShardError, ["model-00001.safetensors", "1 of 1", "beside the index"]),
+    (shard, errors.MissingShardError, ["model-00001.safetensors", "1 of 1", "beside the others"]),
     (mistyped, errors.TensorNotFoundError, ["layer.wieght", "did you mean layer.weight?"]),
     (nothing_selected, errors.SelectionError, ["layr.*", "did you mean layer.weight?"]),
     (no_section, errors.SelectionError, ["modle", "model"]),
