@@ -69,11 +69,12 @@ def test_every_room_it_names_exists(name: str) -> None:
 
 
 def test_the_format_table_says_what_is_read() -> None:
-    from workbench.formats import FORMATS
+    from workbench.formats import ARCHIVES, CLOSER, FILES, FOLDERS
 
     section = README.partition("## Formats")[2].partition("## The command line")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + len(FORMATS) + 1  # the head, and live objects
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
+    for form in (*FILES, *CLOSER, *ARCHIVES, *FOLDERS):
+        assert any(row.startswith(form.title) or form.title in row for row in rows), form.title
 
 
 def test_words_are_calm() -> None:
@@ -88,12 +89,15 @@ def test_the_command_line_does_what_is_said(tmp_path: Path) -> None:
     torch.save({"epoch": 12, "model": {"weight": torch.ones(2, 3)}}, tmp_path / "model.pt")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)}
     commands = [line.partition("#")[0].split() for block in _blocks("bash") for line in block.splitlines() if line.startswith("workbench ")]
-    assert commands == [["workbench", "inspect", "model.pt"], ["workbench", "inspect", "model.pt", "--json"]]
-    shown, listed = (
+    assert commands == [
+        ["workbench", *words] for words in (["inspect", "model.pt"], ["inspect", "model.pt", "--json"], ["scan", "model.pt"])
+    ]
+    shown, listed, scanned = (
         subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
         for command in commands
     )
     assert "[2, 3]" in shown
+    assert scanned.startswith("safe")
     assert json.loads(listed) == {
         "tensors": [{"name": "model.weight", "shape": [2, 3], "dtype": "float32"}],
         "aliases": {},
