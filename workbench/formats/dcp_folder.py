@@ -1,0 +1,317 @@
+"""torch.distributed.checkpoint: a folder of chunks, and a pickle that says which tensor each chunk belongs to.
+
+    .metadata              pickled Metadata:
+        state_dict_metadata    name -> TensorStorageMetadata(properties, size, chunks of (offsets, sizes)) or BytesStorageMetadata
+        storage_data           MetadataIndex(name, offsets) -> _StorageInfo(relative_path, offset, length, transform_descriptors)
+        planner_data           name -> path of keys and list positions in the nested state dict
+    __<rank>_<n>.distcp    a torch.save archive for each chunk and each object, end to end; in the safetensors serialization
+                           the objects, then one safetensors file that holds all chunks
+
+torch's own reader executes the metadata; here the symbolic machine reads it. Listing opens no tensor's archive: a chunk's is
+parsed when its values are first read. Objects are looked at when listed, as far as they are small.
+
+Source: torch 2.13 torch/distributed/checkpoint/metadata.py, filesystem.py and _nested_dict.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workbench import dtypes
+from workbench.checkpoint import Checkpoint, Finding, Severity
+from workbench.dtypes import DType
+from workbench.errors import CorruptFileError, FormatError, MissingFileError, MissingShardError, UnsupportedError, located
+from workbench.files import FileRef, Folder, Span, Storage
+from workbench.formats import torch_zip
+from workbench.formats.safetensors_file import read_header
+from workbench.formats.torch_objects import TorchObjects, sizes, trailing_finding, unpickle
+from workbench.formats.zip_index import read_zip_index
+from workbench.strided import boxes, row_major
+from workbench.tensors import LazyTensor, Stored, TensorSpec
+from workbench.tree import Global, Inert, is_mapping, items_of, wrapped
+
+_MAX_METADATA = 1 << 30
+_MAX_OBJECTS = 4 << 20  # bytes of objects that a listing looks at
+_MAX_FILES = 50_000
+_MAX_STEPS = 100
+Place = Span | str  # bytes, or why they cannot be read
+Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
+_ROOM = "torch.distributed.checkpoint.metadata"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of one tensor: where it lies in the tensor, and the bytes that hold its archive."""
+
+    name: str
+    dtype: DType
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    span: Span
+
+    def values(self) -> LazyTensor:
+        """The chunk as its archive lists it."""
+        file, start = self.span.file, self.span.start
+        with located(path=file.url, record=f"chunk {list(self.offsets)} of {self.name}", offset=start):
+            if self.span.read(0, 2) == b"PK":
+                found = wrapped(torch_zip.open_archive(read_zip_index(file, self.span)).tree)
+            else:
+                found = read_header(file, Span(file, start, file.size - start))[0].get(self.name)
+            if not isinstance(found, LazyTensor) or (found.dtype, found.shape) != (self.dtype, self.sizes):
+                other = found if isinstance(found, LazyTensor) else type(found).__name__
+                raise CorruptFileError(f"the metadata says {self.dtype} {list(self.sizes)}, and the archive holds another thing: {other}")
+            return found
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The bytes of one tensor, row-major and little-endian, put together from the chunks that tile it."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @contextmanager
+    def open(self) -> Iterator[_TileReader]:
+        yield _TileReader(self)
+
+
+class _TileReader:
+    def __init__(self, tiles: Tiles) -> None:
+        self._tiles = tiles
+        self._values: dict[Chunk, LazyTensor] = {}
+
+    def readinto(self, buffer: memoryview, start: int) -> None:
+        shape, at = (*self._tiles.shape, self._tiles.dtype.itemsize), 0  # the bytes of an element are the last dimension
+        for prefix, low, high in boxes(shape, start, start + buffer.nbytes):
+            box = (high - low, *shape[len(prefix) + 1 :])
+            part = buffer[at : at + math.prod(box)]
+            for chunk in self._tiles.chunks:
+                self._fill(part, chunk, prefix, low, box)
+            at += part.nbytes
+
+    def _fill(self, part: memoryview, chunk: Chunk, prefix: tuple[int, ...], low: int, box: tuple[int, ...]) -> None:
+        """Copy what a chunk holds of ``tensor[prefix][low:low + box[0]]``, which is one run of the chunk's own bytes."""
+        offsets, extents, depth = (*chunk.offsets, 0), (*chunk.sizes, chunk.dtype.itemsize), len(prefix)
+        first, last = max(low, offsets[depth]), min(low + box[0], offsets[depth] + extents[depth])
+        if first >= last or any(not o <= p < o + n for p, o, n in zip(prefix, offsets, extents, strict=False)):
+            return
+        values = self._values.get(chunk) or self._values.setdefault(chunk, chunk.values())
+        start = sum((p - o) * step for p, o, step in zip((*prefix, first), offsets, row_major(extents), strict=False))
+        counts, steps = (last - first, *extents[depth + 1 :]), row_major(box)
+        at = sum(o * step for o, step in zip((first - low, *offsets[depth + 1 :]), steps, strict=True))
+        whole = next(k for k in range(len(box)) if counts[k + 1 :] == box[k + 1 :])  # from here on, the chunk is as wide as the box
+        if not whole:
+            return _read(values, part[at : at + math.prod(counts)], start)
+        held = memoryview(bytearray(math.prod(counts)))
+        _read(values, held, start)
+        rows, run, step = counts[whole - 1], counts[whole] * steps[whole], steps[whole - 1]
+        for number, index in enumerate(itertools.product(*map(range, counts[: whole - 1]))):
+            to, done = at + sum(i * step for i, step in zip(index, steps, strict=False)), number * rows * run
+            for i in range(min(rows, run)):  # whole rows, or where those are narrow, one byte of each row at once
+                if rows <= run:
+                    part[to + i * step : to + i * step + run] = held[done + i * run : done + (i + 1) * run]
+                else:
+                    part[to + i : to + i + (rows - 1) * step + 1 : step] = held[done + i : done + rows * run : run]
+        return None
+
+
+def _read(values: LazyTensor, view: memoryview, start: int) -> None:
+    """The bytes of a chunk from byte `start` on, row-major and little-endian."""
+    source, itemsize = values.source, values.dtype.itemsize
+    if isinstance(source, Stored) and values.is_contiguous and values.locked is None and (source.byteorder == "little" or itemsize == 1):
+        with source.storage.open() as reader:
+            return reader.readinto(view, source.offset * itemsize + start)  # type: ignore[no-any-return]
+    import torch
+
+    first, last = start // itemsize, -(-(start + view.nbytes) // itemsize)
+    data = dtypes.flat(values.read(first, last)).view(torch.uint8).numpy().data
+    view[:] = data[start - first * itemsize :][: view.nbytes]
+    return None
+
+
+def open_folder(folder: Folder) -> Checkpoint:
+    """List a distributed checkpoint, nested as it was before it was flattened.
+
+    Raises:
+        CorruptFileError: the metadata is damaged, or a tensor's chunks do not tile it. MissingShardError: a file of chunks is
+        not there (`.partial` lists everything, and reads what the others hold).
+    Cost: the metadata, and up to 4 MB of objects; no tensor's archive.
+    """
+    file = folder.file(".metadata")
+    if file.size > _MAX_METADATA:
+        raise UnsupportedError(f"the metadata has {file.size} bytes; at most {_MAX_METADATA} are read", path=file.url)
+    data, objects = Span(file, 0, file.size).read(), TorchObjects(dict[str, Storage]().__getitem__)  # it has no storages
+    root, machine, told = unpickle(data, objects, file=file, format="dcp", record=".metadata")
+    findings = [finding for finding in told if finding.kind != "data classes"]  # its own records
+    if machine.end != len(data):
+        findings.append(trailing_finding(len(data) - machine.end, ".metadata"))
+    try:
+        with located(path=file.url):
+            return _listed(folder, file, _fields(root, "Metadata"), findings)
+    except FormatError as error:
+        error.partial = Checkpoint({}, name=file.name, format="dcp", findings=tuple(findings), source=file)
+        raise
+
+
+def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: list[Finding]) -> Checkpoint:
+    entries = metadata.get("state_dict_metadata")
+    if not is_mapping(entries) or not all(isinstance(name, str) for name in items_of(entries)):
+        raise CorruptFileError("the metadata holds no table of tensors by name")
+    spans, files = _spans(metadata.get("storage_data"), folder)
+    leaves: dict[str, Any] = {}
+    troubles: Troubles = {}
+    budget = _MAX_OBJECTS
+    for name, entry in items_of(entries).items():
+        with located(tensor=name):
+            if isinstance(entry, Inert) and entry.dotted == f"{_ROOM}.BytesStorageMetadata":
+                leaves[name], cost = _object(name, spans, budget, troubles, findings)
+                budget -= cost
+            else:
+                leaves[name] = _tensor(name, _fields(entry, "TensorStorageMetadata"), spans, troubles)
+    for (kind, severity, reason, hint), names in troubles.items():
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        findings.append(Finding(kind, severity, f"{names[0]!r}{more}: {reason}", {"names": names[:100]}, hint))
+    about = {**_fields(metadata.get("storage_meta")), "version": metadata.get("version")}
+    about = {key: value for key, value in about.items() if isinstance(value, str)}
+    tree, name = _nested(leaves, metadata.get("planner_data")), folder.url.rstrip("/").rpartition("/")[2]
+    ckpt = Checkpoint(tree, name=name, format="dcp", metadata=about, findings=tuple(findings), source=file)
+    missing = [path for path, found in files.items() if found is None]
+    if missing:
+        told = f"{len(missing)} of {len(files)} files of chunks are not there: {', '.join(missing[:3])}"
+        hint = "copy them into the folder; everything is listed in .partial, and what the others hold is read there"
+        error = MissingShardError(told, path=folder.url, hint=hint)
+        error.partial = ckpt  # type: ignore[attr-defined]
+        raise error
+    return ckpt
+
+
+def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[str, FileRef | None]]:
+    """(name, offsets) -> the bytes of a chunk or object, or the reason why they cannot be read; and the files that hold them."""
+    spans: dict[Any, Place] = {}
+    files: dict[str, FileRef | None] = {}
+    for index, node in (items_of(storage_data) if is_mapping(storage_data) else {}).items():
+        told, info = _fields(index, "MetadataIndex"), _fields(node)
+        name, offsets, path, start, nbytes = (*map(told.get, ("fqn", "offset")), *map(info.get, ("relative_path", "offset", "length")))
+        if not (isinstance(name, str) and isinstance(path, str) and type(start) is type(nbytes) is int and start >= 0 <= nbytes):
+            raise CorruptFileError("the metadata names bytes without saying whose they are or where they lie")
+        key = (name, None if offsets is None else sizes(offsets))
+        if key in spans:
+            raise CorruptFileError("the metadata says twice where the bytes lie", tensor=name)
+        if path not in files:
+            if len(files) == _MAX_FILES:
+                raise UnsupportedError(f"the metadata names more than {_MAX_FILES} files")
+            try:
+                files[path] = folder.file(path)
+            except MissingFileError:
+                files[path] = None
+        file = files[path]
+        if file is None:
+            spans[key] = f"{path} is not there"
+        elif info.get("transform_descriptors"):
+            spans[key] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
+        else:
+            spans[key] = Span(file, start, nbytes) if start + nbytes <= file.size else f"{path} is cut: the bytes end behind its end"
+    return spans, files
+
+
+def _tensor(name: str, entry: dict[str, Any], spans: dict[Any, Place], troubles: Troubles) -> LazyTensor:
+    properties = entry.get("properties")
+    marks = properties.state if isinstance(properties, Inert) and isinstance(properties.state, tuple) else ()
+    if len(marks) < 3 or not isinstance(marks[0], Global) or marks[0].module != "torch" or not isinstance(marks[1], Inert):
+        raise CorruptFileError("the metadata does not say a tensor's element type and layout")
+    if marks[1].args != ("torch.strided",):
+        raise UnsupportedError("a chunked tensor of another layout than torch.strided is not read")
+    dtype, shape = dtypes.dtype(marks[0].name), sizes(entry.get("size"))
+    trouble, chunks, tiles = None, [], []
+    for box in entry["chunks"] if isinstance(entry.get("chunks"), list) else ():
+        told = _fields(box, "ChunkStorageMetadata")
+        offsets, extents = sizes(told.get("offsets")), sizes(told.get("sizes"))
+        if len(offsets) != len(shape) or any(o + n > whole for o, n, whole in zip(offsets, extents, shape, strict=True)):
+            raise CorruptFileError(f"the chunk at {list(offsets)} of size {list(extents)} lies outside of {list(shape)}")
+        if math.prod(extents):  # a rank that has no part of the tensor records an empty chunk
+            tiles.append((offsets, extents))
+            place = spans.get((name, offsets), "the metadata does not say where its bytes lie")
+            if isinstance(place, Span) and place.nbytes < math.prod(extents) * dtype.itemsize:
+                place = "the bytes cannot hold a chunk of that size"
+            if isinstance(place, Span):
+                chunks.append(Chunk(name, dtype, offsets, extents, place))
+            else:
+                trouble = place
+    _require_tiling(shape, tiles)
+    if trouble:
+        troubles.setdefault(("values locked", "danger", trouble, "what is locked is listed; its values are refused"), []).append(name)
+    return LazyTensor(TensorSpec(dtype, shape), Stored(Tiles(dtype, shape, tuple(chunks)), 0, row_major(shape)), marks[2] is True, trouble)
+
+
+def _require_tiling(shape: tuple[int, ...], tiles: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    """Raise unless the boxes (offsets, sizes), which lie inside the shape, cover it once."""
+    covered, numel = sum(math.prod(extents) for _, extents in tiles), math.prod(shape)
+    if covered != numel:
+        raise CorruptFileError(f"the chunks hold {covered} elements and the tensor has {numel}: they overlap or leave a hole")
+    axis = max(range(len(shape)), key=lambda i: len({offsets[i] for offsets, _ in tiles}), default=0)
+    begun: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    budget = 1000 * len(tiles)
+    for offsets, extents in sorted(tiles, key=lambda tile: tile[0][axis : axis + 1]):
+        begun = [other for other in begun if other[0][axis] + other[1][axis] > offsets[axis]]
+        budget -= len(begun)
+        if budget < 0:
+            raise UnsupportedError(f"{len(tiles)} chunks lie in a pattern too intricate to be proved")
+        if any(all(o < p + m and p < o + n for o, n, p, m in zip(offsets, extents, *other, strict=True)) for other in begun):
+            raise CorruptFileError(f"the chunk at {list(offsets)} overlaps another")
+        begun.append((offsets, extents))
+
+
+def _object(name: str, spans: dict[Any, Place], budget: int, troubles: Troubles, findings: list[Finding]) -> tuple[Any, int]:
+    """What a pickled object is, and how many bytes were looked at to say so."""
+    reason, cost = spans.get((name, None), "the metadata does not say where it lies"), 0
+    kind, severity, hint = "object not read", "warning", "wb.scan looks into each"
+    try:
+        if isinstance(reason, Span):
+            index = read_zip_index(reason.file, reason)
+            cost = max(reason.nbytes, *(record.size for record in index.records.values()))
+            if cost <= budget:
+                held = torch_zip.open_archive(index)
+                findings += [replace(finding, where={**finding.where, "record": name}) for finding in held.findings]
+                return held.tree, cost
+            reason, cost = f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed", 0
+    except FormatError as error:
+        kind, severity, reason = "unreadable pickle", "danger", f"it may hide anything: {error.message}"
+    troubles.setdefault((kind, severity, reason, hint), []).append(name)  # type: ignore[arg-type]
+    return Global(_ROOM, "BytesStorageMetadata"), cost
+
+
+def _nested(leaves: dict[str, Any], paths: Any) -> Any:
+    """The leaves at the paths that the planner recorded; a flat dict where it recorded none."""
+    branches: dict[tuple[Any, ...], dict[Any, Any]] = {(): {}}
+    for name, leaf in leaves.items():
+        path = items_of(paths).get(name, (name,)) if is_mapping(paths) else (name,)
+        if not (isinstance(path, tuple) and 0 < len(path) <= _MAX_STEPS and all(type(key) in (str, int) for key in path)):
+            raise CorruptFileError("the metadata gives it no path of keys and positions", tensor=name)
+        for depth in range(1, len(path) + 1):
+            here, parent = path[:depth], branches[path[: depth - 1]]
+            if here in branches and depth < len(path):
+                continue
+            if here[-1] in parent:
+                raise CorruptFileError(f"the path {path!r} is taken by something else", tensor=name)
+            parent[here[-1]] = leaf if depth == len(path) else branches.setdefault(here, {})
+    for here in sorted(branches, key=len, reverse=True):
+        if here and branches[here].keys() == set(range(len(branches[here]))):  # positions, and so a list
+            branches[here[:-1]][here[-1]] = [branches[here][i] for i in range(len(branches[here]))]
+    return branches[()]
+
+
+def _fields(node: Any, cls: str | None = None) -> dict[str, Any]:
+    """What an object of the metadata says; with `cls`, only if it is one of torch's class of that name."""
+    if cls is not None and not (isinstance(node, Inert) and node.dotted == f"{_ROOM}.{cls}"):
+        raise CorruptFileError(f"the metadata holds something else where a {cls} must be")
+    return node.state if isinstance(node, Inert) and isinstance(node.state, dict) else {}

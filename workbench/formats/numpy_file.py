@@ -1,0 +1,156 @@
+"""NumPy's .npy, one array, and .npz, a zip archive of them (`numpy.savez` stores, `savez_compressed` deflates).
+
+    0       6        93 4e 55 4d 50 59 (\\x93NUMPY)
+    6       2        version: 1.0, 2.0 or 3.0
+    8       2 or 4   n, length of the header, little-endian (4 bytes from version 2.0 on)
+    10, 12  n        a Python literal: {'descr': element type, 'fortran_order': bool, 'shape': tuple of counts}, padded with spaces
+    …       …        the elements, and nothing after them
+
+The literal is parsed here by way of JSON and never evaluated. Arrays of what torch has no type for (text, records, dates, raw
+bytes, long double) are told and not listed as tensors. An array of objects is a pickle: the symbolic machine looks at it, and
+it stays inert.
+
+Source: numpy 2 numpy/lib/_format_impl.py (the format and its versions).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from functools import lru_cache
+from typing import Any
+
+from workbench.checkpoint import Checkpoint, Finding
+from workbench.dtypes import DTYPES, NUMPY_CODES
+from workbench.errors import CorruptFileError, FormatError, UnsupportedError, located
+from workbench.files import FileRef, Span, Storage, read_span
+from workbench.formats.torch_objects import TorchObjects, sizes, trailing_finding, unpickle
+from workbench.formats.zip_index import Inflated, ZipIndex
+from workbench.names import unique_pairs
+from workbench.strided import row_major
+from workbench.tensors import LazyTensor, Stored, TensorSpec
+from workbench.tree import Global
+
+_MAGIC = b"\x93NUMPY"
+_MAX_HEADER = 1 << 20  # numpy itself stops at 10,000 characters unless it is told to trust the file
+_MAX_PICKLE = 64 << 20
+_MAX_RATIO = 1032  # deflate packs no tighter
+_ELEMENT = re.compile(r"([<>|=]?)([a-zA-Z])(\d{1,9})?(\[[^\]]*\])?")
+_TOKEN = re.compile(r"""\s*(?:(?P<text>'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")|(?P<number>\d+)L?|(?P<word>True|False|None)|,\s*(?=[)\]}])|(?P<mark>[][(){}:,]))""")  # fmt: skip
+_IN_JSON = {"(": "[", ")": "]", "True": "true", "False": "false", "None": "null"}
+_VOID_HINT = "bfloat16 and float8 arrays of ml_dtypes look like this; cast them to float32 before numpy saves them"
+
+
+def open_file(file: FileRef) -> Checkpoint:
+    """List a .npy file: one tensor, called ``tensor``.
+
+    Raises:
+        CorruptFileError: the header is damaged, or the data has another length than it states.
+    Cost: one read.
+    """
+    findings: list[Finding] = []
+    array = _array(Span(file, 0, file.size), file, None, findings)
+    return Checkpoint(array, name=file.name, format="npy", findings=(*findings,), source=file)
+
+
+def open_archive(index: ZipIndex) -> Checkpoint:
+    """List a .npz archive: the name of each tensor is its record's without ``.npy``.
+
+    Raises:
+        CorruptFileError: a header is damaged, or an array has another length than it states.
+    Cost: a local header and an array's header for each record.
+    """
+    arrays: dict[str, LazyTensor | Global] = {}
+    findings: list[Finding] = []
+    for name in index.records:
+        with located(record=name):
+            storage = index.storage(name)
+            if isinstance(storage, Inflated) and storage.nbytes > _MAX_RATIO * storage.span.nbytes + 64:
+                raise CorruptFileError(f"{storage.span.nbytes} packed bytes cannot hold the {storage.nbytes} that the archive states")
+            arrays[name.removesuffix(".npy")] = _array(storage, index.file, name, findings)
+    return Checkpoint(arrays, name=index.file.name, format="npz", findings=(*findings,), source=index.file)
+
+
+def _array(whole: Span | Inflated, file: FileRef, record: str | None, findings: list[Finding]) -> LazyTensor | Global:
+    """One array as a tensor, or its element type and shape by name where it is none."""
+    head = read_span(whole, 0, 512)
+    first = 10 if head[6:7] == b"\1" else 12
+    start = first + int.from_bytes(head[8:first], "little")
+    with located(path=file.url):
+        if head[:6] != _MAGIC or len(head) < 12 or start > whole.nbytes:
+            raise CorruptFileError(f"an array's header is said to end at byte {start} of {whole.nbytes}: the file is cut or damaged")
+        if head[6:8] not in (b"\1\0", b"\2\0", b"\3\0") or start > _MAX_HEADER:
+            raise UnsupportedError(f"an array of NPY version {head[6]}.{head[7]} with a header of {start} bytes is not read")
+        text = head[first:start] if start <= len(head) else read_span(whole, first, start)
+        header = _literal(text.decode("utf-8" if head[6] == 3 else "latin-1"))
+        if (
+            not isinstance(header, dict)
+            or header.keys() != {"descr", "fortran_order", "shape"}
+            or type(header["fortran_order"]) is not bool
+        ):
+            raise CorruptFileError("an array's header must say descr, fortran_order and shape")
+        descr, shape = header["descr"], sizes(header["shape"])
+        itemsize, dtype, byteorder = _element(descr)
+    data = whole.part(start, whole.nbytes - start)
+    what = descr if isinstance(descr, str) else json.dumps(descr)[:200]
+    where = {"record": record} if record else {}
+    if itemsize is None:
+        findings += _objects(data, file, record, where)
+    elif data.nbytes != math.prod(shape) * itemsize:
+        needed = f"{math.prod(shape)} elements of {what} need {math.prod(shape) * itemsize} bytes"
+        raise CorruptFileError(f"{needed} and {data.nbytes} are there: the file is cut, or has bytes that nothing names", path=file.url)
+    elif dtype is not None:
+        strides = row_major(shape[::-1])[::-1] if header["fortran_order"] else row_major(shape)
+        return LazyTensor(TensorSpec(DTYPES[dtype], shape), Stored(data, 0, strides, byteorder))
+    else:
+        told = f"an array of {what} {list(shape)} is listed and not read: torch has no such element type"
+        findings.append(Finding("not a tensor", "warning", told, where, _VOID_HINT if re.fullmatch(r"[|<]V[12]", what) else None))
+    return Global("numpy", f"ndarray({what}, {list(shape)})")
+
+
+@lru_cache(maxsize=256)
+def _literal(text: str) -> Any:
+    """A Python literal as NPY headers hold it, with lists for tuples. Escapes in text stay as they are spelled."""
+    out, at, text = [], 0, text.rstrip()
+    while at < len(text):
+        token = _TOKEN.match(text, at)
+        if token is None:
+            raise CorruptFileError("an array's header is no Python literal")
+        at, kind, found = token.end(), token.lastgroup, token[token.lastgroup or 0]
+        out.append("" if kind is None else json.dumps(found[1:-1]) if kind == "text" else _IN_JSON.get(found, found))
+    return json.loads("".join(out), object_pairs_hook=unique_pairs)
+
+
+def _element(descr: Any) -> tuple[int | None, str | None, str]:
+    """(bytes of one element, its torch type if there is one, its byte order); None bytes for what holds objects."""
+    if isinstance(descr, list):  # a record: fields of name (or [title, name]), element type, and perhaps shape
+        if not all(isinstance(field, list) and len(field) in (2, 3) for field in descr):
+            raise CorruptFileError("a record's field must be a name, an element type, and a shape where it has one")
+        fields = [(_element(field[1])[0], math.prod(sizes(*field[2:] or [[]]))) for field in descr]
+        return None if any(n is None for n, _ in fields) else sum((n or 0) * times for n, times in fields), None, "little"
+    found = _ELEMENT.fullmatch(descr) if isinstance(descr, str) else None
+    if found is None:
+        raise CorruptFileError(f"{descr!r} is no element type of the format")
+    order, kind, count, unit = found.groups()
+    if kind not in "biufcSaUVmMO" or (unit and kind not in "mM"):
+        raise UnsupportedError(f"the element type {descr!r} is not known")
+    nbytes = None if kind == "O" else int(count or 0) * (4 if kind == "U" else 1)
+    return nbytes, NUMPY_CODES.get(f"{kind}{count}"), {"<": "little", ">": "big"}.get(order, sys.byteorder)
+
+
+def _objects(data: Storage, file: FileRef, record: str | None, where: dict[str, Any]) -> list[Finding]:
+    """What the pickle of an object array would do."""
+    try:
+        if data.nbytes > _MAX_PICKLE:
+            raise UnsupportedError(f"the pickle has {data.nbytes} bytes; at most {_MAX_PICKLE} are looked at")
+        objects = TorchObjects(dict[str, Storage]().__getitem__)  # it has no storages
+        _, machine, found = unpickle(read_span(data), objects, file=file, format="npy", record=record)
+    except FormatError as error:
+        told = f"the pickle of an object array is not readable, and may hide anything: {error.message}"
+        return [Finding("unreadable pickle", "danger", told, where)]
+    after = data.nbytes - machine.end
+    told = "an array of Python objects is a pickle; it is listed and not read"
+    mine = Finding("not a tensor", "warning", told, where, "save such values as JSON or text beside the arrays")
+    return [mine, *found, *([trailing_finding(after, record or "the array")] if after else [])]
