@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="list the tensors of a checkpoint",
         description="List tensors, tied names and dangers. No tensor data is read, nothing is executed.",
     )
-    inspect.add_argument("file", help="a .pt, .pth, .bin, .ckpt or .safetensors file, an index.json, or a folder with one of them")
+    inspect.add_argument("file", help="a checkpoint of any format that README lists, a folder with one, or its address (https://…)")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=lambda args: _inspect(args.file, args.json))
     scan = commands.add_parser(
@@ -105,7 +105,7 @@ def _scan(args: argparse.Namespace) -> int:
             out.write(page.encode(), 0)
     else:
         print("\n\n".join(f"{visible(report.path)}\n{report}" for report in reports))
-    return 2 if errors else int(not all(reports))
+    return 1 if not all(reports) else 2 if errors else 0
 
 
 def _summary(ckpt: Checkpoint | None, error: Exception | None) -> dict[str, Any]:

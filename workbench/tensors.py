@@ -268,8 +268,13 @@ class LazyTensor:
                 f"the values are locked: {self.locked}", hint="shape and dtype are as the file says; the bytes behind them are in doubt"
             )
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """For numpy: the values, read now."""
+        values = self.load().numpy()
+        return values if dtype is None else values.astype(dtype)
+
     def __repr__(self) -> str:
-        return f"LazyTensor({self.dtype} {list(self.shape)})"
+        return f"LazyTensor({self.dtype} {list(self.shape)}; not read: load() gives the tensor, peek() its first values)"
 
 
 def parts(tensor: LazyTensor) -> list[LazyTensor]:

@@ -160,7 +160,7 @@ def with_asides(state: Any, asides: dict[str, Any]) -> Any:
         while name in entries:
             name += "#"
         if node:
-            entries[name] = Aside(items_of(node) if is_mapping(node) else enumerate(node))
+            entries[name] = Aside(items_of(node) if is_mapping(node) else enumerate(node if isinstance(node, (list, tuple)) else [node]))
     return entries if isinstance(state, dict) else dataclasses.replace(state, items=entries)
 
 

@@ -65,6 +65,9 @@ class PickleSeen:
     ends: str
 
 
+_PROGRAMS = ("torchscript", "torch-export")
+
+
 @dataclass(frozen=True, repr=False)
 class ScanReport(Report):
     """What the pickles of a file would import and call, and what in it should not be there. False where loading it may do harm.
@@ -106,7 +109,8 @@ class ScanReport(Report):
         what = (
             f"of which {strangers} are harmless classes that torch.load refuses until they are allowed" if strangers else "all plain data"
         )
-        return f"safe: {self.tensors:,} tensors, {names:,} globals, {what}"
+        safe = "no danger found, but it is a program, and running it runs its code" if self.format in _PROGRAMS else "safe"
+        return f"{safe}: {self.tensors:,} tensors, {names:,} globals, {what}"
 
     def tables(self) -> tuple[Table, ...]:
         what, where = (Column("severity", "mark"), Column("kind"), Column("what")), (Column("where", "name"), Column("byte", "count"))
@@ -115,7 +119,13 @@ class ScanReport(Report):
             for f in self.findings
         ]
         uses = sorted(self.globals, key=lambda use: (_WORST_FIRST.index(use.verdict), use.name))
-        names = [(u.name, u.verdict, u.use, u.place.name, u.place.offset, u.why) for u in uses]
+        alike: dict[tuple[str, str, str, str], list[Place]] = {}
+        for u in uses:
+            alike.setdefault((u.name, u.verdict, u.use, u.why), []).append(u.place)
+        names = [
+            (name, verdict, use, at[0].name + (f" and {len(at) - 1:,} more" if len(at) > 1 else ""), at[0].offset, why)
+            for (name, verdict, use, why), at in alike.items()
+        ]
         pickles = [(p.place.name, p.place.offset, p.protocol, p.nbytes, p.ends) for p in self.pickles]
         lines = [(line,) for line in (self.snippet or "").splitlines()]
         return (

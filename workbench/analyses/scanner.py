@@ -224,7 +224,8 @@ class _Scan:
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
         for start, end in pairwise(reversed(cuts)):
-            self.archive(piece.part(start, end - start))
+            part = piece.part(start, end - start)
+            self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())

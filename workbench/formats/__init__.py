@@ -16,11 +16,13 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.checkpoint import Checkpoint
 from workbench.errors import SelectionError, UnknownFormatError, WriteError, located
 from workbench.files import FileRef, Folder, Span, place
+from workbench.tree import Aside, is_mapping, items_of, without_asides
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -211,10 +213,13 @@ def save(
     job = Job(max_ram_mb, threads, executor, progress, cancel)
     if unsafe not in ("refuse", "drop"):
         raise SelectionError(f'unsafe={unsafe!r}: it can be "refuse" or "drop"')
-    if chosen == "torch-zip":
-        return torch_writer.write(ckpt, target, job, unsafe=unsafe)
-    if chosen == "safetensors":
-        return safetensors_writer.write(ckpt, target, job)
+    if chosen in ("torch-zip", "safetensors"):
+        asides = [name for name, node in items_of(ckpt.tree).items() if isinstance(node, Aside)] if is_mapping(ckpt.tree) else []
+        kept = replace(ckpt, tree=without_asides(ckpt.tree)) if asides else ckpt
+        written = (
+            torch_writer.write(kept, target, job, unsafe=unsafe) if chosen == "torch-zip" else safetensors_writer.write(kept, target, job)
+        )
+        return replace(written, left_behind=(*written.left_behind, *asides))
     raise SelectionError(
         f"the format to write is not clear from {os.path.basename(target)!r}",
         hint="use .pt or .safetensors, or say format='torch-zip' or 'safetensors'",

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 from workbench.checkpoint import Finding
 from workbench.dtypes import DTYPES
 from workbench.formats.pickle_vm import Machine
-from workbench.tree import NOTHING, Global, Inert
+from workbench.tables import shorten
+from workbench.tree import NOTHING, Global, Inert, plain
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
@@ -225,7 +226,9 @@ def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = 
 
     `made` are the calls of strangers that the machine met.
     """
-    misused = misuses(made)
+    nodes = list(made)
+    misused = misuses(nodes)
+    given = {node.dotted: node.args for node in reversed(nodes) if node.args}
     out, harmless = list[Finding](), {}
     for count, (found, offset) in enumerate(machine.globals.items()):
         if len(out) == _TOLD_SINGLY:
@@ -243,7 +246,8 @@ def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = 
             harmless[found.dotted] = offset
         elif verdict != "plain":
             called = "would call" if found.dotted in machine.calls else "refers to"
-            message = f"the pickle {called} {found.dotted}, which {why}; it was not imported"
+            with_what = f" with {shorten(str(plain(given[found.dotted], 2)), 80)}" if found.dotted in given else ""
+            message = f"the pickle {called} {found.dotted}{with_what}, which {why}; it was not imported"
             hint = 'the values stay readable here; wb.save(ckpt, path, unsafe="drop") writes a file without it'
             out.append(Finding("forbidden global", "danger", message, {"global": found.dotted, "offset": offset}, hint))
     named = {found.dotted for found in machine.globals} | {"torch.Tensor.__setstate__"}
@@ -254,6 +258,12 @@ def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = 
         shown = ", ".join(list(harmless)[:4]) + (f" and {len(harmless) - 4} more" if len(harmless) > 4 else "")
         message = f"the pickle also builds known, harmless classes: {shown}"
         out.append(
-            Finding("data classes", "info", message, {"globals": list(harmless)}, "plain torch.load needs them allowed; wb.scan says how")
+            Finding(
+                "data classes",
+                "info",
+                message,
+                {"globals": list(harmless)},
+                "plain torch.load needs them allowed; the report of wb.scan(path) ends with the lines for it, where they suffice",
+            )
         )
     return out

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.checkpoint import Finding
-from workbench.dtypes import DTYPES, NUMPY_CODES, DType, decode
 from workbench.errors import CorruptFileError, UnsupportedError
 from workbench.files import FileRef, Reader, Span, Storage
+from workbench.formats.numpy_objects import numpy_element
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects, Unfinished, sizes
 from workbench.strided import row_major
@@ -262,11 +262,11 @@ class PayloadObjects(TorchObjects):
             return Unfinished(node, lambda state: self.array(*state[-4:]) if isinstance(state, tuple) and len(state) in (4, 5) else None)
         if name == "numpy.core.numeric._frombuffer" and len(args) in (4, 5):
             return self.array(args[2], args[1], args[3], args[0], *args[4:]) or node
-        return _scalar(node) if name == "numpy.core.multiarray.scalar" and len(args) == 2 else node
+        return node
 
     def array(self, shape: Any, dtype: Any, order: Any, payload: Any, axes: Any = None) -> LazyTensor | None:
         """An array as a tensor over its payload; None where torch has no such elements, or the parts are not numpy's."""
-        element = _element(dtype)
+        element = numpy_element(dtype)
         if element is None or not isinstance(payload, (bytes, bytearray, str, Left)):
             return None
         shape = sizes(shape)
@@ -283,21 +283,3 @@ class PayloadObjects(TorchObjects):
             trouble = f"an array should have {spec.nbytes} bytes and has {storage.nbytes}"
             self.troubles.append(Finding("values locked", "danger", trouble, {}, "the array is listed; its values are refused"))
         return LazyTensor(spec, Stored(storage, 0, strides, element[1]), False, trouble)
-
-
-def _scalar(node: Inert) -> Any:
-    """A NumPy number as Python's own, which holds it exactly; any other scalar as it is."""
-    element, data = _element(node.args[0]), node.args[1]
-    if element is None or not isinstance(data, bytes) or len(data) != element[0].itemsize:
-        return node
-    return decode(element[0], data, element[1])[0]
-
-
-def _element(dtype: Any) -> tuple[DType, str] | None:
-    """The element type and byte order of an inert numpy.dtype; None where torch has no such elements."""
-    if not (isinstance(dtype, Inert) and dtype.dotted == "numpy.dtype" and isinstance(dtype.args, tuple) and dtype.args):
-        return None
-    code, state = dtype.args[0], dtype.state if isinstance(dtype.state, tuple) else (3, "=", None, None, None)
-    if not isinstance(code, str) or code not in NUMPY_CODES or len(state) < 5 or state[2:5] != (None, None, None):
-        return None
-    return DTYPES[NUMPY_CODES[code]], "big" if state[1] == ">" else "little"

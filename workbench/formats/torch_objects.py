@@ -20,6 +20,7 @@ from workbench.dtypes import DTYPES, SUB_BYTE, DType
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Storage
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, Names, danger_findings
+from workbench.formats.numpy_objects import numpy_number
 from workbench.formats.pickle_vm import Machine
 from workbench.strided import extent, row_major
 from workbench.tensors import Block, Derived, LazyTensor, Reads, Stored, TensorSpec
@@ -513,6 +514,7 @@ def _named(names: str, build: Callable[[TorchObjects, Inert], Any]) -> dict[str,
 
 _KINDS = ("", "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _REBUILDS: dict[str, Callable[[TorchObjects, Inert], Any]] = {
+    **{f"numpy.{core}.multiarray.scalar": lambda _, node: numpy_number(node) for core in ("core", "_core")},
     **{f"torch{where}.{kind}Tensor": _old_tensor for where in ("", ".cuda") for kind in _KINDS},
     **{f"torch{where}.sparse.{kind}Tensor": _sparse for where in ("", ".cuda") for kind in _KINDS},
     **{

@@ -11,7 +11,7 @@ from typing import Any
 
 from workbench.dtypes import DType
 from workbench.errors import UnsupportedError, UntrustedError
-from workbench.formats.known_globals import PLAIN, STORAGE_DTYPES
+from workbench.formats.known_globals import HARMLESS, PLAIN, STORAGE_DTYPES
 from workbench.names import join_path, unique_name
 from workbench.tensors import Derived, LazyTensor
 from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, walk, wrapped
@@ -256,6 +256,9 @@ def _without(node: Any, path: tuple[Any, ...], left: list[str], memo: dict[int, 
         if isinstance(tensor := wrapped(node), LazyTensor):
             left.append(f"{what}; the tensor in it is kept")
             return tensor
+        if isinstance(node, Inert) and node.dotted in HARMLESS and isinstance(node.state, dict) and not (node.items or node.elements):
+            left.append(f"{what}; its values are kept in a dict")
+            return _without(node.state, path, left, memo)
         tensors: dict[str, Any] = {}
         for inner, value in walk(node):
             if isinstance(value, LazyTensor):

@@ -134,7 +134,8 @@ class KeyMap(Report):
 
     def part(self, ckpt: Checkpoint) -> Checkpoint:
         """The section that the map was made for, or the weights where `ckpt` is that section already."""
-        return ckpt.section(self.section) if self.section in {s.name for s in ckpt.sections()} else ckpt.weights
+        other = self.section != ckpt.weights_section.name and self.section in {s.name for s in ckpt.sections()}
+        return ckpt.section(self.section) if other else ckpt.weights
 
     def inverse(self) -> KeyMap:
         """The map the other way round."""

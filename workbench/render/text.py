@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 from unicodedata import combining, east_asian_width
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 60  # of a table or a tree; the line after them says how many more there are
 NAME_WIDTH = 56
+TEXT_WIDTH = 60  # sentences in a column are wrapped
 SEVERITY = {"danger": "⚠", "warning": "⚠", "info": "·"}
 _MARKDOWN = str.maketrans({c: "\\" + c for c in "\\`*_{}[]()#+-.!|~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
@@ -30,7 +32,11 @@ def render_table(table: Table) -> str:
     title = visible(table.title)
     if not table.rows:
         return f"{title}\n  {visible(table.empty)}"
-    cells = [[_cell(c.kind, v) for c, v in zip(table.columns, row, strict=True)] for row in table.rows[:MAX_ROWS]]
+    cells = [
+        line
+        for row in table.rows[:MAX_ROWS]
+        for line in _wrapped([_cell(c.kind, v) for c, v in zip(table.columns, row, strict=True)], [c.kind == "text" for c in table.columns])
+    ]
     body = _aligned([[c.title for c in table.columns], *cells], [c.right_aligned for c in table.columns])
     out = [title, *(f"  {row}" for row in body)]
     if len(table.rows) > MAX_ROWS:
@@ -114,6 +120,12 @@ def _label(row: Line, is_open: bool) -> str:
 def _cell(kind: Any, value: Any) -> str:
     text = format_cell(kind, value)
     return shorten(text, NAME_WIDTH) if kind == "name" else text
+
+
+def _wrapped(cells: list[str], prose: list[bool]) -> list[list[str]]:
+    """A row as the lines it takes where its sentences are wrapped."""
+    pieces = [wrap(cell, TEXT_WIDTH) or [""] if is_prose else [cell] for cell, is_prose in zip(cells, prose, strict=True)]
+    return [list(line) for line in zip_longest(*pieces, fillvalue="")]
 
 
 def _width(text: str) -> int:
