@@ -1,0 +1,295 @@
+"""GGUF: a header, typed key-value pairs, tensor infos, then the tensors' bytes at aligned places.
+
+    0    4   "GGUF"
+    4    4   version: 2 or 3, in the byte order of the whole file
+    8    8   n, number of tensors
+    16   8   m, number of pairs
+    24   …   m pairs: key (text), 4-byte type, value; an array is its 4-byte element type, its 8-byte length, its elements
+    …    …   n infos: name (text), 4-byte number of dimensions, 8 bytes a dimension (fastest first), 4-byte element type, 8-byte offset
+    …    …   padding to a multiple of `general.alignment` (32 where no pair says); offsets count from here, and are multiples of it too
+
+Text is an 8-byte length and UTF-8 bytes. Every count is compared with the bytes that remain before it is followed. Long arrays
+(vocabularies) are walked and summed up in a word. Chat templates are text; nothing renders them. Quantized tensors are listed
+without the gguf library and read as float32 through its dequantizer, block by block. The parts of a split file are listed together.
+
+Source: ggml docs/gguf.md (version 3); element types and block sizes: gguf 0.19 constants.py, after ggml.h.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import Any
+
+from workbench.checkpoint import Checkpoint, Finding
+from workbench.dtypes import DTYPES
+from workbench.errors import CorruptFileError, FormatError, MissingDependencyError, MissingFileError, UnsupportedError, located
+from workbench.files import FileRef, Span
+from workbench.formats.packed import Packed
+from workbench.formats.window import Window, require_shape
+from workbench.strided import row_major
+from workbench.tensors import LazyTensor, Stored, TensorSpec
+
+_PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
+# type -> name, elements a block, bytes a block
+_BLOCKS = {
+    2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 31: ("Q4_0_4_4", 32, 18), 32: ("Q4_0_4_8", 32, 18), 33: ("Q4_0_8_8", 32, 18),
+    34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 36: ("IQ4_NL_4_4", 32, 18), 37: ("IQ4_NL_4_8", 32, 18), 38: ("IQ4_NL_8_8", 32, 18),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}  # fmt: skip
+_OPAQUE = {
+    "Q8_1",
+    "Q8_K",
+    "Q1_0",
+    "Q4_0_4_4",
+    "Q4_0_4_8",
+    "Q4_0_8_8",
+    "IQ4_NL_4_4",
+    "IQ4_NL_4_8",
+    "IQ4_NL_8_8",
+}  # gguf decodes none of them
+_KINDS = (
+    ("u8", "B"), ("i8", "b"), ("u16", "H"), ("i16", "h"), ("u32", "I"), ("i32", "i"), ("f32", "f"), ("bool", "B"), ("text", ""), ("array", ""),
+    ("u64", "Q"), ("i64", "q"), ("f64", "d"),
+)  # fmt: skip
+_U32, _BOOL, _TEXT, _ARRAY = 4, 7, 8, 9
+_MAX_PAIRS, _MAX_ITEMS = 1 << 16, 4_000_000  # texts and arrays in arrays
+_MAX_TEXT, _MAX_ALL_TEXT = 1 << 16, 16 << 20  # bytes that are shown
+_SHOWN, _MAX_PARTS = 16, 1000  # elements of an array, or missing parts, that are named one by one
+
+Tensors = dict[str, LazyTensor]
+
+
+def open_file(file: FileRef) -> Checkpoint:
+    """List a GGUF file, with the other parts where it is one of a split.
+
+    Raises:
+        CorruptFileError: the index contradicts itself or the file's size; `.partial` holds the tensors before the one that does.
+        UnsupportedError: another version, or a type ggml has removed.
+    Cost: the index is read, in pieces of 4 KiB.
+    """
+    tensors, metadata, findings = _read_part(file)
+    if _natural(metadata, "split.count") > 1:
+        tensors, found = _all_parts(file, tensors, metadata)
+        findings += found
+    return Checkpoint(tensors, name=file.name, format="gguf", metadata=metadata, findings=tuple(findings), source=file)
+
+
+def _natural(metadata: dict[str, str], key: str) -> int:
+    text = metadata.get(key, "")
+    return int(text) if text.isdecimal() and len(text) < 20 else 0
+
+
+def _all_parts(file: FileRef, own: Tensors, metadata: dict[str, str]) -> tuple[Tensors, list[Finding]]:
+    """The tensors of this part and of every part beside it, in order, and what is missing."""
+    total, number = _natural(metadata, "split.count"), _natural(metadata, "split.no") + 1
+    named = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", file.name, re.DOTALL)
+    if named is None or (int(named[2]), int(named[3])) != (number, total) or total > _MAX_PARTS:
+        return own, [Finding("split file", "warning", f"this is part {number} of {total}, and its name does not say where the others are")]
+    tensors: Tensors = {}
+    findings: list[Finding] = []
+    missing: list[str] = []
+    for other in range(1, total + 1):
+        name, part = f"{named[1]}{other:05d}-of-{named[3]}.gguf", own
+        if other != number:
+            try:
+                part, told, found = _read_part(file.folder.file(name))
+            except MissingFileError:
+                missing.append(name)
+                continue
+            findings += found
+            if (_natural(told, "split.no") + 1, _natural(told, "split.count")) != (other, total):
+                raise CorruptFileError(f"{name} does not say that it is part {other} of {total}", path=file.folder.url)
+        if twice := tensors.keys() & part.keys():
+            raise CorruptFileError("two parts of the split hold a tensor of this name", path=file.url, tensor=min(twice))
+        tensors.update(part)
+    if missing:
+        findings.append(Finding("missing part", "warning", f"{len(missing)} of {total} parts are not there: {', '.join(missing[:_SHOWN])}"))
+    return tensors, findings
+
+
+def _read_part(file: FileRef) -> tuple[Tensors, dict[str, str], list[Finding]]:
+    with located(path=file.url), file.open() as source:
+        index = _Index(Window(source.pread, file.size))
+        if index.take(4) != b"GGUF":
+            raise CorruptFileError("a GGUF file starts with 'GGUF'", offset=0)
+        version = index.number("I")
+        if version and not version & 0xFFFF:  # the other byte order moves a small number to the top
+            index.order, version = ">", int.from_bytes(version.to_bytes(4, "little"), "big")
+        if version not in (2, 3):
+            raise UnsupportedError(f"GGUF version {version}; 2 and 3 are read", offset=4)
+        count, pairs = index.count(24), index.count(13)
+        metadata = index.metadata(pairs)
+        alignment = int(metadata.get("general.alignment", "32"))
+        if alignment < 8 or alignment & (alignment - 1):
+            raise CorruptFileError(f"general.alignment is {alignment}; it must be a power of two, 8 or more")
+        infos = [index.info() for _ in range(count)]
+    data = -(-index.at // alignment) * alignment
+    tensors: Tensors = {}
+    extents = []
+    try:
+        for name, dims, code, offset in infos:
+            with located(path=file.url, tensor=name, offset=data + offset):
+                if name in tensors:
+                    raise CorruptFileError("two tensors have this name")
+                if offset % alignment:
+                    raise CorruptFileError(f"the offset {offset} is no multiple of the alignment, {alignment}")
+                tensors[name], nbytes = _tensor(file, dims, code, data + offset, "little" if index.order == "<" else "big")
+                extents.append((data + offset, data + offset + nbytes, name))
+        return tensors, metadata, _unclaimed(file, extents, data, alignment)
+    except FormatError as error:
+        error.partial = Checkpoint(tensors, name=file.name, format="gguf", metadata=metadata, source=file)
+        raise
+
+
+def _unclaimed(file: FileRef, extents: list[tuple[int, int, str]], at: int, alignment: int) -> list[Finding]:
+    """What the tensors leave over from byte `at` on, as a finding; a byte that two of them claim is an error."""
+    spare = 0
+    for start, stop, name in sorted(extents):
+        if start < at and stop > start:
+            raise CorruptFileError("its bytes overlap those of another tensor", path=file.url, tensor=name, offset=start)
+        spare += max(0, start - at)
+        at = max(at, -(-stop // alignment) * alignment)
+    spare += max(0, file.size - at)
+    return [Finding("unclaimed bytes", "warning", f"{spare} bytes of the data belong to no tensor")] if spare >= alignment else []
+
+
+def _tensor(file: FileRef, dims: list[int], code: int, start: int, byteorder: str) -> tuple[LazyTensor, int]:
+    """The tensor whose bytes begin at `start`, and how many they are."""
+    shape, row = tuple(reversed(dims)), dims[0] if dims else 1  # the file's first dimension moves fastest
+    numel, locked = require_shape(shape), None
+    if code not in _PLAIN and code not in _BLOCKS:
+        raise UnsupportedError(f"element type {code} is not read; 4 and 5 were Q4_2 and Q4_3, which ggml has removed")
+    dtype = DTYPES[_PLAIN.get(code, "float32")]
+    packing, elements, narrow = _BLOCKS.get(code, ("", 1, dtype.itemsize))
+    if row % elements:
+        raise CorruptFileError(f"rows of {row} elements do not fill {packing} blocks of {elements}")
+    span = Span(file, start, numel // elements * narrow)
+    if start + span.nbytes > file.size:
+        raise CorruptFileError(f"its bytes end at {start + span.nbytes} and the file at {file.size}: the file is cut")
+    storage: Span | Packed = span
+    if packing:
+        storage = Packed(span, 4 * numel, packing, narrow, 4 * elements, f"{__name__}:dequantize", (packing,))
+        if byteorder == "big" or packing in _OPAQUE:
+            locked = f"{byteorder}-endian {packing} is not decoded by the gguf library"
+    source = Stored(storage, 0, row_major(shape), "little" if packing else byteorder)
+    return LazyTensor(TensorSpec(dtype, shape), source, locked=locked), span.nbytes
+
+
+def dequantize(stored: bytearray, packing: str) -> Any:
+    """Whole blocks as little-endian float32."""
+    try:
+        import gguf
+        import numpy as np
+    except ImportError as error:
+        hint = "pip install 'checkpoint-workbench[gguf]'"
+        raise MissingDependencyError(f"values of {packing} need the gguf library", hint=hint) from error
+    try:
+        with np.errstate(all="ignore"):  # a stranger's scale may be infinite
+            values = gguf.quants.dequantize(np.frombuffer(stored, np.uint8), gguf.GGMLQuantizationType[packing])
+    except (KeyError, NotImplementedError) as error:
+        raise UnsupportedError(f"the gguf library installed here does not decode {packing}", hint="pip install --upgrade gguf") from error
+    return np.ascontiguousarray(values, "<f4").data
+
+
+class _Index:
+    """A cursor over the index; `order` is struct's word for the byte order."""
+
+    def __init__(self, window: Window) -> None:
+        self.window, self.at, self.order = window, 0, "<"
+        self._items, self._room = _MAX_ITEMS, _MAX_ALL_TEXT
+
+    def take(self, count: int) -> bytes:
+        data = self.window.take(self.at, count)
+        self.at += count
+        return data
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(self.order + code, self.take(struct.calcsize("=" + code)))[0]
+
+    def count(self, least: int) -> int:
+        """A count of things of at least that many bytes each, which the rest of the file can hold."""
+        found: int = self.number("Q")
+        left = self.window.size - self.at
+        if found * least > left:
+            raise CorruptFileError(f"{found} entries follow, and {left} bytes are left: the file is cut or forged", offset=self.at - 8)
+        return found
+
+    def name(self) -> str:
+        length = self.count(1)
+        if length > _MAX_TEXT:
+            raise UnsupportedError(f"a name of {length} bytes; at most {_MAX_TEXT} are read", offset=self.at)
+        return self.take(length).decode("utf-8")
+
+    def metadata(self, pairs: int) -> dict[str, str]:
+        if pairs > _MAX_PAIRS:
+            raise UnsupportedError(f"{pairs} pairs; at most {_MAX_PAIRS} are read", offset=16)
+        out: dict[str, str] = {}
+        for _ in range(pairs):
+            start, key, kind = self.at, self.name(), self.number("I")
+            if key in out:
+                raise CorruptFileError(f"the key {key!r} stands twice: which of the two counts is ambiguous", offset=start)
+            if key == "general.alignment" and kind != _U32:
+                raise CorruptFileError(f"general.alignment must be u32, and is of type {kind}", offset=start)
+            out[key] = self.value(kind)
+        return out
+
+    def value(self, kind: int) -> str:
+        """A value in words, cut where it is long."""
+        if kind == _ARRAY:
+            return self.array()
+        if kind == _TEXT:
+            length = self.count(1)
+            shown = min(length, _MAX_TEXT, self._room)
+            self._room -= shown
+            text = self.take(shown).decode("utf-8", "replace") + (f"… ({length} bytes)" if shown < length else "")
+            self.at += length - shown
+            return text
+        number = self.number(self.kind(kind)[1])
+        if kind == _BOOL and number > 1:
+            raise CorruptFileError(f"a truth value of {number}; 0 and 1 are allowed", offset=self.at - 1)
+        return str(bool(number) if kind == _BOOL else number)
+
+    def kind(self, kind: int) -> tuple[str, str]:
+        """(name, struct's code) of a value's type; texts and arrays have no code."""
+        if kind >= len(_KINDS):
+            raise CorruptFileError(f"{kind} is no type of a value", offset=self.at - 4)
+        return _KINDS[kind]
+
+    def array(self) -> str:
+        """An array in words: its elements where they are few and flat."""
+        kind, length = self.header()
+        if kind != _ARRAY and length <= _SHOWN:
+            return "[" + ", ".join(self.value(kind) for _ in range(length)) + "]"
+        pending, take, length_of = [(kind, length)], self.window.take, struct.Struct(self.order + "Q").unpack
+        while pending:
+            inner, left = pending.pop()
+            self._items -= left if inner == _TEXT else 1
+            if self._items < 0:
+                raise UnsupportedError(f"more than {_MAX_ITEMS} texts and arrays in arrays", offset=self.at)
+            if inner == _TEXT:
+                at = self.at
+                for _ in range(left):
+                    at += 8 + length_of(take(at, 8))[0]
+                self.at = at
+            elif inner != _ARRAY:
+                self.at += left * struct.calcsize("=" + _KINDS[inner][1])
+            elif left:
+                pending += [(_ARRAY, left - 1), self.header()]
+        return f"array of {length:,} × {_KINDS[kind][0]}"
+
+    def header(self) -> tuple[int, int]:
+        """(element type, length) of an array."""
+        kind = self.number("I")
+        return kind, self.count(struct.calcsize("=" + self.kind(kind)[1]) or (8 if kind == _TEXT else 12))
+
+    def info(self) -> tuple[str, list[int], int, int]:
+        """(name, dimensions as stored, element type, offset) of one tensor."""
+        name = self.name()
+        dimensions = self.number("I")
+        if dimensions > 64:
+            raise CorruptFileError(f"{dimensions} dimensions; ggml has 4", tensor=name, offset=self.at - 4)
+        return name, [self.number("Q") for _ in range(dimensions)], self.number("I"), self.number("Q")

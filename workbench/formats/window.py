@@ -1,0 +1,38 @@
+"""Reading an index: small pieces at rising positions through one buffer, each proved to lie inside the file first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from workbench.errors import CorruptFileError, UnsupportedError
+
+_WINDOW = 4 << 10  # a tensor's head is shorter, and a remote block a few of these
+
+
+class Window:
+    """A buffer of 4 KiB that moves over `size` bytes; `pread(start, count)` fills it."""
+
+    def __init__(self, pread: Callable[[int, int], bytes], size: int) -> None:
+        self.size = size
+        self._pread, self._start, self._data = pread, 0, b""
+
+    def take(self, at: int, count: int) -> bytes:
+        """`count` bytes at `at`; asked for beyond the end, nothing is read or allocated."""
+        if count > self.size - at:
+            raise CorruptFileError(f"{count} bytes are said to follow and {max(0, self.size - at)} are left: the file is cut", offset=at)
+        low = at - self._start
+        if low < 0 or low + count > len(self._data):
+            self._data, self._start, low = self._pread(at, max(count, _WINDOW)), at, 0
+            if len(self._data) < count:
+                raise CorruptFileError("the file ends before its own index says", offset=at)
+        return self._data[low : low + count]
+
+
+def require_shape(shape: Sequence[int]) -> int:
+    """How many elements a stated shape has, where torch can hold such a shape at all."""
+    if len(shape) > 64:
+        raise UnsupportedError(f"a shape of {len(shape)} dimensions; torch has 64 at most")
+    if min(shape, default=0) < 0 or math.prod(max(n, 1) for n in shape) >= 1 << 63:
+        raise CorruptFileError(f"{list(shape)} is no shape: a size below zero, or more elements than 63 bits can count")
+    return math.prod(shape)
