@@ -26,7 +26,7 @@ from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, MissingFileError, SelectionError, UnknownFormatError, WorkbenchError, located
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, open_file, open_folder
-from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, danger_findings, judge, misuses
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, PLAIN, WRAPPER, danger_findings, judge, misuses
 from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, payload_span
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_archive import pickle_roots
@@ -42,11 +42,11 @@ _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx",
 _OWN_KINDS = frozenset(
     {"forbidden global", "forbidden call", "data classes", "unreadable pickle"}
 )  # findings of wb.open that are made here
-_NESTED = "torch.storage._load_from_bytes"
 _ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
 _NO_HOLDERS = frozenset({str, int, float, bool, complex, type(None), type(NOTHING), Global})
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
+_OBJECTS = re.compile(rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\""")  # in an .npy header: an element type that is a pickle; or an escape, which may spell one
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
 _RAW_VALUES = re.compile(r"(?:^|/)(?:data|constants|weights|tensors)/[^/.]+$")
 _SCRIPT_PICKLES = re.compile(
@@ -125,6 +125,7 @@ class _Scan:
     def __init__(self, crc: bool) -> None:
         self.crc = crc
         self.findings: list[Finding] = []
+        self.also_found: list[Finding] = []  # by wb.open, of what is looked for here as well
         self.uses: list[GlobalUse] = []
         self.pickles: list[PickleSeen] = []
         self.formats: list[str] = []
@@ -146,6 +147,8 @@ class _Scan:
     def told(self) -> tuple[Finding, ...]:
         """The findings, worst first, and no more of a kind than anybody reads."""
         order = {"danger": 0, "warning": 1, "info": 2}
+        known = {(found.kind, found.where.get("global")) for found in self.findings}
+        self.findings += [f for f in self.also_found if f.severity == "danger" and (f.kind, f.where.get("global")) not in known]
         counts: Counter[tuple[Severity, str]] = Counter()
         kept = []
         for finding in sorted(self.findings, key=lambda finding: (order[finding.severity], finding.kind == "unreadable")):
@@ -184,7 +187,7 @@ class _Scan:
         self.content(_Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
         if form in _SAFE_FORMATS and any(not found.place.record for found in self.pickles[seen:]):
             self.tell("polyglot", "danger", f"{file.name} is {form} and a pickle as well: what it is depends on who reads it", here)
-        if ckpt is not None and form in ("sharded-safetensors", "onnx"):  # their values lie in further files
+        if ckpt is not None and (form == "onnx" or ckpt.format.startswith("sharded")):  # their values lie in further files
             spans = (getattr(leaf.source, "storage", None) for tensor in ckpt.values() for leaf in parts(tensor))
             for other in {storage.file for storage in spans if isinstance(storage, Span)} - {file}:
                 self.content(_Piece(Span(other, 0, other.size), other.name))
@@ -203,8 +206,9 @@ class _Scan:
                 self.refuse(error, here)
         if listed is not None:
             self.tensors += len(listed)
-            others = (found for found in listed.findings if found.kind not in _OWN_KINDS)
-            self.findings += [Finding(f.kind, f.severity, f.message, {**f.where, **here.to_dict()}, f.hint) for f in others]
+            for f in listed.findings:
+                found = Finding(f.kind, f.severity, f.message, {**f.where, **here.to_dict()}, f.hint)
+                (self.also_found if f.kind in _OWN_KINDS else self.findings).append(found)
         self.loads &= ckpt is not None and ckpt.format in ("torch-zip", "torch-legacy")
         return ckpt
 
@@ -236,7 +240,7 @@ class _Scan:
                 self.tar(rest)
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
                 length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
-                if length <= front and b"O" in head[10:length].partition(b"descr")[2].partition(b"fortran")[0]:
+                if length <= front and (length > _FIRST_READ or _OBJECTS.search(span.read(10, length))):
                     self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=True)
 
     def archive(self, piece: _Piece) -> None:
@@ -336,11 +340,11 @@ class _Scan:
         if error is None or machine.globals:
             self.strings(piece, root, made)
         nested = not any(finding.severity == "danger" for finding in self.findings[seen:])
-        nested &= all(isinstance(node.args, tuple) and list(map(type, node.args)) == [bytes] for node in made if node.dotted == _NESTED)
+        nested &= all(isinstance(node.args, tuple) and list(map(type, node.args)) == [bytes] for node in made if node.dotted == NESTED)
 
         def also(found: Global) -> bool:
             own = found.module.startswith("__torch__") or found.module == "torch.jit._pickle" or found.name in ALL_STORAGE_DTYPES
-            return (piece.script and own) or (nested and found.dotted == _NESTED)
+            return (piece.script and own) or (nested and found.dotted == NESTED)
 
         findings = danger_findings(machine, made, also)
         acts = any(found.kind == "forbidden call" or found.where.get("global") in machine.calls for found in findings)
@@ -369,7 +373,7 @@ class _Scan:
 
     def strings(self, piece: _Piece, root: Any, made: list[Inert]) -> None:
         """Byte strings of a pickle: those that it hands to torch as files, those that look like files, and the first of all others."""
-        given = {id(arg) for node in made if node.dotted == _NESTED and isinstance(node.args, tuple) for arg in node.args}
+        given = {id(arg) for node in made if node.dotted == NESTED and isinstance(node.args, tuple) for arg in node.args}
         for count, data in enumerate(_byte_strings([root, *made])):
             left = isinstance(data, Left)
             found = piece.span.part(data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
@@ -397,7 +401,7 @@ def _ran(piece: Span, sure: bool) -> _Outcome:
         args = node.args
         if node.dotted == "_codecs.encode" and isinstance(args, tuple) and list(map(type, args)) == [str, str] and args[1] in _ENCODINGS:
             return args[0].encode(args[1], "replace")
-        if node.dotted not in PLAIN:
+        if node.dotted not in PLAIN or node.dotted == WRAPPER:
             made.append(node)
         return node
 

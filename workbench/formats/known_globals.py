@@ -9,7 +9,7 @@ Source: torch 2.13 torch/_weights_only_unpickler.py (what is plain); the classes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from workbench.checkpoint import Finding
@@ -136,6 +136,9 @@ _HARMLESS: tuple[tuple[Literal["call", "new", "name"], str, str], ...] = (
     ("name", "a callback of Lightning that labels its state; it is only referred to",
      "pytorch_lightning.callbacks.model_checkpoint: ModelCheckpoint; pytorch_lightning.callbacks.early_stopping: EarlyStopping"),
 )  # fmt: skip
+_RANDOM = frozenset(_named("numpy.random._pickle: __bit_generator_ctor __generator_ctor __randomstate_ctor"))
+NESTED = "torch.storage._load_from_bytes"  # loads a whole pickle
+WRAPPER = "torch._tensor._rebuild_from_type_v2"  # plain, and calls its first argument
 HARMLESS = {dotted: (rule, why) for rule, why, names in _HARMLESS for dotted in _named(names)}
 _BASES = frozenset(
     _named("builtins: object dict list tuple set frozenset int float str")
@@ -161,6 +164,8 @@ def judge(found: Global, misuse: str | None = None, also: Names = ()) -> Judged:
     dotted = found.dotted
     if dotted in PLAIN:
         return Judged("plain", _WHY_PLAIN[dotted])
+    if dotted == NESTED and misuse is not None:
+        return Judged("dangerous", misuse)
     if also(found) if callable(also) else dotted in also:
         return Judged("plain", "a name of this container's own, which its reader does not import")
     if dotted in HARMLESS and misuse is None:
@@ -181,13 +186,17 @@ def judge(found: Global, misuse: str | None = None, also: Names = ()) -> Judged:
 def misuses(made: Iterable[Inert]) -> dict[str, str]:
     """Harmless names that the calls of a pickle use in a way that is not harmless, and how."""
     out: dict[str, str] = {}
-    for node in made:
+    for node in _with_inner_calls(made):
         rule = HARMLESS[node.dotted][0] if node.dotted in HARMLESS else None
         args = node.args if isinstance(node.args, tuple) else ()
+        if any(isinstance(arg, Global) and arg.dotted == NESTED for arg in args):
+            out[NESTED] = "is handed to a call, which may give it any bytes to load"
         if rule == "name":
             out[node.dotted] = "is only harmless where it is not called, and here it is"
         elif rule == "new" and (not node.new or node.args or node.kwargs):
             out[node.dotted] = "is only harmless where it is made empty, and here it is called with arguments"
+        elif node.dotted in _RANDOM and not (len(args) <= 1 and all(map(_is_random, args))):
+            out[node.dotted] = "calls what it is given, and that is more than the name of a generator"
         elif node.dotted == "copyreg._reconstructor" and not (len(args) == 3 and _is_base(args[1])):
             out[node.dotted] = "makes an object by the rules of a class that is no plain container"
         elif node.dotted == "collections.defaultdict" and args and args[0] is not None and not _is_base(args[0]):
@@ -195,6 +204,20 @@ def misuses(made: Iterable[Inert]) -> dict[str, str]:
         elif node.dotted == "numpy.dtype" and node.state is not NOTHING and not _is_honest(node):
             out[node.dotted] = "is told flags that are not its own: NumPy would take bytes of the file for addresses of objects"
     return out
+
+
+def _with_inner_calls(made: Iterable[Inert]) -> Iterator[Inert]:
+    """The calls, and those that torch's wrapper of tensor subclasses makes of its first and third argument."""
+    for node in made:
+        yield node
+        if node.dotted == WRAPPER and isinstance(node.args, tuple) and len(node.args) == 4 and isinstance(node.args[0], Global):
+            yield Inert(node.args[0], node.args[2])
+
+
+def _is_random(value: object) -> bool:
+    if isinstance(value, Inert):
+        value = value.func
+    return isinstance(value, str) or (isinstance(value, Global) and value.dotted in HARMLESS and value.module.startswith("numpy.random"))
 
 
 def _is_base(value: object) -> bool:

@@ -29,7 +29,7 @@ from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Span, Storage
 from workbench.formats import torch_zip
-from workbench.formats.known_globals import danger_findings
+from workbench.formats.known_globals import NESTED, danger_findings
 from workbench.formats.pickle_blobs import MAX_OPCODES, Left, Pages, PayloadMachine, PayloadObjects, Placed, kept, payload_span
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects, storage_dtype, trailing_finding, unpickle
@@ -38,7 +38,6 @@ from workbench.tensors import Block, Derived, LazyTensor, TensorSpec
 from workbench.tree import Global, Inert
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-_NESTED = "torch.storage._load_from_bytes"
 _HEAD = 1 << 16
 _MORE_PICKLES = 64  # of those that follow a plain one
 
@@ -264,11 +263,11 @@ class _PlainObjects(PayloadObjects):
 
     def are_plain(self, found: Global) -> bool:
         """Whether a name is plain here: torch's own call for a nested file, where each of them was read and its dangers are told."""
-        return found.dotted == _NESTED and not self._refused
+        return found.dotted == NESTED and not self._refused
 
     def construct(self, node: Inert) -> Any:
-        if node.dotted != _NESTED or not isinstance(node.args, tuple) or len(node.args) != 1:
-            self._refused |= node.dotted == _NESTED
+        if node.dotted != NESTED or not isinstance(node.args, tuple) or len(node.args) != 1:
+            self._refused |= node.dotted == NESTED
             return super().construct(node)
         payload = node.args[0]
         key = payload.start if isinstance(payload, (Placed, Left)) else id(payload)

@@ -19,7 +19,7 @@ from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES, SUB_BYTE, DType
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Storage
-from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, Names, danger_findings
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, WRAPPER, Names, danger_findings
 from workbench.formats.numpy_objects import numpy_number
 from workbench.formats.pickle_vm import Machine
 from workbench.strided import extent, row_major
@@ -212,7 +212,7 @@ class TorchObjects:
         if not isinstance(node.func, Global):
             return node
         dotted = node.func.dotted
-        if dotted not in PLAIN:
+        if dotted not in PLAIN or dotted == WRAPPER:
             self.strangers.append(node)
         build = _REBUILDS.get(dotted) if isinstance(node.args, tuple) else None
         try:
