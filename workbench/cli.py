@@ -11,6 +11,7 @@ that cannot be read is a danger; only one that is not there is exit code 2.
 from __future__ import annotations
 
 import argparse
+import html
 import io
 import json
 import sys
@@ -100,7 +101,7 @@ def _scan(args: argparse.Namespace) -> int:
 
         print(to_json(sarif(reports)))
     elif args.html:
-        page = '<!doctype html><meta charset="utf-8"><title>workbench scan</title>' + "".join(report._repr_html_() for report in reports)
+        page = '<!doctype html><meta charset="utf-8"><title>workbench scan</title>' + "".join(f"<h3>{html.escape(visible(report.path))}</h3>{report._repr_html_()}" for report in reports)
         with atomic_write(args.html) as out:
             out.write(page.encode(), 0)
     else:

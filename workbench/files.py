@@ -136,6 +136,7 @@ def place(address: str | os.PathLike[str], storage_options: Mapping[str, Any] | 
 
         found: FileRef | Folder = remote_place(text, storage_options or {})
         return found
+    text = os.path.expanduser(text)
     return Folder(os.path.abspath(text)) if os.path.isdir(text) else file_ref(text)
 
 

@@ -285,6 +285,13 @@ def parts(tensor: LazyTensor) -> list[LazyTensor]:
     return [leaf for part in (*block.rowed, *block.whole) for leaf in parts(part)]
 
 
+def spans_of(storage: Any) -> list[Span]:
+    """The bytes of files behind a storage of any kind: itself, what it inflates or decodes, or the chunks it is put together from."""
+    if isinstance(storage, Span):
+        return [storage]
+    return [span for inner in (getattr(storage, "span", None), getattr(storage, "whole", None), *getattr(storage, "chunks", ())) if inner is not None for span in spans_of(inner)]
+
+
 def _read_live(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     import torch
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.checkpoint import Checkpoint
-from workbench.files import FileRef, Span
+from workbench.files import FileRef
 from workbench.opening import open as open_checkpoint
 from workbench.report import Report
 from workbench.sections import Path
 from workbench.strided import extent
 from workbench.tables import Column, Table, format_bytes, table
-from workbench.tensors import LazyTensor, Live, Stored, parts
+from workbench.tensors import LazyTensor, Live, Stored, parts, spans_of
+from workbench.tree import Aside, is_mapping, items_of
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ def ledger(ckpt: Any) -> LedgerReport:
     files: set[FileRef] = set()
     counted: set[str] = set()
     stored = 0
+    beside = {key for key, node in items_of(ckpt.tree).items() if isinstance(node, Aside)} if is_mapping(ckpt.tree) else set()
     for tensors in _by_storage(ckpt):
         name, first = tensors[0]
-        section, kind = _section_of(ckpt.paths[name], sections)
+        path = ckpt.paths[name]
+        section, kind = _section_of(path, sections) if path[:1] == () or path[0] not in beside else (str(path[0]), "other")
         what = {"weights": "weights", "ema": "averaged weights", "optimizer": "optimizer state"}.get(kind, "other tensors")
         size, shown = _storage_sizes([t for _, t in tensors])
         row = sums.setdefault((what, section, first.dtype.name), [0, 0])
@@ -93,9 +96,7 @@ def ledger(ckpt: Any) -> LedgerReport:
             dragged[section] = dragged.get(section, 0) + size - shown
         stored += size
         if isinstance(first.source, Stored):
-            span = first.source.storage if isinstance(first.source.storage, Span) else getattr(first.source.storage, "span", None)
-            if span is not None:
-                files.add(span.file)
+            files.update(span.file for span in spans_of(first.source.storage))
     if ckpt.source is not None:
         files.add(ckpt.source)
     rows = [LedgerRow(what, section, dtype, count, nbytes) for (what, section, dtype), (count, nbytes) in sums.items()]

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.checkpoint import Checkpoint
-from workbench.errors import SelectionError, UnknownFormatError, WriteError, located
+from workbench.errors import CorruptFileError, SelectionError, UnknownFormatError, WriteError, located
 from workbench.files import FileRef, Folder, Span, place
 from workbench.tree import Aside, is_mapping, items_of, without_asides
 
@@ -115,8 +115,19 @@ def open_path(address: str | os.PathLike[str], *, storage_options: Mapping[str, 
         MissingFileError, UnknownFormatError, CorruptFileError, UnsupportedError, MissingShardError.
     """
     found = place(address, storage_options)
-    with located(path=found.url), collector_paused():
+    with located(path=found.url), _cured(), collector_paused():
         return open_folder(found) if isinstance(found, Folder) else open_file(found)
+
+
+@contextmanager
+def _cured() -> Iterator[None]:
+    """What to do with a file that contradicts itself, where the reader did not say."""
+    try:
+        yield
+    except CorruptFileError as error:
+        listed = "; what could be listed is in the error's .partial" if error.partial is not None and len(error.partial) else ""
+        error.hint = error.hint or f"download or copy it again, and compare its size and checksum with the original's{listed}"
+        raise
 
 
 @contextmanager

@@ -65,7 +65,7 @@ _TABLE: dict[str, tuple[tuple[str, str, str | None], ...]] = {
         (r"\A#!", "a script", None),
         (r"(?m)^(import \w|from [\w.]+ import|(async )?def \w+\(|class \w+[(:])", "Python source code", None),
         (r"\A((%YAML|---)\s|([\w.-]+:([ \t].*)?\n)+)", "YAML", None),
-        (r"\A[^,\n]+(,[^,\n]*)+\n", "a table in text (CSV)", None),
+        (r"\A([^,\n]+(,[^,\n]*)+\n){2}", "a table in text (CSV)", None),
         (r"", "plain text", None),
     ),
     "weaker signs": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from workbench.checkpoint import Finding
@@ -28,13 +29,23 @@ def pickle_root(index: ZipIndex) -> str:
 
 
 def read_byteorder(index: ZipIndex, root: str) -> tuple[str, list[Finding]]:
-    """How multi-byte values are stored, and what to say of it. Little where the archive does not tell."""
-    if f"{root}byteorder" not in index.records:
+    """How multi-byte values are stored, and what to say of it. Little where the archive does not tell.
+
+    Raises:
+        CorruptFileError: two records differ by the case of their letters alone, for torch would take either for the other.
+    """
+    folded = Counter(record.raw_name.lower() for record in index.records.values())
+    if len(folded) != len(index.records):
+        twice = next(name for name, times in folded.items() if times > 1).decode("utf-8", "replace")
+        raise CorruptFileError("two records have the same name but for the case of its letters", record=twice, path=index.file.url)
+    wanted = f"{root}byteorder"
+    name = next((name for name in index.records if len(name) == len(wanted) and name.lower() == wanted.lower()), None)
+    if name is None:
         return "little", []
-    order = read_record(index, f"{root}byteorder", 64)
+    order = read_record(index, name, 64)
     if order not in (b"little", b"big"):
         raise CorruptFileError(
-            f"the byte order is said to be {order!r}; it can be little or big", record=f"{root}byteorder", path=index.file.url
+            f"the byte order is said to be {order!r}; it can be little or big", record=name, path=index.file.url
         )
     text = order.decode()
     return text, [] if text == "little" else [Finding("big-endian", "info", "the values are stored big-endian and are swapped when read")]

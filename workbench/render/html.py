@@ -32,7 +32,9 @@ STYLE = """<style>
 .wb-static .wb-info,.wb-static .wb-quiet{color:var(--jp-ui-font-color2,#555)}
 .wb-static table{border-collapse:collapse;margin:2px 0 10px}
 .wb-static th{text-align:left;font-weight:600;border-bottom:1px solid var(--jp-border-color1,#bbb);padding:1px 12px 1px 0}
-.wb-static td{text-align:left;padding:1px 12px 1px 0;white-space:nowrap}
+.wb-static td{text-align:left;padding:1px 12px 1px 0;white-space:nowrap;vertical-align:top}
+.wb-static td.wb-text{white-space:normal;min-width:6em;max-width:24em}
+.wb-static td.wb-code{white-space:pre}
 .wb-static .wb-right{text-align:right}
 .wb-static h4{font-size:13px;margin:8px 0 2px}
 .wb-static details>*:not(summary){margin-left:18px}
@@ -86,7 +88,8 @@ def render_outline(title: Head, root: Node, extras: str = "") -> str:
 
 
 def _framed(parts: Sequence[str]) -> str:
-    return f'{STYLE}<div class="wb-static">{"".join(parts)}</div>'
+    # the two further classes keep JupyterLab from typesetting what stands between two dollar signs in a stranger's name
+    return f'{STYLE}<div class="wb-static tex2jax_ignore mathjax_ignore">{"".join(parts)}</div>'
 
 
 def _finding(finding: Any) -> str:
@@ -125,7 +128,8 @@ def _note(column: Column) -> str:
 
 
 def _cells(columns: Sequence[Column], row: Sequence[Any]) -> str:
-    return "".join(f"<td{_aligned(c)}>{_cell(c, value)}</td>" for c, value in zip(columns, row, strict=True))
+    kinds = {"text": ' class="wb-text"', "code": ' class="wb-code"'}
+    return "".join(f"<td{_aligned(c)}{kinds.get(c.kind, '')}>{_cell(c, value)}</td>" for c, value in zip(columns, row, strict=True))
 
 
 def _cell(column: Column, value: Any) -> str:
