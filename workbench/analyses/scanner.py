@@ -36,7 +36,7 @@ from workbench.tree import NOTHING, Global, Inert
 
 _FIRST_READ, _LAST_READ = 1 << 16, 32 << 20  # of one pickle; a longer one is read by pages, its long payloads stepped over
 _MOST_READ = 256 << 20  # of one packed record
-_MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _DEPTH = 1000, 2000, 1000, 100, 8
+_MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
 _OWN_KINDS = frozenset(
@@ -46,7 +46,9 @@ _ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
 _NO_HOLDERS = frozenset({str, int, float, bool, complex, type(None), type(NOTHING), Global})
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
-_OBJECTS = re.compile(rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\""")  # in an .npy header: an element type that is a pickle; or an escape, which may spell one
+_OBJECTS = re.compile(
+    rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\"""
+)  # in an .npy header: an element type that is a pickle; or an escape, which may spell one
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
 _RAW_VALUES = re.compile(r"(?:^|/)(?:data|constants|weights|tensors)/[^/.]+$")
 _SCRIPT_PICKLES = re.compile(
@@ -125,6 +127,7 @@ class _Scan:
     def __init__(self, crc: bool) -> None:
         self.crc = crc
         self.findings: list[Finding] = []
+        self.deep, self.refused_deep = 0, False  # files inside files inside the file
         self.also_found: list[Finding] = []  # by wb.open, of what is looked for here as well
         self.uses: list[GlobalUse] = []
         self.pickles: list[PickleSeen] = []
@@ -217,6 +220,17 @@ class _Scan:
     def content(self, piece: _Piece, *, sure: bool = False) -> None:
         """The archives that end it, and what stands before them. `sure`: it is a pickle, and one that breaks off is told."""
         span = piece.span
+        self.deep += piece.depth > 2
+        if self.deep > _MOST_DEEP:
+            if not self.refused_deep:
+                self.tell(
+                    "not scanned",
+                    "danger",
+                    f"more than {_MOST_DEEP} files lie inside files inside the file; the rest was not looked into",
+                    piece.place(),
+                )
+            self.refused_deep = True
+            return
         if piece.depth > _DEPTH:
             self.tell("not scanned", "danger", f"{piece.name} lies {_DEPTH} files deep and was not looked into", piece.place())
             return
@@ -436,7 +450,9 @@ def _byte_strings(roots: Iterable[Any]) -> Iterator[Any]:
     while pending:
         node = pending.pop()
         if isinstance(node, (bytes, bytearray)) or (isinstance(node, Left) and node.spelling == "bytes"):
-            yield node
+            if id(node) not in seen:
+                seen.add(id(node))
+                yield node
         elif isinstance(node, (list, tuple, dict, set, frozenset, Inert)) and id(node) not in seen:
             seen.add(id(node))
             held = [node.args, node.kwargs, node.state, node.items, node.elements] if isinstance(node, Inert) else node

@@ -109,9 +109,18 @@ def _folders(folder: Folder, prefix: str) -> Choices:
 
 def _with_neighbours(ckpt: Checkpoint, chosen: str, folder: Folder, names: list[str]) -> Checkpoint:
     """The checkpoint with what the files beside it say, and which weights beside it were not opened."""
-    beside = [folder.file(name) for name in _BESIDE if name in names]
+    beside, odd = list[FileRef](), list[str]()
+    for name in (name for name in _BESIDE if name in names):
+        try:
+            beside.append(folder.file(name))
+        except WorkbenchError:  # a folder, a FIFO, a link that leads nowhere or away
+            odd.append(name)
     told = {file.name: Span(file, 0, file.size).read().decode("utf-8", "replace") for file in beside if file.size <= _MAX_BESIDE}
     others = [name for name in names if name.endswith(_WEIGHTS) and name != chosen and not sharded.PART.fullmatch(name)]
     text = f"{chosen} was opened; beside it lie {', '.join(others[:6])}"
-    found = (Finding("other files", "info", text, {"names": others[:100]}, "open them by their own paths"),) if others else ()
+    found: tuple[Finding, ...] = ()
+    if others:
+        found += (Finding("other files", "info", text, {"names": others[:100]}, "open them by their own paths"),)
+    if odd:
+        found += (Finding("other files", "warning", f"{', '.join(odd)} beside it is no readable file of this folder", {"names": odd}),)
     return replace(ckpt, metadata={**ckpt.metadata, **told}, findings=(*ckpt.findings, *found)) if told or found else ckpt

@@ -274,6 +274,7 @@ class _Index:
                 at = self.at
                 for _ in range(left):
                     at += 8 + length_of(take(at, 8))[0]
+                take(at, 0)  # the last text ends inside the file, too
                 self.at = at
             elif inner != _ARRAY:
                 self.at += left * struct.calcsize("=" + _KINDS[inner][1])

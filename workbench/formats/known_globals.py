@@ -137,6 +137,8 @@ _HARMLESS: tuple[tuple[Literal["call", "new", "name"], str, str], ...] = (
      "pytorch_lightning.callbacks.model_checkpoint: ModelCheckpoint; pytorch_lightning.callbacks.early_stopping: EarlyStopping"),
 )  # fmt: skip
 _RANDOM = frozenset(_named("numpy.random._pickle: __bit_generator_ctor __generator_ctor __randomstate_ctor"))
+_ARRAYS = frozenset(_named("numpy: matrix ndarray record recarray; numpy.rec: recarray; numpy.ma: MaskedArray; numpy.ma.core: MaskedArray"))
+_ELEMENT = re.compile(r"[<>=|]?[biufcSUVmMO]\d*|\?")
 NESTED = "torch.storage._load_from_bytes"  # loads a whole pickle
 WRAPPER = "torch._tensor._rebuild_from_type_v2"  # plain, and calls its first argument
 HARMLESS = {dotted: (rule, why) for rule, why, names in _HARMLESS for dotted in _named(names)}
@@ -197,6 +199,10 @@ def misuses(made: Iterable[Inert]) -> dict[str, str]:
             out[node.dotted] = "is only harmless where it is made empty, and here it is called with arguments"
         elif node.dotted in _RANDOM and not (len(args) <= 1 and all(map(_is_random, args))):
             out[node.dotted] = "calls what it is given, and that is more than the name of a generator"
+        elif node.dotted in _ARRAYS:
+            out[node.dotted] = "is only harmless where NumPy's own functions make it, and here it is called"
+        elif node.dotted == "numpy.dtype" and not (args and isinstance(args[0], str) and _ELEMENT.fullmatch(args[0])):
+            out[node.dotted] = "is made from something that is no code of an element type"
         elif node.dotted == "copyreg._reconstructor" and not (len(args) == 3 and _is_base(args[1])):
             out[node.dotted] = "makes an object by the rules of a class that is no plain container"
         elif node.dotted == "collections.defaultdict" and args and args[0] is not None and not _is_base(args[0]):

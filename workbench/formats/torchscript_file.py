@@ -107,11 +107,14 @@ def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, T
     """The classes of modules by qualified name; what in their code is out of the ordinary goes to `findings`."""
     modules: dict[str, Tensors] = {}
     restoring = []
+    if odd := [name for name in index.records if name.lower().startswith(f"{root}code/".lower()) and not name.startswith(f"{root}code/")]:
+        what = f"torch finds {odd[0]} whatever the case of its letters, and it was not looked at as code"
+        findings.append(Finding("code in doubt", "danger", what, {"record": odd[0]}))
     try:
         for path, text in _sources(index, root, _MAX_CODE):
             where = {"record": f"{root}code/{path}"}
             text = text.replace("\\\n", " ")
-            bare = _QUOTED.sub("''", text)
+            bare = _QUOTED.sub(lambda found: " " if found[0][0] == "#" else "''", text)
             for name in sorted({f"torch.{found[1]}" if found[1] else found[2] for found in _REACHES.finditer(bare)}):
                 what = f"the code uses {name}, by which a program reaches files or the network; it was not run"
                 findings.append(Finding("operator", "danger", what, {"global": name, **where}, _HINT))

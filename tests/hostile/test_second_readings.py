@@ -1,0 +1,132 @@
+"""Files that torch, numpy or a second reader takes for something else than their first look says. Each is refused, or told as a danger."""
+
+import contextlib
+import io
+import os
+import struct
+import time
+import zipfile
+
+import hostile_makers as make
+import pytest
+import torch
+from conformance import SECONDS
+from strategies import same
+
+import workbench as wb
+from workbench.errors import CorruptFileError, WorkbenchError
+
+
+@pytest.mark.parametrize("twin", ["archive/DATA/0", "archive/Data.pkl", "archive/BYTEORDER"])
+def test_two_records_that_differ_by_case_are_refused(twin, tmp_path):
+    """torch finds records whatever the case of their letters, and takes the first."""
+    path = make.torch_zip(tmp_path / "m.pt", make.pickled(make.REAL))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(twin, bytes(12))
+    with pytest.raises(CorruptFileError, match="case"):
+        wb.open(path)
+    assert not wb.scan(path)
+
+
+def test_a_byte_order_counts_however_its_record_is_spelled(tmp_path):
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", make.pickled([("w", make.tensor())]))
+        archive.writestr("archive/ByteOrder", "big")
+        archive.writestr("archive/data/0", struct.pack(">3f", 1, 2, 3))
+        archive.writestr("archive/version", "3\n")
+    expected = torch.load(tmp_path / "m.pt", weights_only=True)["w"]
+    assert same(wb.open(tmp_path / "m.pt")["w"].load(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e5m2, torch.float32, torch.int64])
+def test_a_big_endian_file_reads_as_torch_reads_it(dtype, tmp_path):
+    """Storages without a type are not swapped by torch, those with one are."""
+    torch.save({"w": torch.tensor([1, 2, 3]).to(dtype)}, tmp_path / "m.pt")
+    with zipfile.ZipFile(tmp_path / "m.pt") as old, zipfile.ZipFile(tmp_path / "big.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"big" if name.endswith("byteorder") else old.read(name))
+    expected = torch.load(tmp_path / "big.pt", weights_only=True)["w"]
+    assert same(wb.open(tmp_path / "big.pt")["w"].load(), expected)
+
+
+def glob(module, name):
+    return f"c{module}\n{name}\n".encode()
+
+
+CALLS = {
+    "a dtype that is a class": make.PROTO + glob("numpy", "dtype") + glob("builtins", "object") + b"\x85R.",
+    "a dtype in words": make.PROTO + glob("numpy", "dtype") + make.text("object") + b"\x85R.",
+    "an array over bytes": make.PROTO + glob("numpy", "ndarray") + b"K\x01\x85" + make.text("O") + b"C\x08abcdefgh\x87R.",
+    "a callback of numpy's": make.PROTO
+    + glob("numpy.random._pickle", "__generator_ctor")
+    + make.text("x")
+    + glob("torch.storage", "_load_from_bytes")
+    + b"\x86R.",
+    "a callback of torch's": make.PROTO
+    + glob("torch._tensor", "_rebuild_from_type_v2")
+    + b"("
+    + glob("torch.storage", "_load_from_bytes")
+    + glob("torch", "Tensor")
+    + make.text("x")
+    + b"\x85}tR.",
+    "a harmless name with arguments, called by torch's wrapper": make.PROTO
+    + glob("torch._tensor", "_rebuild_from_type_v2")
+    + b"("
+    + glob("collections", "defaultdict")
+    + glob("torch", "Tensor")
+    + glob("torch.nn.modules.linear", "Linear")
+    + b"\x85}tR.",
+}
+
+
+@pytest.mark.parametrize("program", CALLS.values(), ids=CALLS.keys())
+def test_a_harmless_name_used_harmfully_is_a_danger(program, tmp_path):
+    (tmp_path / "m.pkl").write_bytes(program)
+    assert not wb.scan(tmp_path / "m.pkl")
+    path = make.torch_zip(tmp_path / "m.pt", program)
+    assert not wb.scan(path)
+    with contextlib.suppress(WorkbenchError):
+        assert wb.open(path).dangers
+
+
+def strings_in_strings(levels, times=1500):
+    """A byte string that refers to one byte string many times, and so on inside."""
+    data = b"\x80\x03K\1."
+    for _ in range(levels):
+        data = b"\x80\x03]q\0(B" + struct.pack("<I", len(data)) + data + b"q\1" + b"h\1" * (times - 1) + b"e."
+    return data
+
+
+def archives_in_archives(levels, times=12):
+    data = b"\x80\x02K\1."
+    for _ in range(levels):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for index in range(times):
+                archive.writestr(f"r{index}.x", data)
+        data = buffer.getvalue()
+    return data
+
+
+@pytest.mark.parametrize("data", [strings_in_strings(4), archives_in_archives(6)], ids=["byte strings", "archives"])
+def test_files_inside_files_end_soon(data, tmp_path):
+    (tmp_path / "m.bin").write_bytes(data)
+    started = time.process_time()
+    report = wb.scan(tmp_path / "m.bin")
+    assert time.process_time() - started < 3 * SECONDS
+    assert report.pickles or not report
+
+
+@pytest.mark.parametrize("odd", ["a folder", "a pipe", "a broken link", "a link that leads away"])
+def test_what_is_no_file_beside_a_checkpoint_does_not_hide_it(odd, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"w": torch.ones(2)}, folder / "model.pt")
+    config = folder / "config.json"
+    (tmp_path / "away.json").write_text("{}")
+    {"a folder": config.mkdir, "a pipe": lambda: os.mkfifo(config), "a broken link": lambda: config.symlink_to("none.json"),
+     "a link that leads away": lambda: config.symlink_to(tmp_path / "away.json")}[odd]()  # fmt: skip
+    ckpt = wb.open(folder)
+    assert ckpt["w"].load().tolist() == [1, 1]
+    assert "config.json" not in ckpt.metadata
+    assert [finding.kind for finding in ckpt.findings] == ["other files"]
