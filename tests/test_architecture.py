@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import workbench
+import workbench.tensors
 
 ROOT = Path(workbench.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
@@ -37,6 +38,8 @@ SHARED = {
         "packed",
         "known_globals",
         "numpy_objects",
+        "python_objects",
+        "torch_states",
         "writing",
         "torch_kernels",
     },

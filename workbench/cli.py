@@ -101,7 +101,9 @@ def _scan(args: argparse.Namespace) -> int:
 
         print(to_json(sarif(reports)))
     elif args.html:
-        page = '<!doctype html><meta charset="utf-8"><title>workbench scan</title>' + "".join(f"<h3>{html.escape(visible(report.path))}</h3>{report._repr_html_()}" for report in reports)
+        page = '<!doctype html><meta charset="utf-8"><title>workbench scan</title>' + "".join(
+            f"<h3>{html.escape(visible(report.path))}</h3>{report._repr_html_()}" for report in reports
+        )
         with atomic_write(args.html) as out:
             out.write(page.encode(), 0)
     else:

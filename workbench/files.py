@@ -302,12 +302,12 @@ def contained(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> s
     Raises:
         UnsupportedError: the path leaves the folder.
     """
-    root = os.path.realpath(folder)
-    parent = os.path.dirname(root)
-    if os.path.basename(parent) == "snapshots" and os.path.isdir(os.path.join(os.path.dirname(parent), "blobs")):
-        root = os.path.dirname(parent)
+    roots = [os.path.realpath(folder)]
+    parent = os.path.dirname(roots[0])
+    if os.path.basename(parent) == "snapshots":
+        roots.append(os.path.join(os.path.dirname(parent), "blobs"))
     real = os.path.realpath(path)
-    if os.path.commonpath([root, real]) != root:
+    if all(os.path.commonpath([root, real]) != root for root in roots):
         raise UnsupportedError(
             "the file named lies outside the checkpoint's own folder, and is not read", path=os.fspath(path), hint=f"it leads to {real}"
         )

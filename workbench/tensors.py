@@ -289,7 +289,12 @@ def spans_of(storage: Any) -> list[Span]:
     """The bytes of files behind a storage of any kind: itself, what it inflates or decodes, or the chunks it is put together from."""
     if isinstance(storage, Span):
         return [storage]
-    return [span for inner in (getattr(storage, "span", None), getattr(storage, "whole", None), *getattr(storage, "chunks", ())) if inner is not None for span in spans_of(inner)]
+    return [
+        span
+        for inner in (getattr(storage, "span", None), getattr(storage, "whole", None), *getattr(storage, "chunks", ()))
+        if inner is not None
+        for span in spans_of(inner)
+    ]
 
 
 def _read_live(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

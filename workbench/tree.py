@@ -107,6 +107,11 @@ def is_tensor(node: Any) -> bool:
     return isinstance(held, LazyTensor) or (isinstance(held, Inert) and (held.dotted in SUBCLASSES or held.dotted in _PART_NAMES))
 
 
+def makes_tensor(node: Any) -> bool:
+    """Whether a node is a tensor, or a call of what makes one, whatever its arguments."""
+    return isinstance(node, LazyTensor) or (isinstance(node, Inert) and (node.dotted in _WRAPPERS or node.dotted in _PART_NAMES))
+
+
 def is_mapping(node: Any) -> bool:
     return isinstance(node, dict) or (isinstance(node, Inert) and node.dotted in _MAPPINGS)
 

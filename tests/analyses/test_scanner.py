@@ -208,6 +208,39 @@ def exported(path, marker):
             archive.writestr(name, data)
 
 
+def in_weights(path, marker, name="data/weights/weight_0"):
+    """A real .pt2 whose config says of a weight without a magic number that it is a pickle."""
+    exported(path, marker)
+    records = {entry: zipfile.ZipFile(path).read(entry) for entry in zipfile.ZipFile(path).namelist()}
+    root = next(iter(records)).partition("/")[0]
+    kind = name.split("/")[1]
+    records[f"{root}/data/sample_inputs/model.pt"] = b""
+    config = f"{root}/data/{kind}/model_{kind}_config.json"
+    entry_ = {"path_name": name.rpartition("/")[2], "is_param": False, "use_pickle": True, "tensor_meta": None}
+    records[config] = json.dumps({"config": json.loads(records[config])["config"] | {"weight": entry_}}).encode()
+    records[f"{root}/{name}"] = b"cos\nsystem\n(S'touch %s'\ntR." % str(marker).encode()
+    zip_with(path, **records)
+
+
+def base_256(path, marker):
+    """An old tar whose first member's size is not in octal digits."""
+    tar(path, sys_info=b"N.", storages=b"\x80\x02K\0.\x80\x02].", tensors=b"\x80\x02K\0.", pickle=touch(marker) + b".")
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\x80" + (2).to_bytes(11, "big")
+    data[148:156] = b"%06o\0 " % (256 + sum(data[:148]) + sum(data[156:512]))
+    path.write_bytes(data)
+
+
+def seventeen(path, marker):
+    """tarfile takes the last member of a name."""
+    plain = {"storages": b"\x80\x02K\0.\x80\x02].", "tensors": b"\x80\x02K\0.", "Pickle": b"N."} | {f"f{i}": b"" for i in range(13)}
+    tar(path, **plain, pickle=touch(marker) + b".")
+    data = path.read_bytes()
+    head = bytearray(data[2048:2560].replace(b"Pickle", b"pickle"))
+    head[148:156] = b"%06o\0 " % (256 + sum(head[:148]) + sum(head[156:512]))
+    path.write_bytes(data[:2048] + head + data[2560:])
+
+
 def in_tar_header(path, marker):
     """A tar whose first member's name is a pickle: what runs depends on who reads it."""
     tar(path, **{touch(marker).decode() + ".": b"x"})
@@ -246,6 +279,10 @@ CONTAINERS = {
     "old tar, in pickle": ("torch", lambda p, m: tar(p, storages=b"\x80\x02K\0.\x80\x02].", tensors=b"\x80\x02K\0.", pickle=touch(m) + b".")),
     "old tar, in storages": ("torch", lambda p, m: tar(p, storages=touch(m) + b".", tensors=b"\x80\x02K\0.", pickle=b"N.")),
     "old tar, behind a storage": ("torch", lambda p, m: tar(p, storages=b"\x80\x02K\1." + PROTO + b"(K\7" + text("cpu") + b"ctorch\nFloatStorage\nt." + struct.pack("<qf", 1, 1) + touch(m) + b".", tensors=b"\x80\x02K\0.", pickle=b"N.")),
+    "old tar, its sizes in base-256": ("torch", base_256),
+    "old tar, its seventeenth member": ("torch", seventeen),
+    "weight of a .pt2, protocol 0": ("export", in_weights),
+    "opaque object of a .pt2, protocol 0": ("export", lambda p, m: in_weights(p, m, "data/constants/opaque_obj_0")),
     "object array": ("numpy", numpy_objects),
     "object array in a .npz": ("numpy", lambda p, m: (numpy_objects(p, m), zip_with(p, **{"a.npy": p.read_bytes()}))),
     "sample inputs of a .pt2": ("export", exported),
@@ -568,6 +605,18 @@ def test_many_records_take_little_time(tmp_path):
             archive.writestr(f"a/data/{i}", b"\0\0\x80?")
     start = time.process_time()
     assert scan(tmp_path / "x.pt").ok
+    assert time.process_time() - start < 4
+
+
+def test_many_raw_weights_of_a_program_take_little_time(tmp_path):
+    values = np.random.default_rng(0).standard_normal(2000).astype("f4").tobytes()
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as archive:
+        archive.writestr("m/archive_format", "pt2")
+        archive.writestr("m/archive_version", "0")
+        for i in range(5000):
+            archive.writestr(f"m/data/weights/weight_{i}", values[i % 500 :])
+    start = time.process_time()
+    assert scan(tmp_path / "x.pt2").ok
     assert time.process_time() - start < 4
 
 

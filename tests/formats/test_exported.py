@@ -308,7 +308,7 @@ def test_a_pickle_in_the_sample_inputs_is_a_danger_and_is_not_run(kind, layout, 
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("kind", ["torch zip", "protocol 4"])
+@pytest.mark.parametrize("kind", ["torch zip", "protocol 0", "protocol 4"])
 def test_a_weight_said_to_be_a_pickle_is_a_danger_and_is_not_run(kind, tmp_path):
     """Flipping `use_pickle` is enough to have torch.export.load run a weight's bytes."""
     path, mark = saved(tmp_path / "m.pt2"), tmp_path / "mark"
@@ -316,8 +316,33 @@ def test_a_weight_said_to_be_a_pickle_is_a_danger_and_is_not_run(kind, tmp_path)
     changed(with_entry(path, "fc.bias", entry_use_pickle=True), {f"data/weights/{payload}": PICKLES[kind](Evil(mark))})
     ckpt = wb.open(path)
     assert [name.rpartition(".")[2] for name in ckpt.dangers] == ["system"]
+    assert any("system" in found.message for found in wb.scan(path).dangers)
     assert "fc.weight" in ckpt
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("file", ["custom_obj_0", "x/data/constants/custom_obj_0"])
+def test_a_weight_called_as_a_constant_is_a_pickle_all_the_same(file, tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    config = config_of(path)
+    config["config"]["fc.bias"] |= {"path_name": file, "use_pickle": True}
+    rewritten(path, records_of(path) | {f"m/data/weights/{file}": pickle.dumps(Evil("x"), 0)})
+    ckpt = wb.open(changed(path, {"model_weights_config.json": json.dumps(config).encode()}))
+    assert [name.rpartition(".")[2] for name in ckpt.dangers] == ["system"]
+
+
+@pytest.mark.parametrize("use_pickle", [True, False])
+def test_an_opaque_object_is_a_pickle_whatever_its_entry_says(use_pickle, tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    config, weight = config_of(path, "constants"), config_of(path)["config"]["fc.bias"]
+    config["config"]["thing"] = weight | {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": use_pickle}
+    records = records_of(path) | {"m/data/constants/opaque_obj_0": pickle.dumps(Evil(tmp_path / "mark"), 0).ljust(256, b".")}
+    changed(rewritten(path, records), {"model_constants_config.json": json.dumps(config).encode()})
+    code = f"import torch; torch.export.load({str(path)!r})"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=False, timeout=120)
+    assert (tmp_path / "mark").exists()
+    assert [name.rpartition(".")[2] for name in wb.open(path).dangers] == ["system"]
+    assert any("opaque_obj_0" in found.message for found in wb.scan(path).dangers)
 
 
 def test_a_pickled_weight_that_is_plain_is_listed(tmp_path):
@@ -441,6 +466,7 @@ GRAPHS = {
         }
     },
     "a signature without end": {"graph_module": {"signature": {"input_specs": [{"user_input": {"arg": {"as_int": n}}} for n in range(50_000)]}}},
+    "arguments called as versions": {"torch_version": "2", "schema_version": {"major": 8}, "graph_module": {"signature": {"input_specs": [{"torch_version": {"arg": {"name": "x"}}}], "output_specs": [{"schema_version": {"arg": {"name": "major"}}}]}}},
     "odd versions": {"schema_version": [1], "opset_version": "x", "torch_version": {"a": []}},
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from workbench.errors import CorruptFileError
+from workbench.errors import CorruptFileError, FormatError
 from workbench.files import file_ref
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects
@@ -404,7 +404,7 @@ def both_ways(program, path):
         vm = Machine(program, persistent=objects.persistent, construct=objects.construct, torch=objects if template else None)
         try:
             results.append((True, vm.run(), vm, objects.taken))
-        except CorruptFileError:
+        except FormatError:
             results.append((False, None, vm, objects.taken))
     return results
 

@@ -329,12 +329,6 @@ def test_an_old_tensor_met_again_is_the_same_tensor(tmp_path):
     assert ckpt.aliases == {"w.1": "w.0"}
 
 
-def test_an_old_tensor_whose_state_never_comes_stays_inert(tmp_path):
-    ckpt = wb.open(by_hand(tmp_path, b"ctorch\nFloatTensor\n)R"))
-    assert list(ckpt) == []
-    assert pickle.loads(pickle.dumps(ckpt)).tree["w"].dotted == "torch.FloatTensor"
-
-
 def legacy(value, storages):
     """A stream of torch.save before 1.6: four pickles, the keys, and each storage behind its length."""
 

@@ -6,6 +6,7 @@ import struct
 import tarfile
 import time
 
+import numpy as np
 import pytest
 import torch
 from conformance import FormatTests
@@ -150,6 +151,7 @@ def test_the_parts_put_together_are_a_file_that_torch_reads(tmp_path):
     assert torch.load(path, weights_only=False)["w"].tolist() == wb.open(path)["w"].load().tolist() == [0, 1, 2]
 
 
+SHARED = b"]q\0" + b"".join(b"0(h%ch%cl" % (n, n) + b"q%c" % (n + 1) for n in range(60))  # written out it has no end
 REFUSED = {
     "more storages than told": one(storages=counted(2, STORAGE, DATA, NONE)),
     "fewer than no storages": one(storages=counted(-1, NONE)),
@@ -160,6 +162,9 @@ REFUSED = {
     "a storage of another class": one(storages=counted(1, pickle.dumps((5000, "cpu", dict), 2), DATA, NONE)),
     "a storage whose id is text": one(storages=counted(1, pickle.dumps(("5000", "cpu", torch.FloatStorage), 2), DATA, NONE)),
     "a storage whose id is a list": one(storages=counted(1, pickle.dumps(([], "cpu", torch.FloatStorage), 2), DATA, NONE)),
+    "a storage whose id is lists in lists": one(storages=counted(1, b"\x80\x02(" + SHARED + text("cpu") + b"ctorch\nFloatStorage\nt.", DATA, NONE)),
+    "a tensor whose id is lists in lists": one(tensors=counted(1, b"\x80\x02(" + SHARED + b"K\1ctorch\nFloatTensor\nt.", VIEW)),
+    "a storage whose id has 6,000 digits": one(storages=counted(1, pickle.dumps((1 << 20000, "cpu", torch.FloatStorage), 2), DATA, NONE)),
     "a storage twice": one(storages=counted(2, STORAGE, DATA, STORAGE, DATA, NONE)),
     "more elements than bytes": one(storages=counted(1, STORAGE, struct.pack("<q", 2**61), NONE)),
     "fewer elements than none": one(storages=counted(1, STORAGE, struct.pack("<q", -1), NONE)),
@@ -264,6 +269,97 @@ def test_sizes_in_base_256_are_read(tmp_path):
         data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
     path.write_bytes(data)
     assert torch.load(path, weights_only=False)["w"].tolist() == wb.open(path)["w"].load().tolist() == [0, 1, 2]
+
+
+def number(value, width, spelling="octal"):
+    """A number of a tar header: as POSIX writes it, and as Python's int() and GNU's base-256 read it too."""
+    if spelling == "base-256":
+        return b"\x80" + value.to_bytes(width - 1, "big")
+    digits = f"{value:o}"
+    told = {"plus": f"+{digits}", "prefix": f"0o{digits}", "underscore": f"{digits[0]}_{digits[1:]}".rstrip("_")}
+    return told.get(spelling, digits.zfill(width - 1)).encode().ljust(width)
+
+
+def in_tar(front, size, spelling="octal", fill=b" "):
+    """`front` as a tar header: its first 100 bytes are the name. By itself it has no NULs, and may be text in another format."""
+    head = bytearray(front[:100].ljust(100, b"x") + fill * 412)
+    head[100:108], head[124:136], head[156:157] = b"0000644 ", number(size, 12, spelling), b"0"
+    if spelling == "signed":
+        head[300:304] = "éé".encode()
+    total = 256 + sum(struct.unpack("148b8x356b" if spelling == "signed" else "148B8x356B", head))
+    head[148:156] = number(total, 8, spelling)
+    return bytes(head)
+
+
+def member(name, data, spelling="octal"):
+    return in_tar(name.encode().ljust(100, b"\0"), len(data), spelling, b"\0") + data + bytes(-len(data) % 512)
+
+
+SPELLINGS = ["octal", "plus", "prefix", "underscore", "base-256", "signed"]
+
+
+def in_legacy_file(spelling, members):
+    """A file as torch 1.0 wrote it, with its header in a string of the system's description, and a tar behind it."""
+    out = io.BytesIO()
+    torch.save({"w": torch.arange(4.0)}, out, _use_new_zipfile_serialization=False)
+    out.seek(0)
+    front = b"".join(pickle.dumps(pickle.load(out), 2) for _ in range(2)) + b"\x80\x02}X\1\0\0\0aX"
+    pickle.load(out)
+    tail = b"s." + out.read()
+    front += struct.pack("<I", 512 - len(front) - 4)
+    return in_tar(front, len(tail), spelling) + tail + bytes(-len(tail) % 512) + members
+
+
+def in_safetensors(spelling, members):
+    """A header with a long text in it, and one tensor that is the rest of the tar."""
+    text_ = b'{"__metadata__":{"k":"'
+    tail = b'"},"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (len(members), len(members))
+    tail += b" " * (-len(tail) % 512)
+    front = struct.pack("<Q", 512 - 8 + len(tail)) + text_
+    return in_tar(front, len(tail), spelling) + tail + members
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("other", [in_legacy_file, in_safetensors])
+def test_a_file_that_is_a_tar_and_something_else_is_refused(other, spelling, tmp_path):
+    """torch.load asks Python's tarfile before anything but zip."""
+    made = {"storages": pickle.dumps(0, 2) + NONE, "tensors": pickle.dumps(0, 2), "pickle": pickle.dumps({"a": 1}, 2)}
+    path = tmp_path / "model.pt"
+    path.write_bytes(other(spelling, b"".join(member(*item) for item in made.items()) + bytes(1024)))
+    assert torch.load(path, weights_only=False) == {"a": 1}
+    with pytest.raises(CorruptFileError, match="tar archive"):
+        wb.open(path)
+    assert {"polyglot", "unreadable"} <= {finding.kind for finding in wb.scan(path).dangers}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_numbers_are_read_as_tarfile_reads_them(spelling, tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"".join(member(name, data, spelling) for name, data in one().items()) + bytes(1024))
+    assert torch.load(path, weights_only=False)["w"].tolist() == wb.open(path)["w"].load().tolist() == [0, 1, 2]
+
+
+def test_an_array_whose_bytes_are_a_header_by_chance_is_an_array(tmp_path):
+    """A blank checksum is 0, and 0 is the signed sum of some arrays."""
+    values = np.zeros(1000, "u1")
+    np.save(tmp_path / "a.npy", values)
+    above = 256 + sum(struct.unpack("128b", (tmp_path / "a.npy").read_bytes()[:128]))
+    values[250 : 250 + above // 128], values[380] = 0x80, 256 - above % 128
+    np.save(tmp_path / "a.npy", values)
+    tarfile.TarInfo.frombuf((tmp_path / "a.npy").read_bytes()[:512], "latin-1", "strict")
+    assert wb.open(tmp_path / "a.npy").format == "npy"
+    assert wb.scan(tmp_path / "a.npy").ok
+
+
+@pytest.mark.parametrize("count", [12, 13, 100])
+def test_an_archive_of_many_members_is_refused_and_not_read_in_part(count, tmp_path):
+    """tarfile takes the last member of a name, and that is the pickle behind all the others."""
+    more = [(f"f{i}", b"") for i in range(count)]
+    path = tarred([*one().items(), *more, ("pickle", pickle.dumps({"a": 1}, 2))], tmp_path / "m.pt", lambda info: setattr(info, "mtime", 0))
+    assert torch.load(path, weights_only=False) == {"a": 1}
+    with pytest.raises(FormatError):
+        wb.open(path)
+    assert not wb.scan(path)
 
 
 @pytest.mark.parametrize("names", [["a.txt", "b/c.pt"], [f"{i:05}.jpg" for i in range(500)], []])

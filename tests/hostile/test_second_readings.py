@@ -69,6 +69,18 @@ CALLS = {
     + glob("torch", "Tensor")
     + make.text("x")
     + b"\x85}tR.",
+    "a loader put where pickle calls it": make.PROTO
+    + glob("types", "SimpleNamespace")
+    + b")R}"
+    + make.text("append")
+    + glob("torch.storage", "_load_from_bytes")
+    + b"sbC\x01xa.",
+    "a loader put where BUILD calls it": make.PROTO
+    + glob("argparse", "Namespace")
+    + b")\x81}"
+    + make.text("__setstate__")
+    + glob("torch.storage", "_load_from_bytes")
+    + b"sbC\x01xb.",
     "a harmless name with arguments, called by torch's wrapper": make.PROTO
     + glob("torch._tensor", "_rebuild_from_type_v2")
     + b"("
@@ -130,3 +142,21 @@ def test_what_is_no_file_beside_a_checkpoint_does_not_hide_it(odd, tmp_path):
     assert ckpt["w"].load().tolist() == [1, 1]
     assert "config.json" not in ckpt.metadata
     assert [finding.kind for finding in ckpt.findings] == ["other files"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        make.PROTO + b"}(" + b"K\x01" + b"".join(b"q\0(h\0h\0\x86h\0\x91" for _ in range(45)) + b"Nu.",
+        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + b"\x80\x02" + b"K\x01" + b"".join(b"q\0h\0\x86" for _ in range(45)) + b".",
+        make.PROTO + glob("numpy", "dtype") + b"K\x01" + b"".join(b"q\0h\0\x86" for _ in range(45)) + b"\x85R.",
+    ],
+    ids=["a key of frozensets", "a version of tuples", "a dtype of tuples"],
+)  # fmt: skip
+def test_what_repeats_itself_is_never_spelled_out(data, tmp_path):
+    (tmp_path / "m.pt").write_bytes(data)
+    started = time.process_time()
+    assert not wb.scan(tmp_path / "m.pt")
+    with contextlib.suppress(WorkbenchError):
+        str(wb.open(tmp_path / "m.pt"))
+    assert time.process_time() - started < 2 * SECONDS

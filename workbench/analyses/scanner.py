@@ -25,15 +25,17 @@ from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, MissingFileError, SelectionError, UnknownFormatError, WorkbenchError, located
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
-from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, open_file, open_folder
+from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, PLAIN, WRAPPER, danger_findings, judge, misuses
 from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, payload_span
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_archive import pickle_roots
+from workbench.formats.torch_tar import walk
 from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
 from workbench.tensors import parts
 from workbench.tree import NOTHING, Global, Inert
 
+_HEAD = 4096  # which is_tar wants to see
 _FIRST_READ, _LAST_READ = 1 << 16, 32 << 20  # of one pickle; a longer one is read by pages, its long payloads stepped over
 _MOST_READ = 256 << 20  # of one packed record
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
@@ -57,7 +59,6 @@ _SCRIPT_PICKLES = re.compile(
 _CLIMBS = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 _PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
 _PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
-_is_tar: Callable[[bytes], bool] = next(form.claims for form in FILES if form.name == "torch-tar")
 
 _LEAF = Inert(Global("torch", "Tensor"))
 _LEAVES = SimpleNamespace(form=lambda *_: _LEAF, template_tensor=lambda *_: _LEAF, run=lambda _, forms: forms)  # no tensors are made here
@@ -237,7 +238,7 @@ class _Scan:
         cuts = [span.nbytes]
         while cuts[-1] and len(cuts) < 100_000 and (start := _archive_start(span, cuts[-1])) is not None:
             cuts.append(start)
-        front, head = cuts[-1], span.read(0, 512)
+        front, head = cuts[-1], span.read(0, _HEAD)
         if (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
@@ -250,8 +251,8 @@ class _Scan:
             self.carve(rest)
         elif front:
             self.run_all(rest, sure=sure)
-            if _is_tar(head):
-                self.tar(rest)
+            if is_tar(head):
+                self.tar(rest, head)
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
                 length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
                 if length <= front and (length > _FIRST_READ or _OBJECTS.search(span.read(10, length))):
@@ -275,11 +276,13 @@ class _Scan:
                     storage = index.storage(name)
                     payload = storage if isinstance(storage, Span) else storage.span
                     record.prove(source.pread, payload.start)
-                    head = source.pread(payload.start, min(16, record.size)) if payload is storage else read_span(storage, 0, 16)
+                    count = _HEAD if kind == "torch-export" else 16  # whose records torch may unpickle, as their config says
+                    head = source.pread(payload.start, min(count, record.size)) if payload is storage else read_span(storage, 0, count)
                     if self.crc and record.crc and checksum(storage) != record.crc:  # torch writes 0 where it was told to count none
                         where = piece.inner(payload, name).place()
                         self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
-                    if _is_marked(head) or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
+                    may_run = _is_marked(head) or (kind == "torch-export" and _acts(head))
+                    if may_run or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
                         self.record(piece, index, name, head, kind)
                 except FormatError as error:
                     self.refuse(error, piece.inner(piece.span, name).place()._replace(position=None))
@@ -316,22 +319,22 @@ class _Scan:
             if found is not None and not _RAW_VALUES.search(name):
                 self.content(piece.inner(found, name), sure=name.endswith("data.pkl"))
 
-    def tar(self, piece: _Piece) -> None:
+    def tar(self, piece: _Piece, head: bytes) -> None:
         """The members of an old torch file: `storages` and `tensors` are pickles with other bytes between."""
-        at = 0
-        while (head := piece.span.read(at, at + 512)).strip(b"\0") and at < piece.span.nbytes:
-            name, size = head[:100].partition(b"\0")[0].decode("utf-8", "replace"), head[124:136].strip(b" \0")
-            at += 512
-            rest = piece.span.nbytes - at
-            nbytes = int(size, 8) if re.fullmatch(rb"[0-7]+", size) else rest
-            member = piece.inner(piece.span.part(at, max(0, min(nbytes, rest))), name)
-            if name in _GAPS:
-                self.run_all(member, sure=True, gap=_GAPS[name])
-            else:
-                self.content(member, sure=name == "pickle")
-            if name not in ("pickle", "storages", "tensors", "sys_info"):
-                self.tell(STRAY, "danger", f"{member.name} is no member of a torch file", member.place())
-            at += -(-nbytes // 512) * 512
+        if other := next((form.title for form in FILES if form.name != "torch-tar" and form.claims(head)), None):
+            what = f"a tar archive to torch.load and begins as {other}: what it is depends on who reads it"
+            self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
+        try:
+            for name, span in walk(piece.span):
+                member = piece.inner(span, name)
+                if name in _GAPS:
+                    self.run_all(member, sure=True, gap=_GAPS[name])
+                else:
+                    self.content(member, sure=name == "pickle")
+                if name not in ("pickle", "storages", "tensors", "sys_info"):
+                    self.tell(STRAY, "danger", f"{member.name} is no member of a torch file", member.place())
+        except FormatError as error:
+            self.refuse(error, piece.place())
 
     # pickles
 
@@ -382,7 +385,9 @@ class _Scan:
             self.uses.append(GlobalUse(found.dotted, verdict, use, why, piece.place(at + offset)))
         self.loads &= machine.proto == 2 and not any(node.items or node.elements for node in made)
         self.element_types |= {
-            str(node.args[0]) for node in made if node.dotted == "numpy.dtype" and isinstance(node.args, tuple) and node.args
+            node.args[0]
+            for node in made
+            if node.dotted == "numpy.dtype" and isinstance(node.args, tuple) and node.args and isinstance(node.args[0], str)
         }
 
     def strings(self, piece: _Piece, root: Any, made: list[Inert]) -> None:
@@ -393,6 +398,16 @@ class _Scan:
             found = piece.span.part(data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
             if found is not None and found.nbytes > 3 and (count < _MOST_STRINGS or id(data) in given or _is_marked(found.read(0, 6))):
                 self.content(piece.inner(found, "byte string"), sure=id(data) in given)
+
+
+def _acts(head: bytes) -> bool:
+    """Whether a pickle that begins with these bytes names something, ends, or goes on behind them; raw numbers break off at once."""
+    machine = _Sequential(head, persistent=lambda _: _LEAF, construct=lambda node: node)
+    try:
+        machine.run()
+    except FormatError:
+        return bool(machine.short or machine.globals or machine.calls)
+    return True
 
 
 _Outcome = tuple[Machine, list[Inert], Any, FormatError | None]
@@ -484,7 +499,7 @@ def _archive_start(span: Span, end: int) -> int | None:
 
 def _inflated(body: bytes) -> bytes:
     try:
-        return zlib.decompressobj(-15).decompress(body, _MOST_READ // 4)
+        return zlib.decompressobj(-15).decompress(body, 64 * len(body) + (1 << 20))
     except zlib.error:
         return body
 

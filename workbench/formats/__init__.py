@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,12 +59,13 @@ def _is_shard_index(head: bytes) -> bool:
     return head.lstrip()[:1] == b"{" and b'"weight_map"' in head
 
 
-def _is_tar(head: bytes) -> bool:
-    """A tar header proves itself by its checksum; old ones have no magic."""
-    told = head[148:156].strip(b" \0")
-    return (
-        len(head) >= 512 and told.isdigit() and not told.strip(b"01234567") and int(told, 8) == sum(head[:148]) + 256 + sum(head[156:512])
-    )
+# how a tar header's numbers may begin: octal as Python's int() reads it, base-256, or nothing
+_TAR_NUMBERS = re.compile(rb".{100}(?:N.{7}){3}(?:N.{11}){2}N".replace(b"N", rb"[\0\x80\xff\s\x1c-\x1f+0-7-]"), re.DOTALL)
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether a file with these first bytes is a tar archive to Python's tarfile, which torch.load asks before it looks for a pickle."""
+    return _TAR_NUMBERS.match(head) is not None and bool(importlib.import_module("workbench.formats.torch_tar").is_tar(head))
 
 
 def _holds(*names: str) -> Callable[[Collection[str]], bool]:
@@ -74,13 +76,13 @@ def _roots(records: Collection[str]) -> list[str]:
     return importlib.import_module("workbench.formats.torch_archive").pickle_roots(records)  # type: ignore[no-any-return]
 
 
-# by the first bytes of the file
+# by the first bytes of the file; a tar comes first, for torch.load takes it for one whatever else it is
 FILES = (
+    Format("torch-tar", "old PyTorch tar", "torch_tar", is_tar),
     Format("safetensors", "safetensors", "safetensors_file", _is_safetensors),
     Format("sharded-safetensors", "sharded", "sharded", _is_shard_index),
     Format("gguf", "GGUF", "gguf_file", _starts(b"GGUF")),
     Format("npy", "NumPy", "numpy_file", _starts(b"\x93NUMPY")),
-    Format("torch-tar", "old PyTorch tar", "torch_tar", _is_tar),
     Format("pickle", "legacy PyTorch", "torch_legacy", _starts(b"\x80")),
 )
 # what needs a closer look than a magic number, tried when nothing else claims the file; `claims` gets the FileRef

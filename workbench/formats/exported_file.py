@@ -49,6 +49,7 @@ _DTYPES = {
 # where a model's parts lie: the stem of its weights and that of its constants, its sample inputs and its graph
 _PLACES = ("data/weights/{}", "data/constants/{}", "data/sample_inputs/{}.pt", "models/{}.json")
 _OLDER = ("serialized_state_dict", "serialized_constants", "serialized_example_inputs.pt", "serialized_exported_program.json")
+_OBJECT = re.compile(r"(?:[^/]+/)?data/constants/(custom|opaque)_obj_")  # known by its name, whatever its entry says
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _SYMBOL = re.compile(r"Symbol\('(\w+)'[^()]*\)")
 _HINT = "torch.export.load runs the pickles in it: use that only if you trust its author"
@@ -126,7 +127,7 @@ def _payloads(index: ZipIndex, stem: str, byteorder: str, findings: list[Finding
         for name, entry in config.items():
             with located(tensor=name):
                 payload = f"{folder}/{_at(entry, 'path_name')}"
-                pickled = _at(entry, "use_pickle")
+                pickled = _at(entry, "use_pickle") or _OBJECT.match(payload)
                 out[name] = _pickled(index, payload, findings) if pickled else _tensor(index, objects, payload, _at(entry, "tensor_meta"))
     findings += objects.troubles
     return out
@@ -162,7 +163,7 @@ def _pickled(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
     where = {"record": record}
     try:
         storage = index.storage(record)
-        if "/custom_obj_" in record:
+        if (known := _OBJECT.match(record)) and known[1] == "custom":
             findings.append(Finding("object not read", "warning", "the state of a C++ object is listed nowhere", where))
         elif isinstance(storage, Span) and storage.read(0, 2) == b"PK":
             return _torch_file(index, record, findings)
@@ -200,7 +201,8 @@ def _program(index: ZipIndex, record: str, findings: list[Finding]) -> dict[str,
         findings.append(Finding("graph not read", "info", error.message, {"record": record}))
         return {}
     values, signature = _at(model, "graph_module", "graph", "tensor_values"), _at(model, "graph_module", "signature")
-    program: dict[str, Any] = {key: _at(model, key) for key in ("torch_version", "schema_version", "opset_version")}
+    versions = {key: _at(model, key) for key in ("torch_version", "schema_version", "opset_version")}
+    groups: dict[str, dict[str, str]] = {}
     for side in ("input_specs", "output_specs"):
         specs = _at(signature, side)
         for spec in specs[:_SHOWN] if isinstance(specs, list) else ():
@@ -208,9 +210,9 @@ def _program(index: ZipIndex, record: str, findings: list[Finding]) -> dict[str,
                 arg = _at(body, "arg")
                 name = next((n for n in (_at(arg, "as_tensor", "name"), _at(arg, "name")) if isinstance(n, str)), None)
                 target = next((text for key, text in body.items() if key.endswith("_name")), None) if isinstance(body, dict) else None
-                group = program.setdefault(kind, {})
+                group = groups.setdefault(kind, {})
                 group[name or str(len(group))] = target or (_described(_at(values, name)) if name else str(arg)[:200])
-    return program
+    return groups | versions  # a kind of argument that is called as a version is gives way to it
 
 
 def _described(meta: Any) -> str:

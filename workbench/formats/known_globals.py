@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from workbench.checkpoint import Finding
 from workbench.dtypes import DTYPES
 from workbench.formats.pickle_vm import Machine
 from workbench.tables import shorten
-from workbench.tree import NOTHING, Global, Inert, plain
+from workbench.tree import NOTHING, Global, Inert
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
@@ -138,6 +138,7 @@ _HARMLESS: tuple[tuple[Literal["call", "new", "name"], str, str], ...] = (
 )  # fmt: skip
 _RANDOM = frozenset(_named("numpy.random._pickle: __bit_generator_ctor __generator_ctor __randomstate_ctor"))
 _ARRAYS = frozenset(_named("numpy: matrix ndarray record recarray; numpy.rec: recarray; numpy.ma: MaskedArray; numpy.ma.core: MaskedArray"))
+_CALLED_BY_PICKLE = frozenset({"append", "extend", "add", "__setstate__", "__setitem__", "__reduce__", "__reduce_ex__", "__getattr__"})
 _ELEMENT = re.compile(r"[<>=|]?[biufcSUVmMO]\d*|\?")
 NESTED = "torch.storage._load_from_bytes"  # loads a whole pickle
 WRAPPER = "torch._tensor._rebuild_from_type_v2"  # plain, and calls its first argument
@@ -191,8 +192,11 @@ def misuses(made: Iterable[Inert]) -> dict[str, str]:
     for node in _with_inner_calls(made):
         rule = HARMLESS[node.dotted][0] if node.dotted in HARMLESS else None
         args = node.args if isinstance(node.args, tuple) else ()
-        if any(isinstance(arg, Global) and arg.dotted == NESTED for arg in args):
-            out[NESTED] = "is handed to a call, which may give it any bytes to load"
+        if any(held.dotted == NESTED for held in _globals_in((args, node.state, node.items, node.elements))):
+            out[NESTED] = "is handed on as a value, and whatever calls it may give it any bytes to load"
+        for key, value in node.state.items() if isinstance(node.state, dict) else ():
+            if key in _CALLED_BY_PICKLE and isinstance(value, Global):
+                out[value.dotted] = f"is put where pickle calls it, as {key}"
         if rule == "name":
             out[node.dotted] = "is only harmless where it is not called, and here it is"
         elif rule == "new" and (not node.new or node.args or node.kwargs):
@@ -201,7 +205,7 @@ def misuses(made: Iterable[Inert]) -> dict[str, str]:
             out[node.dotted] = "calls what it is given, and that is more than the name of a generator"
         elif node.dotted in _ARRAYS:
             out[node.dotted] = "is only harmless where NumPy's own functions make it, and here it is called"
-        elif node.dotted == "numpy.dtype" and not (args and isinstance(args[0], str) and _ELEMENT.fullmatch(args[0])):
+        elif node.dotted == "numpy.dtype" and not (args and _is_element(args[0])):
             out[node.dotted] = "is made from something that is no code of an element type"
         elif node.dotted == "copyreg._reconstructor" and not (len(args) == 3 and _is_base(args[1])):
             out[node.dotted] = "makes an object by the rules of a class that is no plain container"
@@ -218,6 +222,25 @@ def _with_inner_calls(made: Iterable[Inert]) -> Iterator[Inert]:
         yield node
         if node.dotted == WRAPPER and isinstance(node.args, tuple) and len(node.args) == 4 and isinstance(node.args[0], Global):
             yield Inert(node.args[0], node.args[2])
+
+
+def _globals_in(value: object) -> Iterator[Global]:
+    """The globals in containers that lie in each other, as far as a call or an object's state is looked into."""
+    pending, budget = [(value, 0)], 10_000
+    while pending and budget:
+        node, depth = pending.pop()
+        budget -= 1
+        if isinstance(node, Global):
+            yield node
+        elif depth < 5 and isinstance(node, (dict, list, tuple, set, frozenset)) and len(node) <= budget:
+            pending += [(item, depth + 1) for item in (node.values() if isinstance(node, dict) else node)]
+
+
+def _is_element(value: object) -> bool:
+    """Whether a numpy.dtype is made from a code, or from the class of records, whose fields its state tells."""
+    if isinstance(value, Global):
+        return value.dotted == "numpy.record"
+    return isinstance(value, str) and _ELEMENT.fullmatch(value) is not None
 
 
 def _is_random(value: object) -> bool:
@@ -244,9 +267,22 @@ def _holds_objects(dtype: object, depth: int = 8) -> bool:
         state[2],
         *(state[4].values() if isinstance(state[4], dict) else ()),
     ]  # (type, shape) of the items, (type, offset) of each field
-    return str(dtype.args[:1]).startswith("('O") or any(
+    code = dtype.args[0] if dtype.args and isinstance(dtype.args[0], str) else ""
+    return code.lstrip("<>=|").startswith("O") or any(
         _holds_objects(part[0], depth - 1) for part in inner if isinstance(part, tuple) and part
     )
+
+
+def _preview(args: Any) -> str:
+    """The arguments of a call, as far as they are short and plain."""
+    shown = []
+    for arg in args[:3] if isinstance(args, tuple) else ():
+        texts = arg if isinstance(arg, (list, tuple)) and len(arg) < 9 and all(isinstance(item, str) for item in arg) else None
+        simple = isinstance(arg, (str, bytes, bool, float)) or (isinstance(arg, int) and arg.bit_length() < 64)
+        shown.append(
+            shorten(repr(arg[:200] if isinstance(arg, (str, bytes)) else arg), 80) if simple or texts else f"a {type(arg).__name__}"
+        )
+    return f"({', '.join(shown)}{', …' if isinstance(args, tuple) and len(args) > 3 else ''})"
 
 
 def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = ()) -> list[Finding]:
@@ -275,7 +311,7 @@ def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = 
             harmless[found.dotted] = offset
         elif verdict != "plain":
             called = "would call" if found.dotted in machine.calls else "refers to"
-            with_what = f" with {shorten(str(plain(given[found.dotted], 2)), 80)}" if found.dotted in given else ""
+            with_what = f" with {_preview(given[found.dotted])}" if found.dotted in given else ""
             message = f"the pickle {called} {found.dotted}{with_what}, which {why}; it was not imported"
             hint = 'the values stay readable here; wb.save(ckpt, path, unsafe="drop") writes a file without it'
             out.append(Finding("forbidden global", "danger", message, {"global": found.dotted, "offset": offset}, hint))

@@ -20,12 +20,13 @@ from typing import Any
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.formats.torch_template import carry_out_one, carry_out_run
 from workbench.tensors import LazyTensor
-from workbench.tree import NOTHING, Global, Inert
+from workbench.tree import NOTHING, Global, Inert, is_mapping, makes_tensor, wrapped
 
 _STRTOL = re.compile(rb"[ \t\n\v\f\r]*[+-]?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z")
 
 
 _CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
+SET_STATE = Global("torch.Tensor", "__setstate__")  # how `construct` is told of a state for what a call made: None, where it took it
 _MAX_OPCODES = 20_000_000  # run singly: several hundred thousand tensors, and some seconds
 _MAX_STACK = 2_000_000  # Python's own pickler empties its stack every 1,000 items
 
@@ -68,6 +69,7 @@ class Machine:
         self.highest = -1  # no memo index above it was written
         self.singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
         self.skipped = False  # whether the template left memo entries unwritten
+        self.merged = 0  # entries of states that were given to one object after another state
         self.end = 0
         self.short = False
         self._frame_end = 0
@@ -316,7 +318,7 @@ class Machine:
             return
         if isinstance(target, dict):
             target.update(pairs)
-        elif isinstance(target, Inert):
+        elif isinstance(target, Inert) and not isinstance(wrapped(target), LazyTensor):
             self.called(target.dotted)
             target.items.update(pairs)
         elif isinstance(target, (list, bytearray)):
@@ -404,13 +406,22 @@ class Machine:
     def op_build(self) -> None:
         state = self._pop()
         target = self._top()
+        is_told = makes_tensor(target) or (isinstance(target, Inert) and is_mapping(target))
+        if is_told and self.construct(Inert(SET_STATE, (target, state))) is None:
+            self.called(SET_STATE.dotted)
+            return
         if isinstance(target, (Inert, LazyTensor, Global)):
-            self.called("torch.Tensor.__setstate__" if isinstance(target, LazyTensor) else _built(target))
+            self.called(SET_STATE.dotted if isinstance(target, LazyTensor) else _built(target))
         elif state is not None and not (type(state) is tuple and len(state) == 2 and state[0] is None and state[1] == {}):
             raise TypeError(f"{_kind(target)} has no state to build")
         if isinstance(target, Inert):
-            merges = isinstance(target.state, dict) and isinstance(state, dict)
-            target.state = {**target.state, **state} if merges else state if target.state is NOTHING else (target.state, state)
+            if isinstance(target.state, dict) and isinstance(state, dict):
+                self.merged += len(target.state) + len(state)
+                if self.merged > _MAX_STACK:
+                    raise ValueError("the states of an object are given again and again")
+                target.state = {**target.state, **state}
+            else:
+                target.state = state if target.state is NOTHING else (target.state, state)
 
     # bytes, frames and the rest
 
@@ -465,7 +476,9 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 def _key(value: Any) -> Any:
     """A dict key or set member, refused where hashing it would never end (shared tuples) or overrun C's stack (deep ones)."""
-    if type(value) is tuple:
+    if isinstance(value, LazyTensor):
+        raise UnsupportedError("a tensor stands as a key, where no name tells it")
+    if type(value) in (tuple, frozenset):
         level, parts = [value], 0
         for _ in range(16):
             parts += sum(map(len, level))

@@ -34,18 +34,18 @@ def read_byteorder(index: ZipIndex, root: str) -> tuple[str, list[Finding]]:
     Raises:
         CorruptFileError: two records differ by the case of their letters alone, for torch would take either for the other.
     """
-    folded = Counter(record.raw_name.lower() for record in index.records.values())
-    if len(folded) != len(index.records):
+    names = "\0".join(index.records)
+    if names != names.lower() and len(folded := Counter(record.raw_name.lower() for record in index.records.values())) != len(
+        index.records
+    ):
         twice = next(name for name, times in folded.items() if times > 1).decode("utf-8", "replace")
         raise CorruptFileError("two records have the same name but for the case of its letters", record=twice, path=index.file.url)
     wanted = f"{root}byteorder"
-    name = next((name for name in index.records if len(name) == len(wanted) and name.lower() == wanted.lower()), None)
+    name = wanted if wanted in index.records else next((name for name in index.records if name.lower() == wanted.lower()), None)
     if name is None:
         return "little", []
     order = read_record(index, name, 64)
     if order not in (b"little", b"big"):
-        raise CorruptFileError(
-            f"the byte order is said to be {order!r}; it can be little or big", record=name, path=index.file.url
-        )
+        raise CorruptFileError(f"the byte order is said to be {order!r}; it can be little or big", record=name, path=index.file.url)
     text = order.decode()
     return text, [] if text == "little" else [Finding("big-endian", "info", "the values are stored big-endian and are swapped when read")]

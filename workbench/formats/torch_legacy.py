@@ -90,7 +90,8 @@ def _open_legacy(whole: Span, head: bytes) -> Checkpoint:
     try:
         pickles.read()
         if (version := pickles.read()) != _VERSION:
-            raise UnsupportedError(f"the container's version is {version!r}; {_VERSION} is read", path=whole.file.url)
+            told = version if type(version) is int and version.bit_length() < 64 else f"a {type(version).__name__}"
+            raise UnsupportedError(f"the container's version is {told}; {_VERSION} is read", path=whole.file.url)
         system, start = pickles.read(), pickles.at
         if isinstance(system, dict) and system.get("little_endian") is False:
             message = "it was written on a big-endian machine; this container stores values little-endian wherever it is written"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -21,13 +21,16 @@ from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Storage
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, WRAPPER, Names, danger_findings
 from workbench.formats.numpy_objects import numpy_number
-from workbench.formats.pickle_vm import Machine
+from workbench.formats.pickle_vm import SET_STATE, Machine
+from workbench.formats.python_objects import made_mapping, made_set, made_value
+from workbench.formats.torch_states import Nowhere, old_parameter, old_tensor, parameter, set_state, with_attributes
 from workbench.strided import extent, row_major
 from workbench.tensors import Block, Derived, LazyTensor, Reads, Stored, TensorSpec
-from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, attributes, is_mapping, is_module, is_tensor, items_of, tensors_aside
+from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, is_mapping, is_module, items_of, tensors_aside, walk, wrapped
 
 Counts = tuple[int, ...]
 _MAX_TROUBLES = 200
+_MAX_COPIED = 1 << 28
 _KERNELS = "workbench.formats.torch_kernels"
 
 
@@ -105,6 +108,9 @@ class TorchObjects:
         self.places: Counter[str] = Counter()  # storages by where they were saved
         self.troubles: list[Finding] = []
         self._told: set[tuple[str, str]] = set()
+        self.aside: list[Any] = []  # what objects hold beside what is listed of them
+        self.encoded: dict[int, tuple[str, bytes]] = {}
+        self._spent = 0
         self.strangers: list[Inert] = []  # what was made of classes and functions that are not plain
 
     @property
@@ -123,7 +129,7 @@ class TorchObjects:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             return pid[1]
         ref = self._ref(pid)
-        spec, stored = TensorSpec(ref.dtype or DTYPES["uint8"], (ref.numel,)), ref.stored or _Nowhere(ref.nbytes)
+        spec, stored = TensorSpec(ref.dtype or DTYPES["uint8"], (ref.numel,)), ref.stored or Nowhere(ref.nbytes)
         bare = Bare(spec, Stored(stored, 0, (1,), self._byteorder), False, ref.trouble)
         bare.__dict__["ref"] = ref
         return bare
@@ -152,7 +158,7 @@ class TorchObjects:
         if spec is None or key in self.storages:
             return self.tensor(self._ref(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
         ref = self.storages[key] = self._storage(key, spec.dtype, numel, place, None)
-        source = Stored(ref.stored or _Nowhere(ref.nbytes), 0, strides, self._byteorder)
+        source = Stored(ref.stored or Nowhere(ref.nbytes), 0, strides, self._byteorder)
         return LazyTensor(spec, source, requires_grad, ref.trouble)
 
     def form(self, cls: Global, place: str, numel: int, offset: int, shape: Counts, strides: Counts, grad: bool) -> Form | None:
@@ -207,14 +213,25 @@ class TorchObjects:
     def _lock(self, trouble: str, key: str) -> None:
         self.tell("values locked", "danger", trouble, {"record": key}, "the tensors on it are listed; their values are refused")
 
+    def spend(self, nbytes: int) -> None:
+        """Pay for a copy of what a pickle may name any number of times."""
+        self._spent += nbytes
+        if self._spent > _MAX_COPIED:
+            raise UnsupportedError("the pickle copies its containers and byte strings beyond all measure")
+
     def construct(self, node: Inert) -> Any:
-        """The tensor that a rebuild call makes, or the call itself, inert."""
+        """The tensor that a rebuild call makes, or the call itself, inert; None where a state went into a tensor."""
+        if node.func is SET_STATE:
+            return set_state(self, node)
         if not isinstance(node.func, Global):
             return node
         dotted = node.func.dotted
         if dotted not in PLAIN or dotted == WRAPPER:
             self.strangers.append(node)
-        build = _REBUILDS.get(dotted) if isinstance(node.args, tuple) else None
+        if node.kwargs or not isinstance(node.args, tuple):
+            self.aside += [node.args, node.kwargs]
+            return node
+        build = _REBUILDS.get(dotted)
         try:
             return node if build is None else build(self, node)
         except FormatError:
@@ -243,16 +260,9 @@ class TorchObjects:
         if trouble is None and span and (offset + span) * dtype.itemsize > storage.nbytes:
             trouble = f"the tensor reaches past the end of storage {storage.key!r} ({storage.nbytes} bytes)"
             self._lock(trouble, storage.key)
-        nowhere = _Nowhere(storage.nbytes) if storage.stored is None else storage.stored
-        return LazyTensor(spec, Stored(nowhere, offset, strides, self._byteorder), bool(requires_grad), trouble)
-
-
-@dataclass(frozen=True)
-class _Nowhere:
-    nbytes: int
-
-    def open(self) -> Any:
-        raise CorruptFileError("the bytes of this storage are in doubt and are not read")
+        nowhere = Nowhere(storage.nbytes) if storage.stored is None else storage.stored
+        order = self._byteorder if storage.dtype else "little"  # torch swaps the bytes of typed storages only
+        return LazyTensor(spec, Stored(nowhere, offset, strides, order), bool(requires_grad), trouble)
 
 
 def _view(ref: StorageRef, view: Any) -> StorageRef:
@@ -334,15 +344,16 @@ def _v3(objects: TorchObjects, node: Inert) -> LazyTensor:
 def _resolved(stored: LazyTensor, bits: Any) -> LazyTensor:
     """The tensor with the conjugate and minus sign that torch may keep beside the bytes (the last argument of a rebuild call)."""
     marks = items_of(bits) if is_mapping(bits) else {}
-    if not (marks.get("conj") or marks.get("neg")):
+    params = {name: name in marks for name in ("conj", "neg")}  # torch looks for the names and not at their values
+    if not any(params.values()):
         return stored
-    params = {"conj": bool(marks.get("conj")), "neg": bool(marks.get("neg"))}
     return _derived("resolve", params, (stored,), stored.spec, requires_grad=stored.requires_grad, locked=stored.locked)
 
 
 def _derived(kernel: str, params: dict[str, Any], parts: tuple[LazyTensor, ...], spec: TensorSpec, **flags: Any) -> LazyTensor:
     reads: Reads = "elements" if kernel in ("resolve", "to_dtype") else "full"
     peak = 3 * sum(part.nbytes for part in parts)
+    parts = tuple(map(replace, parts))  # a state that a part is given later is not this tensor's
     return LazyTensor(spec, Derived(Block(f"{_KERNELS}:{kernel}", params, parts, (spec,), reads, peak=peak), 0), **flags)
 
 
@@ -351,21 +362,15 @@ def _subclass(objects: TorchObjects, node: Inert) -> Any:
     if len(node.args) != 4 or not isinstance(node.args[0], Global) or not isinstance(node.args[2], tuple):
         return node
     func, cls, args, state = node.args
-    inner = objects.construct(Inert(func, args))
+    inner = wrapped(objects.construct(Inert(func, args)))
     if isinstance(inner, LazyTensor):
-        _tell_attributes(objects, state)
-        return Inert(node.func, (func, cls, inner, state))
+        return Inert(node.func, (func, cls, *with_attributes(objects, inner, state, node.dotted == WRAPPER)))
+    if not (len(args) == 1 and is_mapping(args[0])):  # of a jagged tensor, whose parts are listed
+        objects.aside.append(args)
     if isinstance(cls, Global) and cls.name in ("DTensor", "ShardedTensor"):
         message = f"{cls.name}s are listed as the part that this process held; the rest is in the files of the other ranks"
         objects.tell("one rank's part", "warning", message, {"class": cls.dotted})
     return node
-
-
-def _tell_attributes(objects: TorchObjects, state: Any) -> None:
-    names = [str(key) for key, value in attributes(state).items() if is_tensor(value)]
-    if names:
-        message = f"some tensors carry other tensors as attributes, which are not listed: {', '.join(names[:4])}"
-        objects.tell("attributes of a tensor", "info", message, {"names": names[:100]})
 
 
 def _nested(objects: TorchObjects, node: Inert) -> Inert:
@@ -377,45 +382,21 @@ def _nested(objects: TorchObjects, node: Inert) -> Inert:
 def _meta(objects: TorchObjects, node: Inert) -> LazyTensor:
     dtype, shape, _, *grad = node.args
     spec, why = TensorSpec(_dtype(dtype), sizes(shape)), "a meta tensor: it was saved without values"
-    return LazyTensor(spec, Stored(_Nowhere(0), 0, row_major(spec.shape)), bool(grad and grad[0]), why)
+    return LazyTensor(spec, Stored(Nowhere(0), 0, row_major(spec.shape)), bool(grad and grad[0]), why)
 
 
 def _lazy(objects: TorchObjects, node: Inert) -> LazyTensor:
     why = "a lazy parameter: it has no shape and no values yet"
-    return LazyTensor(TensorSpec(DTYPES["float32"], ()), Stored(_Nowhere(0), 0, ()), bool(node.args and node.args[0]), why)
+    return LazyTensor(TensorSpec(DTYPES["float32"], ()), Stored(Nowhere(0), 0, ()), bool(node.args and node.args[0]), why)
 
 
 def _from_device(objects: TorchObjects, node: Inert) -> Any:
     """`_rebuild_device_tensor_from_…(data, dtype, device, requires_grad)`: values that were brought to main memory to be saved."""
-    if len(node.args) != 4 or not isinstance(data := node.args[0], LazyTensor):
+    if len(node.args) != 4 or type(data := node.args[0]) is not LazyTensor:
         return node
     spec = TensorSpec(_dtype(node.args[1]), data.shape)
     made = data if spec == data.spec else _derived("to_dtype", {"dtype": spec.dtype.name}, (data,), spec, locked=data.locked)
     return replace(made, requires_grad=bool(node.args[3]))
-
-
-def _old_tensor(objects: TorchObjects, node: Inert) -> Inert:
-    """`FloatTensor()`, then the state (storage, offset, size, stride): the spelling of torch 0.1."""
-    return Unfinished(node, lambda state: objects.tensor(*state) if isinstance(state, tuple) and len(state) == 4 else None)
-
-
-def _old_parameter(objects: TorchObjects, node: Inert) -> Inert:
-    """`Parameter(data)`, then (requires_grad, volatile, hooks), or all in one state: (data, creator, hooks, requires_grad, volatile)."""
-
-    def finish(state: Any) -> LazyTensor | None:
-        parts = state if isinstance(state, tuple) else ()
-        data, grad = (parts[0], parts[3]) if len(parts) == 5 else ((*node.args, None)[0], parts[0] if len(parts) == 3 else None)
-        return replace(data, requires_grad=bool(grad)) if isinstance(data, LazyTensor) and len(parts) in (3, 5) else None
-
-    return Unfinished(node, finish)
-
-
-def _parameter(objects: TorchObjects, node: Inert) -> Inert:
-    """`_rebuild_parameter(data, requires_grad, hooks[, state])`: the flag belongs to the tensor that people see."""
-    if len(node.args) >= 2 and isinstance(node.args[0], LazyTensor):
-        node.args = (replace(node.args[0], requires_grad=bool(node.args[1])), *node.args[1:])
-        _tell_attributes(objects, node.args[-1])
-    return node
 
 
 _LAYOUT_PARTS = {"sparse_coo": 2, "sparse_csr": 3, "sparse_csc": 3, "sparse_bsr": 3, "sparse_bsc": 3}
@@ -472,42 +453,6 @@ def _is_quantizer(scheme: str, parts: list[Any], shape: Counts) -> bool:
     return parts[2] < len(shape) and lengths == [(shape[parts[2]],)] * 2
 
 
-def _is_key(value: Any) -> bool:
-    """Whether a value can be hashed without harm: tuples that share their parts take forever."""
-    return value is None or isinstance(value, (str, bytes, int, float, Global))
-
-
-def _set(objects: TorchObjects, node: Inert) -> Any:
-    held = node.args[0] if len(node.args) == 1 else None
-    return set(held) if isinstance(held, list) and all(map(_is_key, held)) else node
-
-
-def _ordered(objects: TorchObjects, node: Inert) -> Any:
-    """`OrderedDict([[key, value], …])`, the spelling of Python 2, and `Counter({key: value, …})`, as items."""
-    held = node.args[0] if len(node.args) == 1 else None
-    if isinstance(held, (list, tuple)) and all(isinstance(p, (list, tuple)) and len(p) == 2 and _is_key(p[0]) for p in held):
-        held = dict(held)
-    if isinstance(held, dict):
-        node.items.update(held)
-        node.args = ()
-    return node
-
-
-def _plain_value(objects: TorchObjects, node: Inert) -> Any:
-    """Numbers and byte strings that protocols below 3 spell as calls: complex(re, im), bytearray(bytes), encode(text, 'latin1'), bytes()."""
-    called: tuple[Any, ...] = (node.dotted, *node.args)
-    match called:
-        case ("builtins.complex", float(real), float(imag)):
-            return complex(real, imag)
-        case ("builtins.bytes",):
-            return b""
-        case ("builtins.bytearray", *data) if all(type(part) is bytes for part in data[:1]) and len(data) < 2:
-            return bytearray(*data)
-        case ("_codecs.encode", str(text), "latin1" | "latin-1"):
-            return text.encode("latin-1")
-    return node
-
-
 def _named(names: str, build: Callable[[TorchObjects, Inert], Any]) -> dict[str, Callable[[TorchObjects, Inert], Any]]:
     return dict.fromkeys(names.split(), build)
 
@@ -515,22 +460,22 @@ def _named(names: str, build: Callable[[TorchObjects, Inert], Any]) -> dict[str,
 _KINDS = ("", "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _REBUILDS: dict[str, Callable[[TorchObjects, Inert], Any]] = {
     **{f"numpy.{core}.multiarray.scalar": lambda _, node: numpy_number(node) for core in ("core", "_core")},
-    **{f"torch{where}.{kind}Tensor": _old_tensor for where in ("", ".cuda") for kind in _KINDS},
+    **{f"torch{where}.{kind}Tensor": old_tensor for where in ("", ".cuda") for kind in _KINDS},
     **{f"torch{where}.sparse.{kind}Tensor": _sparse for where in ("", ".cuda") for kind in _KINDS},
     **{
         f"torch._utils._rebuild_{name}": build
         for name, build in {
             **_named("tensor tensor_v2", _v2), "tensor_v3": _v3, "meta_tensor_no_storage": _meta, "nested_tensor": _nested, "sparse_tensor": _sparse,
-            "qtensor": _quantized, **_named("parameter parameter_with_state", _parameter),
+            "qtensor": _quantized, **_named("parameter parameter_with_state", parameter),
             **_named("device_tensor_from_numpy device_tensor_from_cpu_tensor xla_tensor", _from_device),
         }.items()
     },
     **dict.fromkeys(SUBCLASSES, _subclass),
-    **_named("torch.nn.parameter.Parameter torch.autograd.variable.Variable torch.autograd.Variable", _old_parameter),
+    **_named("torch.nn.parameter.Parameter torch.autograd.variable.Variable torch.autograd.Variable", old_parameter),
     **_named("torch.nn.parameter.UninitializedParameter torch.nn.parameter.UninitializedBuffer", _lazy),
-    **_named("builtins.complex builtins.bytes builtins.bytearray _codecs.encode", _plain_value),
-    **_named("collections.Counter collections.OrderedDict", _ordered),
-    "builtins.set": _set,
+    **_named("builtins.complex builtins.bytes builtins.bytearray _codecs.encode", made_value),
+    **_named("collections.Counter collections.OrderedDict collections.defaultdict builtins.dict", made_mapping),
+    "builtins.set": made_set,
 }  # fmt: skip
 
 
@@ -573,7 +518,15 @@ def unpickle(
         error.short = run.short
         raise
     told = danger_findings(run, objects.strangers, plain) + objects.troubles
-    return Unpickled(tree, run, (*told, *device_finding(objects.places), *_model_finding(objects.strangers)))
+    found = (*told, *device_finding(objects.places), *_model_finding(objects.strangers), *_aside_finding(objects.aside))
+    return Unpickled(tree, run, found)
+
+
+def _aside_finding(aside: list[Any]) -> list[Finding]:
+    """What a pickle says of tensors that lie where no name leads: in attributes of containers and tensors, or in calls not followed."""
+    count = sum(isinstance(leaf, LazyTensor) for _, leaf in walk(aside))
+    message = f"{count} tensors are not listed: they lie in attributes of containers and tensors, or in calls that are not followed"
+    return [Finding("tensors not listed", "warning", message, {"count": count})] if count else []
 
 
 def _model_finding(made: Iterable[Inert]) -> list[Finding]:

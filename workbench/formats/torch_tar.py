@@ -10,32 +10,38 @@
 
     tar header  512 bytes: 0 name · 124 size, octal or base-256 · 148 checksum · 156 kind; the data follow, padded to 512
 
-Numbers and elements are little-endian. Only regular members and extended headers that change nothing but dates and owners
-are read; two members of one name are ambiguous, and links are refused.
+Numbers and elements are little-endian. What a header says is decided by Python's tarfile, with which torch reads them. Only regular
+members and extended headers that change nothing but dates and owners are read; two members of one name are ambiguous, links are
+refused, and so is a file that begins as another format too, and an archive of more headers than torch ever wrote.
 
-Source: torch 2.13 torch/serialization.py (_legacy_load.legacy_load); POSIX.1-2008 pax, "ustar Interchange Format".
+Source: torch 2.13 torch/serialization.py (_legacy_load.legacy_load); Python 3.11 Lib/tarfile.py (TarInfo.frombuf, nti, calc_chksums);
+POSIX.1-2008 pax, "ustar Interchange Format".
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import Checkpoint, Finding
 from workbench.errors import CorruptFileError, FormatError, UnknownFormatError
 from workbench.files import FileRef, Span
+from workbench.formats import FILES
 from workbench.formats.known_globals import danger_findings
 from workbench.formats.pickle_blobs import MAX_OPCODES, Pages, kept
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import Bare, TorchObjects, storage_dtype, trailing_finding, unpickle
 from workbench.tree import Global, Inert
 
+if TYPE_CHECKING:
+    from tarfile import TarInfo
+
 _MEMBERS = ("pickle", "storages", "tensors")
-_MOST_MEMBERS = 16
-_BLOCK = 512
-_OCTAL = re.compile(rb"[0-7]+")
+_MOST_HEADERS = 32  # four members have eight at most
+_BLOCK, _HEAD = 512, 4096
+_REGULAR, _SPECIAL = (b"0", b"\0"), b"1234567LKSxgX"  # kinds of members: plain files, and what tarfile treats otherwise
 _RENAMES = re.compile(rb"(?m)(?:^|[0-9] )(?:path|size|linkpath|GNU\.sparse[^=]*)=")
 
 
@@ -46,6 +52,10 @@ def open_file(file: FileRef) -> Checkpoint:
         UnknownFormatError: an archive of something else. CorruptFileError: cut, damaged or ambiguous.
     Cost: the headers, and the three members without the elements.
     """
+    head = Span(file, 0, file.size).read(0, _HEAD)
+    if other := next((form.title for form in FILES if form.name != "torch-tar" and form.claims(head)), None):
+        what = f"the file is a tar archive to torch.load and begins as {other}: what it holds depends on who reads it"
+        raise CorruptFileError(what, path=file.url, hint="do not load it: no program writes such a file by accident")
     found = members(file)
     if not found.keys() & {"sys_info", *_MEMBERS}:
         raise UnknownFormatError("this is a tar archive without a checkpoint in it", path=file.url, hint="unpack it and open what it holds")
@@ -65,44 +75,70 @@ def open_file(file: FileRef) -> Checkpoint:
 
 
 def members(file: FileRef) -> dict[str, Span]:
-    """The first members of a tar archive, by name.
+    """The members of a tar archive, by name.
 
     Raises:
         CorruptFileError: a header is damaged, two members have one name, or one is no regular file.
+        UnknownFormatError: there are more of them than in any checkpoint.
     """
     found: dict[str, Span] = {}
-    at = 0
-    with file.open() as source:
-        while len(found) < _MOST_MEMBERS and (head := source.pread(at, _BLOCK)).strip(b"\0"):
-            name, size, kind = _header(head, at, file)
-            span = Span(file, at + _BLOCK, size)
-            at = span.start + -(-size // _BLOCK) * _BLOCK
-            if span.start + size > file.size:
-                trouble = f"the member ends at byte {span.start + size} and the file at {file.size}: the file is cut"
-            elif kind == b"x" and size <= MAX_OPCODES and not _RENAMES.search(source.pread(span.start, size)):
-                continue
-            elif kind not in (b"0", b"\0"):
-                trouble = "the member is a link, no regular file, or renamed by an extended header, and is not followed"
-            elif name in found:
-                trouble = "two members have the same name, and which one counts is ambiguous"
-            else:
-                found[name] = span
-                continue
-            raise CorruptFileError(trouble, path=file.url, record=name)
+    for name, span in walk(Span(file, 0, file.size)):
+        if name in found:  # tarfile takes the last
+            raise CorruptFileError("two members have the same name, and which one counts is ambiguous", path=file.url, record=name)
+        found[name] = span
     return found
 
 
-def _header(head: bytes, at: int, file: FileRef) -> tuple[str, int, bytes]:
-    """Name, size and kind of the member whose header stands at byte `at`."""
-    told = head[148:156].strip(b" \0")
-    size = head[124:136].strip(b" \0")
-    if len(head) < _BLOCK or not _OCTAL.fullmatch(told) or int(told, 8) != sum(head[:148]) + 8 * 32 + sum(head[156:]):
-        raise CorruptFileError("no member begins where the one before ends: the archive is cut or damaged", path=file.url, offset=at)
-    if head[124] != 0x80 and not _OCTAL.fullmatch(size):
-        raise CorruptFileError("a member's size is no number", path=file.url, offset=at + 124)
-    nbytes = int.from_bytes(head[125:136], "big") if head[124] == 0x80 else int(size, 8)
-    prefix = head[345:500].partition(b"\0")[0] + b"/" if head[257:262] == b"ustar" and head[345] else b""
-    return (prefix + head[:100].partition(b"\0")[0]).decode("utf-8", "backslashreplace"), nbytes, head[156:157]
+def walk(archive: Span) -> Iterator[tuple[str, Span]]:
+    """Name and bytes of each member in order, whatever its name; raises as `members` does, behind those that are sound."""
+    at, url = 0, archive.file.url
+    for _ in range(_MOST_HEADERS):
+        head = archive.read(at, at + _BLOCK)
+        if not head.strip(b"\0"):
+            return
+        info = header(head)
+        if info is None:
+            what = "no member begins where the one before ends: the archive is cut or damaged"
+            raise CorruptFileError(what, path=url, offset=archive.start + at)
+        start, at = at + _BLOCK, at + _BLOCK + -(-info.size // _BLOCK) * _BLOCK
+        if info.size < 0:
+            trouble = f"the member has a size of {info.size} bytes"
+        elif start + info.size > archive.nbytes:
+            trouble = f"the member ends at byte {start + info.size} and the file at {archive.nbytes}: the file is cut"
+        elif info.type in _REGULAR:
+            yield info.name, archive.part(start, info.size)
+            continue
+        elif info.type == b"x" and info.size <= MAX_OPCODES and not _RENAMES.search(archive.read(start, start + info.size)):
+            continue
+        else:
+            trouble = "the member is a link, no regular file, or renamed by an extended header, and is not followed"
+        raise CorruptFileError(trouble, path=url, record=info.name)
+    hint = "unpack it and open what it holds"
+    raise UnknownFormatError(f"this is a tar archive of more than {_MOST_HEADERS} headers, which no checkpoint has", path=url, hint=hint)
+
+
+def header(block: bytes) -> TarInfo | None:
+    """What tarfile makes of a header: numbers in octal or base-256, either of two checksums. None where it takes it for none."""
+    import tarfile
+
+    try:
+        return tarfile.TarInfo.frombuf(block[:_BLOCK], "utf-8", "backslashreplace")
+    except tarfile.TarError:
+        return None
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether tarfile finds in a file with these first bytes (4,096, or the whole file) what torch would read.
+
+    A checksum left blank is that of some arrays of numbers by chance: a header needs the magic or a torch name, or is followed by another.
+    """
+    info = header(head)
+    if info is None:
+        return False
+    after = _BLOCK + -(-info.size // _BLOCK) * _BLOCK
+    sure = head[257:262] == b"ustar" or info.name in _MEMBERS or info.type in _SPECIAL
+    is_beyond = after + _BLOCK > len(head) >= _HEAD
+    return sure or is_beyond or header(head[max(after, 0) :]) is not None
 
 
 class _Stream:
@@ -172,30 +208,32 @@ class _TarObjects(TorchObjects):
             raise CorruptFileError("a persistent id is not that of a tensor or storage of this archive")
         return self._known[int(pid)]
 
-    def _learn(self, key: Any, value: Any) -> None:
-        if type(key) is not int or key in self._known:
-            raise CorruptFileError(f"the object id {key!r} is no number, or is given twice")
-        self._known[key] = value
+    def _new(self, key: Any) -> int:
+        if type(key) is not int or key in self._known or abs(key) >> 64:
+            raise CorruptFileError("an object id is no number of 64 bits, or is given twice")
+        return key
 
     def read_storages(self, stream: _Stream) -> None:
         for _ in range(stream.count()):
             key, place, cls = stream.three()
+            self._new(key)
             (numel,) = stream.numbers("<q")
             dtype = storage_dtype(cls) if isinstance(cls, Global) else None
             self._spans[str(key)] = stream.skip(numel * (dtype.itemsize if dtype else 1))
             pid = ("storage", cls, str(key), place, numel)
-            self._learn(key, super().persistent(pid))
+            self._known[key] = super().persistent(pid)
             self._pids[key] = pid
         views = stream.pickle()
         for view in views if isinstance(views, list) else ():
             if type(view) is not tuple or len(view) != 4 or type(view[1]) is not int or view[1] not in self._pids:
                 raise CorruptFileError("a part of a storage is not told by two ids, an offset and a length", record="storages")
-            self._learn(view[0], super().persistent((*self._pids[view[1]], (view[0], *view[2:]))))
+            self._known[self._new(view[0])] = super().persistent((*self._pids[view[1]], (view[0], *view[2:])))
         self.troubles += stream.finish()
 
     def read_tensors(self, stream: _Stream) -> None:
         for _ in range(stream.count()):
             key, storage, cls = stream.three()
+            self._new(key)
             (ndim,) = stream.numbers("<i4x")
             if not 0 <= ndim <= 64:
                 raise CorruptFileError(f"a tensor of {ndim} dimensions; torch has 64 at most", record="tensors")
@@ -207,5 +245,5 @@ class _TarObjects(TorchObjects):
                 bare = self._known[storage]
             else:
                 raise CorruptFileError("a tensor lies on a storage that the archive does not hold", record="tensors")
-            self._learn(key, self.tensor(bare, offset, tuple(lengths[:ndim]), tuple(lengths[ndim:]), None))
+            self._known[key] = self.tensor(bare, offset, tuple(lengths[:ndim]), tuple(lengths[ndim:]), None)
         self.troubles += stream.finish()

@@ -113,8 +113,10 @@ def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, T
     try:
         for path, text in _sources(index, root, _MAX_CODE):
             where = {"record": f"{root}code/{path}"}
+            bare = _QUOTED.sub(
+                lambda found: " " if found[0][0] in "#\\" else "''", text
+            )  # a comment ends with its line, whatever it ends with
             text = text.replace("\\\n", " ")
-            bare = _QUOTED.sub(lambda found: " " if found[0][0] == "#" else "''", text)
             for name in sorted({f"torch.{found[1]}" if found[1] else found[2] for found in _REACHES.finditer(bare)}):
                 what = f"the code uses {name}, by which a program reaches files or the network; it was not run"
                 findings.append(Finding("operator", "danger", what, {"global": name, **where}, _HINT))

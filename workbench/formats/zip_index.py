@@ -316,7 +316,7 @@ def _alike_records(data: bytes, at: int, base: int, count: int) -> tuple[list[Re
         return _alike_records(data, at, base, count // 2)  # the first of them may be
     headers = tuple(base + header for header in headers) if base else headers
     names = told.decode("ascii").split("\0")
-    columns = zip(names, raw_names, repeat(flags), repeat(0), crcs, packed, sizes, headers)
+    columns = zip(names, raw_names, repeat(flags), repeat(0), crcs, packed, packed, headers)
     return list(map(Record._make, columns)), at + count * step
 
 
