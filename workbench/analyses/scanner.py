@@ -138,15 +138,15 @@ class _Scan:
         self.loads = True  # whether torch would load it, once the harmless classes are allowed
         self.element_types: set[str] = set()  # of NumPy
 
-    def tell(self, kind: str, severity: Severity, message: str, here: Place) -> None:
-        self.findings.append(Finding(kind, severity, message, here.to_dict()))
+    def tell(self, kind: str, severity: Severity, message: str, here: Place, hint: str | None = None) -> None:
+        self.findings.append(Finding(kind, severity, message, here.to_dict(), hint))
 
     def refuse(self, error: WorkbenchError, here: Place) -> None:
         """What cannot be read is a danger. Told once for each record."""
         here = here._replace(record=here.record or str(error.where.get("record", "")))
         if here[:2] not in self.refused:
             self.refused.add(here[:2])
-            self.tell("unreadable", "danger", f"{here.name} cannot be read: {error.message}", here)
+            self.tell("unreadable", "danger", f"{here.name} cannot be read: {error.message}", here, error.hint)
 
     def told(self) -> tuple[Finding, ...]:
         """The findings, worst first, and no more of a kind than anybody reads."""

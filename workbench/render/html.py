@@ -33,8 +33,8 @@ STYLE = """<style>
 .wb-static table{border-collapse:collapse;margin:2px 0 10px}
 .wb-static th{text-align:left;font-weight:600;border-bottom:1px solid var(--jp-border-color1,#bbb);padding:1px 12px 1px 0}
 .wb-static td{text-align:left;padding:1px 12px 1px 0;white-space:nowrap;vertical-align:top}
-.wb-static td.wb-text{white-space:normal;min-width:6em;max-width:24em}
-.wb-static td.wb-code{white-space:pre}
+.wb-static td.wb-text{white-space:normal;min-width:8em;max-width:24em}
+.wb-static td.wb-code{white-space:pre-wrap;overflow-wrap:anywhere;min-width:20em;max-width:40em}
 .wb-static .wb-right{text-align:right}
 .wb-static h4{font-size:13px;margin:8px 0 2px}
 .wb-static details>*:not(summary){margin-left:18px}
