@@ -162,6 +162,11 @@ class LazyTensor:
         return self.spec.nbytes
 
     @property
+    def packing(self) -> str | None:
+        """What the file calls its way of storing these values in fewer bits (Q4_K, INT4), or None."""
+        return getattr(self.source.storage, "packing", None) if isinstance(self.source, Stored) else None
+
+    @property
     def is_contiguous(self) -> bool:
         """Whether reading in logical order walks memory in order, without gaps."""
         if isinstance(self.source, Stored):

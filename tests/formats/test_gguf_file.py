@@ -437,3 +437,17 @@ def test_big_endian_blocks_are_listed_and_locked(tmp_path):
     ckpt = wb.open(Hand(">").info("q", [32], 8).write(tmp_path, bytes(34)))
     assert isinstance(ckpt["q"].source.storage, Packed)
     assert "big-endian" in ckpt["q"].locked
+
+
+def test_a_view_says_how_the_values_are_stored(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    values = np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("w", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ckpt = wb.open(tmp_path / "m.gguf")
+    assert ckpt["w"].packing == "Q8_0"
+    assert "float32 (Q8_0)" in str(ckpt)

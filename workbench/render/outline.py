@@ -131,7 +131,8 @@ def _tree(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> Node:
             parts = name.split(".", _MAX_DEPTH)
             prefix, label = ".".join(parts[:-1]), parts[-1]
         parent = root if not dot else groups.get(prefix) or _group(root, groups, prefix)
-        dtype, shape = str(tensor.dtype), tuple(tensor.shape)
+        packing = getattr(tensor, "packing", None)
+        dtype, shape = f"{tensor.dtype} ({packing})" if packing else str(tensor.dtype), tuple(tensor.shape)
         tied = aliases.get(name, "") if aliases else ""
         parent.children.append(Node(label, name, dtype, shape, 1, tensor.nbytes, 0, [], hash((label, dtype, shape, not tied)), tied))
     _finish(root)

@@ -50,7 +50,7 @@ def described(ckpt: Checkpoint, name: str, aliases: Mapping[str, str]) -> Detail
     tensor = ckpt[name]
     tied = aliases.get(name) or next((alias for alias, kept in aliases.items() if kept == name), None)
     facts = [
-        ["type", f"{tensor.dtype} {format_cell('shape', tensor.shape)}"],
+        ["type", f"{tensor.dtype} {format_cell('shape', tensor.shape)}" + (f", stored as {tensor.packing}" if tensor.packing else "")],
         ["size", format_bytes(tensor.nbytes) + ("" if tensor.offset is None else f" at {tensor.offset:#x}")],
         ["storage", "own" if tied is None else f"shared with {tied}"],
     ]
