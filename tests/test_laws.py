@@ -179,7 +179,11 @@ def declared(result):
 def test_cast_is_torch_to(tensors, dtype):
     result = wb.ops.cast(wb.open(dict(tensors)), dtype, overflow="allow")
     declared(result)
-    assert all(same(result[name].load(), tensor.to(dtype)) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():  # which bits a NaN keeps is not torch's own to say: its vector and scalar paths differ
+        found, expected = (t if t.dtype == torch.float64 else t.float() for t in (result[name].load(), tensor.to(dtype)))
+        nan = expected.isnan()
+        assert torch.equal(found.isnan(), nan)
+        assert same(found[~nan], expected[~nan])
 
 
 @given(tensor=views(FLOATS), dtype=st.sampled_from([*FLOATS, torch.float8_e5m2]))

@@ -12,7 +12,6 @@ import errno
 import fcntl
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -285,12 +284,14 @@ class _SpanReader:
 
 def checksum(storage: Storage) -> int:
     """CRC-32 of all bytes, in blocks of 1 MiB."""
+    from isal.isal_zlib import crc32  # three times as fast as zlib's
+
     crc, buffer = 0, bytearray(min(_CHUNK, storage.nbytes))
     with storage.open() as reader:
         for start in range(0, storage.nbytes, _CHUNK):
             view = memoryview(buffer)[: min(_CHUNK, storage.nbytes - start)]
             reader.readinto(view, start)
-            crc = zlib.crc32(view, crc)
+            crc = crc32(view, crc)
     return crc
 
 
