@@ -7,7 +7,7 @@ checkpoint is a Checkpoint of its own, and `with_section` is the only way back i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -76,7 +76,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
         stopped = collisions = 0
         counts: dict[str, int] = {}
         tensors, paths = self._tensors, self._paths
-        for path, value in walk(self.tree):
+        entries = items_of(self.tree) if is_mapping(self.tree) else {}
+        is_flat = set(map(type, entries)) == {str} and set(map(type, entries.values())) == {LazyTensor}
+        if is_flat:  # as most files are: a walk would find the same, three times as slowly
+            tensors.update(entries)
+            paths.update(zip(entries, zip(entries, strict=True), strict=True))
+        for path, value in () if is_flat else walk(self.tree):
             if isinstance(value, LazyTensor):
                 name = flat = join_path(path) if path else "tensor"
                 if flat in tensors:
@@ -119,6 +124,12 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
+
+    def items(self) -> ItemsView[str, LazyTensor]:
+        return self._tensors.items()
+
+    def values(self) -> ValuesView[LazyTensor]:
+        return self._tensors.values()
 
     # what is in it
 

@@ -208,6 +208,9 @@ class Check(Protocol):
     def prove(self, pread: Callable[[int, int], bytes], start: int) -> None:
         """Raise where they do not; `pread(start, count)` reads the file, `start` is where the span begins."""
 
+    def alone(self, start: int) -> Check:
+        """What proves the span that begins at `start` and no other: all that a pickled span carries along."""
+
 
 class Storage(Protocol):
     """Bytes that can be read by position: a Span, or a Span seen through a decompressor."""
@@ -229,6 +232,9 @@ class Span(NamedTuple):
     start: int
     nbytes: int
     check: Check | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Span, (*self[:3], None if self.check is None else self.check.alone(self.start))
 
     @contextmanager
     def open(self) -> Iterator[_SpanReader]:
@@ -255,6 +261,9 @@ class _Whole:
 
     def prove(self, pread: Callable[[int, int], bytes], start: int) -> None:
         self.check.prove(pread, self.start)
+
+    def alone(self, start: int) -> _Whole:
+        return _Whole(self.check.alone(self.start), self.start)
 
 
 def read_span(storage: Storage, start: int = 0, stop: int | None = None) -> bytes:

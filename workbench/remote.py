@@ -283,8 +283,7 @@ class _Source:
     """See `files.Source`."""
 
     def __init__(self, remote: _Remote, file: FileRef) -> None:
-        self._remote = remote
-        self._file = file
+        self._remote, self._file = remote, file
 
     def pread(self, start: int, count: int) -> bytes:
         buffer = bytearray(max(0, min(count, self._file.size - start)))

@@ -412,10 +412,10 @@ def laughs(depth=60):
 )
 def test_parts_that_would_never_end_in_a_message_are_not_spelled_out(change, folder):
     rewrite(folder, change)
-    start = time.monotonic()
+    start = time.process_time()
     with contextlib.suppress(WorkbenchError):
         str(wb.open(folder))
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_an_archive_that_holds_something_else_is_told_and_not_spelled_out(folder):
@@ -440,10 +440,10 @@ def test_a_thousand_chunks_that_all_overlap_are_refused_at_once(folder):
         held.storage_data[MetadataIndex("w", (1, 0))] = held.storage_data[MetadataIndex("w", (0, 0))]
 
     rewrite(folder, crowd)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CorruptFileError, match="overlaps"):
         wb.open(folder)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_values_read_in_another_process_and_on_many_threads(folder):

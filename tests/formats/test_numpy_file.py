@@ -221,10 +221,10 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_what_the_specification_forbids_is_refused_at_once(what, tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CorruptFileError):
         opened(tmp_path, FORBIDDEN[what])
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("bad.npy", FORBIDDEN[what])
     with pytest.raises(CorruptFileError, match=r"bad\.npy"):

@@ -179,6 +179,19 @@ def test_too_few_numbers_in_as_many_bytes_are_refused_when_they_are_read(tmp_pat
         wb.open(path)["w"].load()
 
 
+SHAPES = [(), (0,), (66,), (2, 1), (1, 2), (200,)]
+
+
+@given(kinds=st.lists(st.tuples(st.booleans(), st.sampled_from(SHAPES), st.text("AB", max_size=3)), max_size=12))
+def test_tensors_alike_but_for_their_names_and_data_are_each_their_own(kinds, tmp_path):
+    """The second of a kind is listed from the first; 66 is a name's key, too."""
+    values = [(raw, np.random.default_rng(i).random(shape, np.float32), f"{i}{name}") for i, (raw, shape, name) in enumerate(kinds)]
+    tensors = [numpy_helper.from_array(v, n) if raw else helper.make_tensor(n, 1, v.shape, v.reshape(-1)) for raw, v, n in values]
+    ckpt = wb.open(saved(tmp_path, model_of(tensors)))
+    assert list(ckpt) == [name for _, _, name in values]
+    assert all(same(ckpt[name].load(), torch.from_numpy(value.reshape(value.shape))) for _, value, name in values)
+
+
 def test_a_truth_value_is_one_or_zero_whatever_number_stands_for_it(tmp_path):
     path = write(tmp_path, initializer(number(1, 3) + number(2, 9) + field(8, b"w") + field(5, b"\x02\x00\x01")))
     assert bits(wb.open(path)["w"].load()) == b"\1\0\1"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import workbench as wb
 from workbench.errors import CorruptFileError, FormatError
 from workbench.files import file_ref
+from workbench.formats import torch_template
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects
 from workbench.formats.zip_index import read_zip_index
@@ -447,15 +448,34 @@ def test_the_template_gives_what_the_single_opcodes_give(tree, tmp_path):
     assert require_same(*torch_file(made, tmp_path)) >= 1
 
 
-def test_a_near_miss_of_the_template_falls_back_and_agrees(tmp_path):
-    base = torch.empty(10, 3)
-    program, path = torch_file({str(i): base[i:] for i in range(3)} | {"own": torch.empty(2), "again": torch.empty(2)}, tmp_path)
+def require_mutants_agree(program, path, count, first=0):
     draw = random.Random(1)
-    for _ in range(MUTANTS):
+    for _ in range(count):
         mutant = bytearray(program)
-        at = draw.randrange(len(mutant))
+        at = draw.randrange(first, len(mutant))
         mutant[at] = draw.choice([draw.randrange(256), draw.choice(program), mutant[at] ^ 1])
         require_same(bytes(mutant), path)
+
+
+def test_a_near_miss_of_the_template_falls_back_and_agrees(tmp_path):
+    base = torch.empty(10, 3)
+    require_mutants_agree(
+        *torch_file({str(i): base[i:] for i in range(3)} | {"own": torch.empty(2), "again": torch.empty(2)}, tmp_path), MUTANTS
+    )
+
+
+def test_a_near_miss_of_a_run_that_repeats_agrees(tmp_path, monkeypatch):
+    tree = {
+        f"layer.{i}.{name}": torch.empty(shape)
+        for i in range(110, 150)
+        for name, shape in (("weight", (2, 300)), ("bias", (300,)), ("scale", ()))
+    }
+    program, path = torch_file(tree, tmp_path)
+    whole, taken = torch_template._carry_out_alike, []
+    monkeypatch.setattr(torch_template, "_carry_out_alike", lambda *a: taken.append(whole(*a)) or taken[-1])
+    require_same(program, path)
+    assert any(taken)
+    require_mutants_agree(program, path, MUTANTS // 8, first=program.index(b"layer.120"))
 
 
 def test_a_memo_entry_that_the_template_overwrites_is_seen_by_later_opcodes(tmp_path):

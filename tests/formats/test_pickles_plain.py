@@ -318,7 +318,7 @@ ODD = {
 def test_odd_arrays_are_listed_locked_inert_or_refused_in_time(case, tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(b"\x80\x04}(" + text("w") + REAL + text("odd") + ODD[case] + b"u.")
-    start = time.monotonic()
+    start = time.process_time()
     try:
         ckpt = wb.open(path)
     except FormatError as error:
@@ -330,7 +330,7 @@ def test_odd_arrays_are_listed_locked_inert_or_refused_in_time(case, tmp_path):
             tensor.load()
         except CorruptFileError:
             continue
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_one_payload_opened_ten_thousand_times_is_read_once(tmp_path):
@@ -341,9 +341,9 @@ def test_one_payload_opened_ten_thousand_times_is_read_once(tmp_path):
     call = b"h\x01h\x02\x85R"
     head = b"\x80\x03](ctorch.storage\n_load_from_bytes\nq\x01B" + struct.pack("<I", len(data)) + data + b"q\x02"
     path.write_bytes(head + call * 10_000 + b"e.")
-    start = time.monotonic()
+    start = time.process_time()
     wb.open(path)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_a_large_file_of_payloads_asks_for_little_memory(tmp_path):

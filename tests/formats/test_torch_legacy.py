@@ -212,7 +212,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_contradicts_itself_is_refused_and_what_was_listed_is_kept(case, tmp_path):
     given = {"pairs": REAL, **REFUSED[case]}
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(FormatError) as caught:
         wb.open(by_hand(tmp_path / "bad.pt", **given))
     assert isinstance(caught.value, (CorruptFileError, UnsupportedError))
@@ -220,7 +220,7 @@ def test_what_contradicts_itself_is_refused_and_what_was_listed_is_kept(case, tm
     assert caught.value.partial is not None
     if given["pairs"] == REAL and case != "another version":
         assert list(caught.value.partial) == ["weight", "bias"]
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_of_a_file_that_is_cut_the_storages_before_the_cut_are_read(tmp_path):

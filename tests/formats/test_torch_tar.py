@@ -192,11 +192,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_contradicts_itself_is_refused(case, tmp_path):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CorruptFileError) as caught:
         wb.open(tarred(REFUSED[case], tmp_path / "bad.pt"))
     assert "bad.pt" in str(caught.value)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_tensor_past_its_storage_is_locked(tmp_path):

@@ -195,6 +195,5 @@ def _covering(file: FileRef, pieces: Iterable[tuple[str, Span, str]]) -> Iterato
 
 
 def _alignment(rows: list[ArchiveRow]) -> Iterator[tuple[str, str]]:
-    aligned = [row.alignment for row in rows if row.alignment and row.nbytes]
-    if aligned:
+    if aligned := [row.alignment for row in rows if row.alignment and row.nbytes]:
         yield "storages begin at multiples of", str(min(aligned))

@@ -220,9 +220,8 @@ def _stack_facts(stack: Stack, known: set[int]) -> list[Fact]:
     for block in stack.blocks:
         kinds.setdefault(frozenset(block.items()), []).append(block)
     depth: Any = stack.depths if len(stack.depths) > 1 else stack.depths[0]
-    found: dict[str, dict[Any, str]] = {
-        "depth": {depth: f"{len(stack.blocks)} numbered blocks" + (f" of {len(kinds)} kinds" if len(kinds) > 1 else ", all alike")}
-    }
+    counted = f"{len(stack.blocks)} numbered blocks" + (f" of {len(kinds)} kinds" if len(kinds) > 1 else ", all alike")
+    found: dict[str, dict[Any, str]] = {"depth": {depth: counted}}
     kept = 0
     for alike in kinds.values():
         for what, value, evidence in _block_claims(alike[0], known):
@@ -506,13 +505,11 @@ def _verdict(what: str, stated: Any, values: list[Any], config: dict[str, Any], 
         return True, "seen in the tensors"
     if what == "positions" and stated + 2 in flat:
         return True, "the table has two rows more, which some models keep for padding"
-    unsure = (
-        what == "patch size" or (what == "depth" and flat == {1}) or (what == "feed-forward width" and {stated} == {2 * n for n in flat})
-    )
-    unsure |= what == "outputs" and not any(_HEAD.search(f.part) for f in facts if f.what == what)
-    if len(flat) != 1 or unsure:
-        return None, "several parts of it differ" if len(flat) > 1 else "names and shapes do not tell it"
-    return False, "seen in the tensors"
+    headless = not any(_HEAD.search(f.part) for f in facts if f.what == what)
+    unsure = {"patch size": True, "depth": flat == {1}, "feed-forward width": {2 * n for n in flat} == {stated}, "outputs": headless}
+    if len(flat) == 1 and not unsure.get(what):
+        return False, "seen in the tensors"
+    return None, "several parts of it differ" if len(flat) > 1 else "names and shapes do not tell it"
 
 
 # memory
@@ -541,6 +538,5 @@ def _memory(weights: Checkpoint, facts: list[Fact]) -> Iterator[Fact]:
     aside = re.compile("encoder|" + "|".join(_SENSES.values()), re.IGNORECASE)
     kept = sum(f.value for f in facts if f.what == "kept per token" and not aside.search(f.part))
     if kept and any(f.what == "vocabulary" for f in facts):
-        yield Fact(
-            "", "to run, per token kept", 2 * kept, f"{kept:,} elements of keys and values × 2 bytes, if it generates; no activations"
-        )
+        formula = f"{kept:,} elements of keys and values × 2 bytes, if it generates; no activations"
+        yield Fact("", "to run, per token kept", 2 * kept, formula)

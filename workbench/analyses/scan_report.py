@@ -20,12 +20,9 @@ STRAY = "stray record"
 _LEVELS = {"danger": "error", "warning": "warning", "info": "note"}
 _WORST_FIRST: tuple[Verdict, ...] = ("dangerous", "unknown", "data class", "plain")
 # where names of older files are found today; such names are spelled out in a snippet
-_HOMES = {
-    "numpy.core.multiarray": "numpy._core.multiarray",
-    "numpy.core.numeric": "numpy._core.numeric",
-    "pathlib._local": "pathlib",
-    "pathlib": "pathlib",
-}
+_HOMES = {f"numpy.core.{module}": f"numpy._core.{module}" for module in ("multiarray", "numeric")}
+_HOMES |= dict.fromkeys(("pathlib._local", "pathlib"), "pathlib")
+_PROGRAMS = ("torchscript", "torch-export")
 
 
 class Place(NamedTuple):
@@ -65,9 +62,6 @@ class PickleSeen:
     ends: str
 
 
-_PROGRAMS = ("torchscript", "torch-export")
-
-
 @dataclass(frozen=True, repr=False)
 class ScanReport(Report):
     """What the pickles of a file would import and call, and what in it should not be there. False where loading it may do harm.
@@ -104,13 +98,11 @@ class ScanReport(Report):
     def headline(self) -> str:
         found, strangers = self.dangers, len(self.needs_allowing)
         if found:
-            return f"{len(found)} {'danger' if len(found) == 1 else 'dangers'}: {found[0].message}" + ("; …" if len(found) > 1 else "")
-        names = len({use.name for use in self.globals})
-        what = (
-            f"of which {strangers} are harmless classes that torch.load refuses until they are allowed" if strangers else "all plain data"
-        )
+            return f"{len(found)} danger{'s' * (len(found) > 1)}: {found[0].message}{'; …' * (len(found) > 1)}"
+        what = f"of which {strangers} are harmless classes that torch.load refuses until they are allowed"
         safe = "no danger found, but it is a program, and running it runs its code" if self.format in _PROGRAMS else "safe"
-        return f"{safe}: {self.tensors:,} tensors, {names:,} globals, {what}"
+        names = len({use.name for use in self.globals})
+        return f"{safe}: {self.tensors:,} tensors, {names:,} globals, {what if strangers else 'all plain data'}"
 
     def tables(self) -> tuple[Table, ...]:
         what, where = (Column("severity", "mark"), Column("kind"), Column("what")), (Column("where", "name"), Column("byte", "count"))
@@ -118,13 +110,12 @@ class ScanReport(Report):
             (f.severity, f.kind, f.message, f.where.get("record") or f.where.get("file"), f.where.get("offset"), f.hint)
             for f in self.findings
         ]
-        uses = sorted(self.globals, key=lambda use: (_WORST_FIRST.index(use.verdict), use.name))
         alike: dict[tuple[str, str, str, str], list[Place]] = {}
-        for u in uses:
+        for u in sorted(self.globals, key=lambda use: (_WORST_FIRST.index(use.verdict), use.name)):
             alike.setdefault((u.name, u.verdict, u.use, u.why), []).append(u.place)
         names = [
-            (name, verdict, use, at[0].name + (f" and {len(at) - 1:,} more" if len(at) > 1 else ""), at[0].offset, why)
-            for (name, verdict, use, why), at in alike.items()
+            (*use, at[0].name + (f" and {len(at) - 1:,} more" if len(at) > 1 else ""), at[0].offset, why)
+            for (*use, why), at in alike.items()
         ]
         pickles = [(p.place.name, p.place.offset, p.protocol, p.nbytes, p.ends) for p in self.pickles]
         lines = [(line,) for line in (self.snippet or "").splitlines()]
@@ -189,11 +180,6 @@ def _result(finding: Finding, rule: int, report: ScanReport) -> dict[str, Any]:
     location: dict[str, Any] = {"physicalLocation": physical}
     if "record" in where:
         location["logicalLocations"] = [{"fullyQualifiedName": visible(where["record"]), "kind": "member"}]
-    message = {"text": visible(finding.message) + (f" ({visible(finding.hint)})" if finding.hint else "")}
-    return {
-        "ruleId": _rule(finding.kind),
-        "ruleIndex": rule,
-        "level": _LEVELS[finding.severity],
-        "message": message,
-        "locations": [location],
-    }
+    text = visible(finding.message) + (f" ({visible(finding.hint)})" if finding.hint else "")
+    told = {"ruleId": _rule(finding.kind), "ruleIndex": rule, "level": _LEVELS[finding.severity]}
+    return {**told, "message": {"text": text}, "locations": [location]}

@@ -56,6 +56,7 @@ _RAW_VALUES = re.compile(r"(?:^|/)(?:data|constants|weights|tensors)/[^/.]+$")
 _SCRIPT_PICKLES = re.compile(
     r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
 )
+_STORAGE = re.compile(r"[^/\\:.][^/\\:]*/data/\d+")  # such as are neither code nor climb
 _CLIMBS = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 _PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
 _PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
@@ -271,8 +272,11 @@ class _Scan:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
         whole = True
         with piece.span.file.open() as source:
-            for name, record in index.records.items():
+            heads = index.first_bytes(source.pread) if not self.crc and kind != "torch-export" else ()
+            quiet = {name for name, first in heads if first not in _MARKS and _STORAGE.fullmatch(name)}
+            for name in (name for name in index.records if name not in quiet):
                 try:
+                    record = index.records[name]
                     storage = index.storage(name)
                     payload = storage if isinstance(storage, Span) else storage.span
                     record.prove(source.pread, payload.start)
@@ -378,7 +382,10 @@ class _Scan:
 
     def note(self, machine: Machine, made: list[Inert], piece: _Piece, at: int, also: Callable[[Global], bool], ends: str) -> None:
         self.pickles.append(PickleSeen(piece.place(at), machine.proto, machine.end or machine.pos, ends))
-        misused, built = misuses(made), {node.dotted for node in made if node.new} - {node.dotted for node in made if not node.new}
+        misused, built = (
+            misuses(made, machine.globals),
+            {node.dotted for node in made if node.new} - {node.dotted for node in made if not node.new},
+        )
         for found, offset in islice(machine.globals.items(), _MOST_NAMES):
             verdict, why = judge(found, misused.get(found.dotted), also)
             use = "imported" if found.dotted not in machine.calls else "built" if found.dotted in built else "called"
@@ -475,8 +482,11 @@ def _byte_strings(roots: Iterable[Any]) -> Iterator[Any]:
             pending += [item for item in node.values() if type(item) not in _NO_HOLDERS] if isinstance(node, dict) else ()
 
 
+_MARKS = (b"\x80", b"P", b"\x93")
+
+
 def _is_marked(head: bytes) -> bool:
-    """Whether bytes begin as a pickle of protocol 1 to 5, an archive or an array says."""
+    """Whether bytes begin as a pickle of protocol 1 to 5, an archive or an array says: with one of the marks."""
     return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or head.startswith((b"PK\x03\x04", b"\x93NUMPY"))
 
 

@@ -10,7 +10,6 @@ the files in them. A module of the tables is imported when its format is met.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import re
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from workbench.checkpoint import Checkpoint
 from workbench.errors import CorruptFileError, SelectionError, UnknownFormatError, WriteError, located
 from workbench.files import FileRef, Folder, Span, place
+from workbench.render.outline import collector_paused as collector_paused
 from workbench.tree import Aside, is_mapping, items_of, without_asides
 
 if TYPE_CHECKING:
@@ -132,18 +132,6 @@ def _cured() -> Iterator[None]:
         raise
 
 
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """A listing makes hundreds of thousands of objects and drops none; looking for garbage among them takes a third of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def open_file(file: FileRef) -> Checkpoint:
     """List the checkpoint in one file."""
     form, opened = recognise(file)
@@ -177,7 +165,7 @@ def open_folder(folder: Folder) -> Checkpoint:
             return form.reader.open_folder(folder)  # type: ignore[no-any-return]
     from workbench.formats.folders import open_candidate
 
-    return open_candidate(folder, names, open_file, recognise)
+    return open_candidate(folder, names)
 
 
 _EXTENSIONS = {

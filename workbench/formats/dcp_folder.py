@@ -19,8 +19,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from workbench import dtypes
 from workbench.checkpoint import Checkpoint, Finding, Severity
@@ -42,10 +42,10 @@ _MAX_STEPS = 100
 Place = Span | str  # bytes, or why they cannot be read
 Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
 _ROOM = "torch.distributed.checkpoint.metadata"
+_OBJECT = f"{_ROOM}.BytesStorageMetadata"
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of one tensor: where it lies in the tensor, and the bytes that hold its archive."""
 
     name: str
@@ -68,8 +68,7 @@ class Chunk:
             return found
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """The bytes of one tensor, row-major and little-endian, put together from the chunks that tile it."""
 
     dtype: DType
@@ -155,6 +154,7 @@ def open_folder(folder: Folder) -> Checkpoint:
     findings = [finding for finding in told if finding.kind != "data classes"]  # its own records
     if machine.end != len(data):
         findings.append(trailing_finding(len(data) - machine.end, ".metadata"))
+    del machine, objects  # its memo is as large as what is listed
     try:
         with located(path=file.url):
             return _listed(folder, file, _fields(root, "Metadata"), findings)
@@ -172,12 +172,15 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
     troubles: Troubles = {}
     budget = _MAX_OBJECTS
     for name, entry in items_of(entries).items():
-        with located(tensor=name):
-            if isinstance(entry, Inert) and entry.dotted == f"{_ROOM}.BytesStorageMetadata":
+        try:
+            if isinstance(entry, Inert) and entry.dotted == _OBJECT:
                 leaves[name], cost = _object(name, spans, budget, troubles, findings)
                 budget -= cost
             else:
                 leaves[name] = _tensor(name, _fields(entry, "TensorStorageMetadata"), spans, troubles)
+        except Exception:  # entering a context for each of very many would take a tenth of the time
+            with located(tensor=name):
+                raise
     for (kind, severity, reason, hint), names in troubles.items():
         more = f", and {len(names) - 1} more" if len(names) > 1 else ""
         findings.append(Finding(kind, severity, f"{names[0]!r}{more}: {reason}", {"names": names[:100]}, hint))
@@ -201,7 +204,8 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
     files: dict[str, FileRef | None] = {}
     for index, node in (items_of(storage_data) if is_mapping(storage_data) else {}).items():
         told, info = _fields(index, "MetadataIndex"), _fields(node)
-        name, offsets, path, start, nbytes = (*map(told.get, ("fqn", "offset")), *map(info.get, ("relative_path", "offset", "length")))
+        name, offsets = told.get("fqn"), told.get("offset")
+        path, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
         if not (isinstance(name, str) and isinstance(path, str) and type(start) is type(nbytes) is int and start >= 0 <= nbytes):
             raise CorruptFileError("the metadata names bytes without saying whose they are or where they lie")
         key = (name, None if offsets is None else sizes(offsets))
@@ -231,17 +235,18 @@ def _tensor(name: str, entry: dict[str, Any], spans: dict[Any, Place], troubles:
         raise CorruptFileError("the metadata does not say a tensor's element type and layout")
     if marks[1].args != ("torch.strided",):
         raise UnsupportedError("a chunked tensor of another layout than torch.strided is not read")
-    dtype, shape = dtypes.dtype(marks[0].name), sizes(entry.get("size"))
+    dtype, shape = dtypes.DTYPES.get(marks[0].name) or dtypes.dtype(marks[0].name), sizes(entry.get("size"))
     trouble, chunks, tiles = None, [], []
     for box in entry["chunks"] if isinstance(entry.get("chunks"), list) else ():
         told = _fields(box, "ChunkStorageMetadata")
         offsets, extents = sizes(told.get("offsets")), sizes(told.get("sizes"))
-        if len(offsets) != len(shape) or any(o + n > whole for o, n, whole in zip(offsets, extents, shape, strict=True)):
+        whole = extents == shape and not any(offsets)
+        if len(offsets) != len(shape) or not (whole or all(o + n <= m for o, n, m in zip(offsets, extents, shape, strict=True))):
             raise CorruptFileError(f"the chunk at {list(offsets)} of size {list(extents)} lies outside of {list(shape)}")
-        if math.prod(extents):  # a rank that has no part of the tensor records an empty chunk
+        if numel := math.prod(extents):  # a rank that has no part of the tensor records an empty chunk
             tiles.append((offsets, extents))
             place = spans.get((name, offsets), "the metadata does not say where its bytes lie")
-            if isinstance(place, Span) and place.nbytes < math.prod(extents) * dtype.itemsize:
+            if isinstance(place, Span) and place.nbytes < numel * dtype.itemsize:
                 place = "the bytes cannot hold a chunk of that size"
             if isinstance(place, Span):
                 chunks.append(Chunk(name, dtype, offsets, extents, place))
@@ -258,6 +263,8 @@ def _require_tiling(shape: tuple[int, ...], tiles: list[tuple[tuple[int, ...], t
     covered, numel = sum(math.prod(extents) for _, extents in tiles), math.prod(shape)
     if covered != numel:
         raise CorruptFileError(f"the chunks hold {covered} elements and the tensor has {numel}: they overlap or leave a hole")
+    if len(tiles) < 2:
+        return
     axis = max(range(len(shape)), key=lambda i: len({offsets[i] for offsets, _ in tiles}), default=0)
     begun: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     budget = 1000 * len(tiles)
@@ -293,9 +300,10 @@ def _object(name: str, spans: dict[Any, Place], budget: int, troubles: Troubles,
 def _nested(leaves: dict[str, Any], paths: Any) -> Any:
     """The leaves at the paths that the planner recorded; a flat dict where it recorded none."""
     branches: dict[tuple[Any, ...], dict[Any, Any]] = {(): {}}
+    told = items_of(paths) if is_mapping(paths) else {}
     for name, leaf in leaves.items():
-        path = items_of(paths).get(name, (name,)) if is_mapping(paths) else (name,)
-        if not (isinstance(path, tuple) and 0 < len(path) <= _MAX_STEPS and all(type(key) in (str, int) for key in path)):
+        path = told.get(name, (name,))
+        if not (isinstance(path, tuple) and 0 < len(path) <= _MAX_STEPS and {*map(type, path)} <= {str, int}):
             raise CorruptFileError("the metadata gives it no path of keys and positions", tensor=name)
         for depth in range(1, len(path) + 1):
             here, parent = path[:depth], branches[path[: depth - 1]]

@@ -34,6 +34,7 @@ from workbench.formats import torch_zip
 from workbench.formats.torch_archive import read_byteorder
 from workbench.formats.torch_objects import TorchObjects, unpickle
 from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
+from workbench.names import unique_pairs
 from workbench.tensors import LazyTensor
 from workbench.tree import Global, is_mapping, with_asides
 
@@ -64,9 +65,8 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     """
     findings = [Finding("program", "info", "this is a program: its tensors are listed and it is not run", hint=_HINT)]
     places: dict[str, Any] = {"model": _OLDER}
-    if _OLDER[-1] in index.records:
-        root, extra = "", "extra_files/"
-    else:
+    root, extra = "", "extra_files/"
+    if _OLDER[-1] not in index.records:
         root = _root(index)
         extra = f"{root}extra/"
         names = [name[len(root) + 7 : -5] for name in index.records if name.startswith(f"{root}models/") and name.endswith(".json")]
@@ -75,11 +75,9 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     findings += found
     models = {name: _model(index, *records, order=byteorder, findings=findings) for name, records in places.items()}
     tree = next(iter(models.values())) if len(models) == 1 else models
-    tree = with_asides(
-        tree, {"extra": {name[len(extra) :]: record.size for name, record in index.records.items() if name.startswith(extra)}}
-    )
-    native = [name for name in index.records if name.startswith(f"{root}data/aotinductor/")]
-    if native:
+    extras = {name[len(extra) :]: record.size for name, record in index.records.items() if name.startswith(extra)}
+    tree = with_asides(tree, {"extra": extras})
+    if native := [name for name in index.records if name.startswith(f"{root}data/aotinductor/")]:
         what = f"{len(native)} records belong to compiled native code: loading the file runs it, and nothing here can look inside"
         findings.append(Finding("native code", "danger", what, {"record": native[0]}))
     return Checkpoint(tree, name=index.file.name, format="torch-export", findings=tuple(findings), source=index.file)
@@ -100,12 +98,9 @@ def _model(index: ZipIndex, weights: str, constants: str, samples: str, graph: s
     state = _payloads(index, weights, order, findings)
     if not is_mapping(state):
         raise CorruptFileError("the weights are no mapping of names to tensors", path=index.file.url, record=weights)
-    asides = {
-        "constants": _payloads(index, constants, order, findings) if "/" in constants or f"{constants}.pt" in index.records else {},
-        "sample_inputs": _samples(index, samples, findings),
-        "program": _program(index, graph, findings),
-    }
-    return with_asides(state, asides)
+    held = _payloads(index, constants, order, findings) if "/" in constants or f"{constants}.pt" in index.records else {}
+    inputs = _samples(index, samples, findings)
+    return with_asides(state, {"constants": held, "sample_inputs": inputs, "program": _program(index, graph, findings)})
 
 
 # weights and constants
@@ -183,8 +178,7 @@ def _pickled(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
 
 
 def _samples(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
-    tree = _pickled(index, record, findings) if record in index.records else None
-    if tree:
+    if tree := _pickled(index, record, findings) if record in index.records else None:
         what = "the inputs that the model was exported with are in the file: look at them before you pass it on"
         findings.append(Finding("sample inputs", "warning", what, {"record": record}, _HINT))
     return tree
@@ -227,17 +221,10 @@ def _json(index: ZipIndex, record: str) -> dict[str, Any]:
     if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise UnsupportedError(f"the record holds more than {_MAX_VALUES} values", record=record, path=index.file.url)
     with located(path=index.file.url, record=record):
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
-    if not isinstance(value, dict):
-        raise CorruptFileError("the record must be a JSON object", record=record, path=index.file.url)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_pairs)
+        if not isinstance(value, dict):
+            raise CorruptFileError("the record must be a JSON object")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise CorruptFileError("an object names a key twice, and which of them counts is ambiguous")
-    return out
 
 
 def _at(value: Any, *keys: Any) -> Any:

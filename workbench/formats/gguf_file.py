@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import struct
+from functools import lru_cache
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding
@@ -40,17 +41,8 @@ _BLOCKS = {
     34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 36: ("IQ4_NL_4_4", 32, 18), 37: ("IQ4_NL_4_8", 32, 18), 38: ("IQ4_NL_8_8", 32, 18),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
-_OPAQUE = {
-    "Q8_1",
-    "Q8_K",
-    "Q1_0",
-    "Q4_0_4_4",
-    "Q4_0_4_8",
-    "Q4_0_8_8",
-    "IQ4_NL_4_4",
-    "IQ4_NL_4_8",
-    "IQ4_NL_8_8",
-}  # gguf decodes none of them
+# gguf decodes none of these
+_OPAQUE = {"Q8_1", "Q8_K", "Q1_0", "Q4_0_4_4", "Q4_0_4_8", "Q4_0_8_8", "IQ4_NL_4_4", "IQ4_NL_4_8", "IQ4_NL_8_8"}
 _KINDS = (
     ("u8", "B"), ("i8", "b"), ("u16", "H"), ("i16", "h"), ("u32", "I"), ("i32", "i"), ("f32", "f"), ("bool", "B"), ("text", ""), ("array", ""),
     ("u64", "Q"), ("i64", "q"), ("f64", "d"),
@@ -58,6 +50,7 @@ _KINDS = (
 _U32, _BOOL, _TEXT, _ARRAY = 4, 7, 8, 9
 _MAX_PAIRS, _MAX_ITEMS = 1 << 16, 4_000_000  # texts and arrays in arrays
 _MAX_TEXT, _MAX_ALL_TEXT = 1 << 16, 16 << 20  # bytes that are shown
+_HEAD = 256  # bytes; most infos are shorter
 _SHOWN, _MAX_PARTS = 16, 1000  # elements of an array, or missing parts, that are named one by one
 
 Tensors = dict[str, LazyTensor]
@@ -132,13 +125,16 @@ def _read_part(file: FileRef) -> tuple[Tensors, dict[str, str], list[Finding]]:
     extents = []
     try:
         for name, dims, code, offset in infos:
-            with located(path=file.url, tensor=name, offset=data + offset):
+            try:
                 if name in tensors:
                     raise CorruptFileError("two tensors have this name")
                 if offset % alignment:
                     raise CorruptFileError(f"the offset {offset} is no multiple of the alignment, {alignment}")
                 tensors[name], nbytes = _tensor(file, dims, code, data + offset, "little" if index.order == "<" else "big")
                 extents.append((data + offset, data + offset + nbytes, name))
+            except Exception:  # entering a context for each of very many would take longer than reading it
+                with located(path=file.url, tensor=name, offset=data + offset):
+                    raise
         return tensors, metadata, _unclaimed(file, extents, data, alignment)
     except FormatError as error:
         error.partial = Checkpoint(tensors, name=file.name, format="gguf", metadata=metadata, source=file)
@@ -157,9 +153,19 @@ def _unclaimed(file: FileRef, extents: list[tuple[int, int, str]], at: int, alig
     return [Finding("unclaimed bytes", "warning", f"{spare} bytes of the data belong to no tensor")] if spare >= alignment else []
 
 
-def _tensor(file: FileRef, dims: list[int], code: int, start: int, byteorder: str) -> tuple[LazyTensor, int]:
+def _tensor(file: FileRef, dims: tuple[int, ...], code: int, start: int, byteorder: str) -> tuple[LazyTensor, int]:
     """The tensor whose bytes begin at `start`, and how many they are."""
-    shape, row = tuple(reversed(dims)), dims[0] if dims else 1  # the file's first dimension moves fastest
+    spec, strides, nbytes, packed, order, locked = _form(dims, code, byteorder)
+    if start + nbytes > file.size:
+        raise CorruptFileError(f"its bytes end at {start + nbytes} and the file at {file.size}: the file is cut")
+    span = Span(file, start, nbytes)
+    return LazyTensor(spec, Stored(Packed(span, *packed) if packed else span, 0, strides, order), False, locked), nbytes
+
+
+@lru_cache(maxsize=4096)
+def _form(dims: tuple[int, ...], code: int, byteorder: str) -> tuple[TensorSpec, tuple[int, ...], int, tuple[Any, ...], str, str | None]:
+    """What tensors of one type and shape share: spec, strides, bytes in the file, how these are packed, byte order, and why locked."""
+    shape, row = dims[::-1], dims[0] if dims else 1  # the file's first dimension moves fastest
     numel, locked = require_shape(shape), None
     if code not in _PLAIN and code not in _BLOCKS:
         raise UnsupportedError(f"element type {code} is not read; 4 and 5 were Q4_2 and Q4_3, which ggml has removed")
@@ -167,16 +173,10 @@ def _tensor(file: FileRef, dims: list[int], code: int, start: int, byteorder: st
     packing, elements, narrow = _BLOCKS.get(code, ("", 1, dtype.itemsize))
     if row % elements:
         raise CorruptFileError(f"rows of {row} elements do not fill {packing} blocks of {elements}")
-    span = Span(file, start, numel // elements * narrow)
-    if start + span.nbytes > file.size:
-        raise CorruptFileError(f"its bytes end at {start + span.nbytes} and the file at {file.size}: the file is cut")
-    storage: Span | Packed = span
-    if packing:
-        storage = Packed(span, 4 * numel, packing, narrow, 4 * elements, f"{__name__}:dequantize", (packing,))
-        if byteorder == "big" or packing in _OPAQUE:
-            locked = f"{byteorder}-endian {packing} is not decoded by the gguf library"
-    source = Stored(storage, 0, row_major(shape), "little" if packing else byteorder)
-    return LazyTensor(TensorSpec(dtype, shape), source, locked=locked), span.nbytes
+    if packing and (byteorder == "big" or packing in _OPAQUE):
+        locked = f"{byteorder}-endian {packing} is not decoded by the gguf library"
+    packed = (4 * numel, packing, narrow, 4 * elements, f"{__name__}:dequantize", (packing,)) if packing else ()
+    return TensorSpec(dtype, shape), row_major(shape), numel // elements * narrow, packed, "little" if packing else byteorder, locked
 
 
 def dequantize(stored: bytearray, packing: str) -> Any:
@@ -287,10 +287,16 @@ class _Index:
         kind = self.number("I")
         return kind, self.count(struct.calcsize("=" + self.kind(kind)[1]) or (8 if kind == _TEXT else 12))
 
-    def info(self) -> tuple[str, list[int], int, int]:
+    def info(self) -> tuple[str, tuple[int, ...], int, int]:
         """(name, dimensions as stored, element type, offset) of one tensor."""
-        name = self.name()
-        dimensions = self.number("I")
+        head, unpack = self.window.take(self.at, min(_HEAD, self.window.size - self.at)), struct.unpack_from
+        if len(head) == _HEAD and (length := unpack(self.order + "Q", head)[0]) <= _HEAD // 2:
+            (dimensions,) = unpack(self.order + "I", head, 8 + length)
+            if dimensions <= 4:  # as ggml has them: read at one go
+                *dims, code, offset = unpack(f"{self.order}{dimensions}QIQ", head, 12 + length)
+                self.at += 24 + length + 8 * dimensions
+                return head[8 : 8 + length].decode("utf-8"), tuple(dims), code, offset
+        name, dimensions = self.name(), self.number("I")
         if dimensions > 64:
             raise CorruptFileError(f"{dimensions} dimensions; ggml has 4", tensor=name, offset=self.at - 4)
-        return name, [self.number("Q") for _ in range(dimensions)], self.number("I"), self.number("Q")
+        return name, tuple(self.number("Q") for _ in range(dimensions)), self.number("I"), self.number("Q")

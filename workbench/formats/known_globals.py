@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from workbench.checkpoint import Finding
 from workbench.dtypes import DTYPES
@@ -39,19 +39,10 @@ Verdict = Literal["plain", "data class", "unknown", "dangerous"]
 Names = Collection[str] | Callable[[Global], bool]  # what is plain in one container, by its dotted name
 
 
-class Judged(NamedTuple):
-    """What is thought of one global, and why."""
-
-    verdict: Verdict
-    why: str
-
-
 def _named(text: str) -> list[str]:
     """Dotted names from "module: name name; module: name"; a `#` in a name stands for 1, 2 and 3."""
-    groups = (
-        group.partition(":")
-        for group in re.sub(r"[^\s;]*#[^\s;]*", lambda m: " ".join(m[0].replace("#", d) for d in "123"), text).split(";")
-    )
+    text = re.sub(r"[^\s;]*#[^\s;]*", lambda m: " ".join(m[0].replace("#", d) for d in "123"), text)
+    groups = (group.partition(":") for group in text.split(";"))
     return [f"{module.strip()}.{name}" for module, _, names in groups for name in names.split()]
 
 
@@ -143,9 +134,7 @@ _ELEMENT = re.compile(r"[<>=|]?[biufcSUVmMO]\d*|\?")
 NESTED = "torch.storage._load_from_bytes"  # loads a whole pickle
 WRAPPER = "torch._tensor._rebuild_from_type_v2"  # plain, and calls its first argument
 HARMLESS = {dotted: (rule, why) for rule, why, names in _HARMLESS for dotted in _named(names)}
-_BASES = frozenset(
-    _named("builtins: object dict list tuple set frozenset int float str")
-)  # what _reconstructor may make, defaultdict may call
+_BASES = frozenset(_named("builtins: object dict list tuple set frozenset int float str"))  # _reconstructor may make, defaultdict call them
 
 _DANGERS = {
     "runs commands, or changes files and processes": "os posix nt posixpath ntpath subprocess pty popen2 commands platform multiprocessing asyncio",
@@ -162,37 +151,35 @@ _DANGERS = {
 _DANGEROUS = {module: why for why, modules in _DANGERS.items() for module in modules.split()}
 
 
-def judge(found: Global, misuse: str | None = None, also: Names = ()) -> Judged:
-    """The verdict on one global. `misuse` says how a harmless one is used in a way that is not; `also` are names plain in this container."""
+def judge(found: Global, misuse: str | None = None, also: Names = ()) -> tuple[Verdict, str]:
+    """The verdict on one global, and why. `misuse`: how a harmless one is used in a way that is not; `also` names what is plain here."""
     dotted = found.dotted
     if dotted in PLAIN:
-        return Judged("plain", _WHY_PLAIN[dotted])
-    if dotted == NESTED and misuse is not None:
-        return Judged("dangerous", misuse)
-    if also(found) if callable(also) else dotted in also:
-        return Judged("plain", "a name of this container's own, which its reader does not import")
+        return "plain", _WHY_PLAIN[dotted]
+    if (also(found) if callable(also) else dotted in also) and (dotted != NESTED or misuse is None):
+        return "plain", "a name of this container's own, which its reader does not import"
     if dotted in HARMLESS and misuse is None:
-        return Judged("data class", HARMLESS[dotted][1])
+        return "data class", HARMLESS[dotted][1]
     if misuse is not None:
-        return Judged("dangerous", misuse)
+        return "dangerous", misuse
     if found.module == "copyreg" and found.name.startswith("extension "):
-        return Judged("dangerous", "stands for whatever this process registered under that number")
+        return "dangerous", "stands for whatever this process registered under that number"
     parts = dotted.split(".")
     why = next((_DANGEROUS[head] for n in range(len(parts), 0, -1) if (head := ".".join(parts[:n])) in _DANGEROUS), None)
     if "." in found.name:
-        return Judged("dangerous", f"reaches through {found.module} to something else" + (f", and that module {why}" if why else ""))
+        return "dangerous", f"reaches through {found.module} to something else" + (f", and that module {why}" if why else "")
     if why is not None:
-        return Judged("dangerous", f"belongs to a module that {why}")
-    return Judged("unknown", f"is not known: importing {found.module} runs its code, and building the object runs the class's own")
+        return "dangerous", f"belongs to a module that {why}"
+    return "unknown", f"is not known: importing {found.module} runs its code, and building the object runs the class's own"
 
 
-def misuses(made: Iterable[Inert]) -> dict[str, str]:
-    """Harmless names that the calls of a pickle use in a way that is not harmless, and how."""
+def misuses(made: Iterable[Inert], named: Iterable[Global]) -> dict[str, str]:
+    """Harmless names, of those that a pickle names, that its calls use in a way that is not harmless, and how."""
     out: dict[str, str] = {}
+    loads = any(found.dotted == NESTED for found in named)
     for node in _with_inner_calls(made):
-        rule = HARMLESS[node.dotted][0] if node.dotted in HARMLESS else None
-        args = node.args if isinstance(node.args, tuple) else ()
-        if any(held.dotted == NESTED for held in _globals_in((args, node.state, node.items, node.elements))):
+        rule, args = HARMLESS.get(node.dotted, ("", ""))[0], node.args if isinstance(node.args, tuple) else ()
+        if loads and any(held.dotted == NESTED for held in _globals_in((args, node.state, node.items, node.elements))):
             out[NESTED] = "is handed on as a value, and whatever calls it may give it any bytes to load"
         for key, value in node.state.items() if isinstance(node.state, dict) else ():
             if key in _CALLED_BY_PICKLE and isinstance(value, Global):
@@ -263,14 +250,13 @@ def _holds_objects(dtype: object, depth: int = 8) -> bool:
     if not isinstance(dtype, Inert) or not isinstance(dtype.args, tuple) or not depth:
         return False
     state = dtype.state if isinstance(dtype.state, tuple) and len(dtype.state) >= 8 else (None,) * 8
-    inner = [
+    held = [
         state[2],
         *(state[4].values() if isinstance(state[4], dict) else ()),
     ]  # (type, shape) of the items, (type, offset) of each field
     code = dtype.args[0] if dtype.args and isinstance(dtype.args[0], str) else ""
-    return code.lstrip("<>=|").startswith("O") or any(
-        _holds_objects(part[0], depth - 1) for part in inner if isinstance(part, tuple) and part
-    )
+    inner = (part[0] for part in held if isinstance(part, tuple) and part)
+    return code.lstrip("<>=|").startswith("O") or any(_holds_objects(part, depth - 1) for part in inner)
 
 
 def _preview(args: Any) -> str:
@@ -279,32 +265,23 @@ def _preview(args: Any) -> str:
     for arg in args[:3] if isinstance(args, tuple) else ():
         texts = arg if isinstance(arg, (list, tuple)) and len(arg) < 9 and all(isinstance(item, str) for item in arg) else None
         simple = isinstance(arg, (str, bytes, bool, float)) or (isinstance(arg, int) and arg.bit_length() < 64)
-        shown.append(
-            shorten(repr(arg[:200] if isinstance(arg, (str, bytes)) else arg), 80) if simple or texts else f"a {type(arg).__name__}"
-        )
+        short = arg[:200] if isinstance(arg, (str, bytes)) else arg
+        shown.append(shorten(repr(short), 80) if simple or texts else f"a {type(arg).__name__}")
     return f"({', '.join(shown)}{', …' if isinstance(args, tuple) and len(args) > 3 else ''})"
 
 
 def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = ()) -> list[Finding]:
-    """One finding for each global that is dangerous or unknown: named, with where it stands and whether it would be called; one for
-    all harmless strangers together; one for each call of something that is no global.
-
-    `made` are the calls of strangers that the machine met.
+    """One finding for each global that is dangerous or unknown, with where it stands and whether it would be called; one for all harmless
+    strangers together; one for each call of something that is no global. `made` are the calls of strangers that the machine met.
     """
     nodes = list(made)
-    misused = misuses(nodes)
+    misused = misuses(nodes, machine.globals)
     given = {node.dotted: node.args for node in reversed(nodes) if node.args}
-    out, harmless = list[Finding](), {}
+    out, harmless = list[Finding](), dict[str, int]()
     for count, (found, offset) in enumerate(machine.globals.items()):
         if len(out) == _TOLD_SINGLY:
-            out.append(
-                Finding(
-                    "forbidden global",
-                    "danger",
-                    f"the pickle names {len(machine.globals) - count} more, not told one by one",
-                    {"offset": offset},
-                )
-            )
+            message = f"the pickle names {len(machine.globals) - count} more, not told one by one"
+            out.append(Finding("forbidden global", "danger", message, {"offset": offset}))
             break
         verdict, why = judge(found, misused.get(found.dotted), also)
         if verdict == "data class":
@@ -322,13 +299,6 @@ def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = 
     if harmless:
         shown = ", ".join(list(harmless)[:4]) + (f" and {len(harmless) - 4} more" if len(harmless) > 4 else "")
         message = f"the pickle also builds known, harmless classes: {shown}"
-        out.append(
-            Finding(
-                "data classes",
-                "info",
-                message,
-                {"globals": list(harmless)},
-                "plain torch.load needs them allowed; the report of wb.scan(path) ends with the lines for it, where they suffice",
-            )
-        )
+        hint = "plain torch.load needs them allowed; the report of wb.scan(path) ends with the lines for it, where they suffice"
+        out.append(Finding("data classes", "info", message, {"globals": list(harmless)}, hint))
     return out

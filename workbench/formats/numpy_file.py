@@ -19,6 +19,9 @@ import json
 import math
 import re
 import sys
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +37,7 @@ from workbench.tensors import LazyTensor, Stored, TensorSpec
 from workbench.tree import Global
 
 _MAGIC = b"\x93NUMPY"
+_HEAD = 512  # bytes that are read first
 _MAX_HEADER = 1 << 20  # numpy itself stops at 10,000 characters unless it is told to trust the file
 _MAX_PICKLE = 64 << 20
 _MAX_RATIO = 1032  # deflate packs no tighter
@@ -51,7 +55,8 @@ def open_file(file: FileRef) -> Checkpoint:
     Cost: one read.
     """
     findings: list[Finding] = []
-    array = _array(Span(file, 0, file.size), file, None, findings)
+    whole = Span(file, 0, file.size)
+    array = _array(whole, whole.read(0, _HEAD), file, None, findings)
     return Checkpoint(array, name=file.name, format="npy", findings=(*findings,), source=file)
 
 
@@ -64,18 +69,30 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     """
     arrays: dict[str, LazyTensor | Global] = {}
     findings: list[Finding] = []
-    for name in index.records:
-        with located(record=name):
-            storage = index.storage(name)
-            if isinstance(storage, Inflated) and storage.nbytes > _MAX_RATIO * storage.span.nbytes + 64:
-                raise CorruptFileError(f"{storage.span.nbytes} packed bytes cannot hold the {storage.nbytes} that the archive states")
-            arrays[name.removesuffix(".npy")] = _array(storage, index.file, name, findings)
+    with index.file.open() as source:
+        for name in index.records:
+            with located(record=name):
+                storage = index.storage(name)
+                if isinstance(storage, Inflated) and storage.nbytes > _MAX_RATIO * storage.span.nbytes + 64:
+                    raise CorruptFileError(f"{storage.span.nbytes} packed bytes cannot hold the {storage.nbytes} that the archive states")
+                arrays[name.removesuffix(".npy")] = _array(storage, _head(storage, source.pread), index.file, name, findings)
     return Checkpoint(arrays, name=index.file.name, format="npz", findings=(*findings,), source=index.file)
 
 
-def _array(whole: Span | Inflated, file: FileRef, record: str | None, findings: list[Finding]) -> LazyTensor | Global:
+def _head(whole: Span | Inflated, pread: Callable[[int, int], bytes]) -> bytes:
+    """The first bytes of a record; of a deflated one at one go from the open archive, where nothing is odd about them."""
+    if isinstance(whole, Inflated) and whole.span.check is not None:
+        whole.span.check.prove(pread, whole.span.start)
+        with suppress(zlib.error):
+            engine = zlib.decompressobj(-15)
+            head = engine.decompress(pread(whole.span.start, min(whole.span.nbytes, 2 * _HEAD)), _HEAD + 1)
+            if len(head) == min(whole.nbytes, _HEAD + 1) and (engine.eof or whole.nbytes > _HEAD):
+                return head[:_HEAD]
+    return read_span(whole, 0, _HEAD)
+
+
+def _array(whole: Span | Inflated, head: bytes, file: FileRef, record: str | None, findings: list[Finding]) -> LazyTensor | Global:
     """One array as a tensor, or its element type and shape by name where it is none."""
-    head = read_span(whole, 0, 512)
     first = 10 if head[6:7] == b"\1" else 12
     start = first + int.from_bytes(head[8:first], "little")
     with located(path=file.url):
@@ -84,15 +101,7 @@ def _array(whole: Span | Inflated, file: FileRef, record: str | None, findings: 
         if head[6:8] not in (b"\1\0", b"\2\0", b"\3\0") or start > _MAX_HEADER:
             raise UnsupportedError(f"an array of NPY version {head[6]}.{head[7]} with a header of {start} bytes is not read")
         text = head[first:start] if start <= len(head) else read_span(whole, first, start)
-        header = _literal(text.decode("utf-8" if head[6] == 3 else "latin-1"))
-        if (
-            not isinstance(header, dict)
-            or header.keys() != {"descr", "fortran_order", "shape"}
-            or type(header["fortran_order"]) is not bool
-        ):
-            raise CorruptFileError("an array's header must say descr, fortran_order and shape")
-        descr, shape = header["descr"], sizes(header["shape"])
-        itemsize, dtype, byteorder = _element(descr)
+        descr, shape, strides, (itemsize, dtype, byteorder) = _header(text.decode("utf-8" if head[6] == 3 else "latin-1"))
     data = whole.part(start, whole.nbytes - start)
     what = descr if isinstance(descr, str) else json.dumps(descr)[:200]
     where = {"record": record} if record else {}
@@ -102,7 +111,6 @@ def _array(whole: Span | Inflated, file: FileRef, record: str | None, findings: 
         needed = f"{math.prod(shape)} elements of {what} need {math.prod(shape) * itemsize} bytes"
         raise CorruptFileError(f"{needed} and {data.nbytes} are there: the file is cut, or has bytes that nothing names", path=file.url)
     elif dtype is not None:
-        strides = row_major(shape[::-1])[::-1] if header["fortran_order"] else row_major(shape)
         return LazyTensor(TensorSpec(DTYPES[dtype], shape), Stored(data, 0, strides, byteorder))
     else:
         told = f"an array of {what} {list(shape)} is listed and not read: torch has no such element type"
@@ -111,6 +119,15 @@ def _array(whole: Span | Inflated, file: FileRef, record: str | None, findings: 
 
 
 @lru_cache(maxsize=256)
+def _header(text: str) -> tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int | None, str | None, str]]:
+    """What an array's header says: element type as spelled, shape, strides, and the element type as `_element` reads it."""
+    header = _literal(text)
+    if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"} or type(header["fortran_order"]) is not bool:
+        raise CorruptFileError("an array's header must say descr, fortran_order and shape")
+    shape = sizes(header["shape"])
+    return header["descr"], shape, row_major(shape[::-1])[::-1] if header["fortran_order"] else row_major(shape), _element(header["descr"])
+
+
 def _literal(text: str) -> Any:
     """A Python literal as NPY headers hold it, with lists for tuples. Escapes in text stay as they are spelled."""
     out, at, text = [], 0, text.rstrip()

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding, Severity
@@ -75,6 +77,9 @@ _MAX_DEPTH = 32  # graphs in graphs; protobuf's own readers stop at 100 messages
 _MAX_NAMES = 64 << 20  # characters of all names together
 _MAX_LIST = 1 << 20  # numbers of a Constant's list
 _SHOWN = 100
+_HEAD, _MAX_FORMS = 256, 4096  # bytes of a tensor looked at for one alike, and kinds of them
+# dims and type, then the key of a name, or those of packed floats and their length
+_NAME, _LEAD = b"\x42", re.compile(rb"(?:[\x08\x10][\x80-\xff]*[\0-\x7f])*(?:\x42|[\x22\x52][\0-\x7f])")
 _MODEL_GRAPH = 7
 
 
@@ -121,6 +126,7 @@ class _Model:
         self._room = _MAX_NAMES
         self._operators: Counter[str] = Counter()
         self._files: dict[str, FileRef] = {}
+        self._forms: dict[bytes, tuple[Any, int, bytes, int, int]] = {}  # how a tensor's message begins -> one of these, and what is alike
         self._graphs: deque[tuple[Place, str, int]] = deque()  # still to be walked: where, prefix of names, depth
         self._ends: dict[str, list[str]] = {"input": [], "output": []}
 
@@ -155,9 +161,10 @@ class _Model:
         return metadata
 
     def _add(self, prefix: str, name: str, value: Any) -> None:
-        unique = unique_name(prefix + name, self.tensors, self._counts)
-        if unique != prefix + name:
-            self._tell("name collision", "warning", f"{prefix + name!r} names two tensors; the later one is shown as {unique!r}")
+        unique = full = prefix + name
+        if full in self.tensors:
+            unique = unique_name(full, self.tensors, self._counts)
+            self._tell("name collision", "warning", f"{full!r} names two tensors; the later one is shown as {unique!r}")
         self._room -= len(unique)
         if self._room < 0:
             raise UnsupportedError("the names of the tensors are too long to be listed")
@@ -230,11 +237,8 @@ class _Model:
         held = self.wire.message(place, _SPARSE)
         parts = {part: self._tensor(held.get(part, (0, 0)), prefix + name) for part in ("values", "indices")}
         name = name or parts["values"][0]
-        self._tell(
-            "sparse tensor",
-            "info",
-            f"{prefix + name!r} is sparse, of shape {self.wire.numbers(held.get('dims', []), 64)}; its parts are listed",
-        )
+        shape = self.wire.numbers(held.get("dims", []), 64)
+        self._tell("sparse tensor", "info", f"{prefix + name!r} is sparse, of shape {shape}; its parts are listed")
         for part, (_, tensor) in parts.items():
             self._add(prefix, f"{name}.{part}", tensor)
 
@@ -242,24 +246,51 @@ class _Model:
 
     def _tensor(self, place: Place, path: str) -> tuple[str, Any]:
         """(its own name, the tensor) of a TensorProto at `path` in the model; texts are told in a word."""
-        with located(tensor=path or None, offset=place[0]):
-            held = self.wire.message(place, _TENSOR)
+        told: str | None = path or None
+        try:
+            head = self.wire.window.take(place[0], min(place[1] - place[0], _HEAD))
+            lead = found[0] if (found := _LEAD.match(head)) else b""
+            if lead in self._forms and (alike := self._alike(head, lead, place)) is not None:
+                return alike
+            left, held = self.wire.left, self.wire.message(place, _TENSOR)
             name = self.wire.text(held.get("name"))
-            with located(tensor=name or path):
-                return name, self._values(held, place)
+            told = name or path
+            value = self._values(held, place)
+            if not held.get("data_location") and len(self._forms) < _MAX_FORMS and getattr(value, "offset", None) is not None:
+                (at, end), data, size = held.get("name", (0, 0)), value.offset - place[0], place[1] - place[0]
+                if at - place[0] == len(lead) + 1 and data + value.nbytes == size and data <= len(head):
+                    self._forms[lead] = value, 0, head[end - place[0] : data], value.nbytes, left - self.wire.left
+                elif data == len(lead) and at - place[0] == data + value.nbytes + 2 and end == place[1]:
+                    self._forms[lead] = value, value.nbytes + 1, b"", 0, left - self.wire.left
+            return name, value
+        except Exception:  # a context of its own for each of very many would take a tenth of the time
+            with located(tensor=told, offset=place[0]):
+                raise
+
+    def _alike(self, head: bytes, lead: bytes, place: Place) -> tuple[str, Any] | None:
+        """`_tensor` where one was read before whose message has the same bytes but for its name and data; these are as many."""
+        tensor, before, middle, behind, cost = self._forms[lead]  # bytes before the name, from there to the data, and of data after it
+        at = len(lead) + before
+        end = at + 1 + head[at] if at < len(head) and head[at] < 0x80 and head[at - 1 : at] == _NAME else len(head) + 1
+        if end + len(middle) + behind != place[1] - place[0] or not head.startswith(middle, end) or self.wire.left < cost:
+            return None
+        self.wire.left -= cost
+        span = Span(self.file, place[0] + len(lead), before - 1) if before else Span(self.file, place[1] - behind, behind)
+        return head[at + 1 : end].decode(), LazyTensor(tensor.spec, Stored(span, 0, tensor.source.strides))
 
     def _values(self, held: dict[str, Any], place: Place) -> Any:
         shape = tuple(self.wire.numbers(held.get("dims", []), 64))
-        numel, code, external = require_shape(shape), held.get("data_type", 0), held.get("data_location", 0)
+        code, external = held.get("data_type", 0), held.get("data_location", 0)
+        require_shape(shape)
         if code == _STRING:
             return f"texts {list(shape)}"
         if code not in _TYPES or external > 1 or "segment" in held:
             raise CorruptFileError(f"element type {code}, data location {external}: no tensor that ONNX 1.23 reads")
-        packing, _, bits, field = _TYPES[code]
+        packing, _, _, field = _TYPES[code]
         data = [key for key in _DATA.values() if key in held] + ["external_data"] * external
         if len(data) > 1 or not set(data) <= {"raw_data", "external_data", _DATA[field]}:
             raise CorruptFileError(f"{packing} lies in raw_data or {_DATA[field]} or a file; found in {', '.join(data)}")
-        needed = -(-numel * bits // 8)
+        needed = _form(code, shape)[2]
         if external:
             return self._external(code, shape, needed, held.get("external_data", []), place[0])
         if data != ["raw_data"]:
@@ -271,14 +302,14 @@ class _Model:
 
     def _typed(self, code: int, shape: tuple[int, ...], items: list[Any], place: Place, field: int) -> LazyTensor:
         """A tensor in a field of numbers: read where it lies if that is one run of fixed width, else decoded with its message."""
-        packing, dtype, bits, _ = _TYPES[code]
-        spec = TensorSpec(DTYPES[dtype], shape)
+        packing, _, bits, _ = _TYPES[code]
+        spec, strides, stored = _form(code, shape)
         runs = [item[1] - item[0] for item in items if not isinstance(item, int)]  # bytes; the others are single numbers
         single = len(items) - len(runs)
         if code in _FIXED:
             wanted, least, most = spec.nbytes, sum(runs), sum(runs)
         else:  # a varint has 1 to 10 bytes; elements of 2 and 4 bits share one
-            wanted = -(-spec.numel * bits // 8) if bits < 6 else spec.numel
+            wanted = stored if bits < 6 else spec.numel
             least, most = single + sum(-(-run // 10) for run in runs), single + sum(runs)
         if not least <= wanted <= most:
             raise CorruptFileError(f"{packing} {list(shape)} does not fit the numbers that its field {field} holds")
@@ -286,7 +317,7 @@ class _Model:
             return _stored(code, shape, Span(self.file, items[0][0] if items else place[0], spec.nbytes))
         body = Span(self.file, place[0], place[1] - place[0])
         storage = Packed(body, spec.nbytes, packing, body.nbytes, max(spec.nbytes, 1), f"{__name__}:typed_values", (code, field))
-        return LazyTensor(spec, Stored(storage, 0, row_major(shape)))
+        return LazyTensor(spec, Stored(storage, 0, strides))
 
     def _external(self, code: int, shape: tuple[int, ...], needed: int, entries: list[Place], at: int) -> LazyTensor:
         """A tensor in a file beside the model; listed and locked where its data is not there or not as declared."""
@@ -328,14 +359,23 @@ class _Model:
         return text(value.get("name")), f"{text(value.get('name'))}: {_TYPES.get(tensor.get('elem_type', 0), ('', '?'))[1]} [{sizes}]"
 
 
+@lru_cache(maxsize=4096)
+def _form(code: int, shape: tuple[int, ...]) -> tuple[TensorSpec, tuple[int, ...], int]:
+    """(spec, strides, bytes in the file) of a tensor."""
+    _, dtype, bits, _ = _TYPES[code]
+    spec = TensorSpec(DTYPES[dtype], shape)
+    return spec, row_major(shape), -(-spec.numel * bits // 8)
+
+
 def _stored(code: int, shape: tuple[int, ...], span: Span) -> LazyTensor:
     """A tensor whose bytes lie in `span`, little-endian; packed where its elements are less than a byte."""
-    packing, dtype, bits, _ = _TYPES[code]
-    spec = TensorSpec(DTYPES[dtype], shape)
+    (packing, _, bits, _), (spec, strides, _) = _TYPES[code], _form(code, shape)
+    if bits >= 8:
+        return LazyTensor(spec, Stored(span, 0, strides))
     narrow = 3 if bits == 6 else 1
     wide = narrow * 8 // bits * spec.dtype.itemsize
-    storage = span if bits >= 8 else Packed(span, spec.nbytes, packing, narrow, wide, f"{__name__}:unpacked_bits", (code,))
-    return LazyTensor(spec, Stored(storage, 0, row_major(shape)))
+    storage = Packed(span, spec.nbytes, packing, narrow, wide, f"{__name__}:unpacked_bits", (code,))
+    return LazyTensor(spec, Stored(storage, 0, strides))
 
 
 # decoders

@@ -32,11 +32,7 @@ from workbench.tensors import LazyTensor, Stored, TensorSpec
 from workbench.tree import Global, Inert
 
 MAX_OPCODES = 128 << 20  # bytes of opcodes, payloads aside
-_PAGE, _LONG, _HELD = (
-    1 << 10,
-    1 << 16,
-    32 << 20,
-)  # a payload longer than _LONG is left in the file; past _HELD in all, one longer than _PAGE
+_PAGE, _LONG, _HELD = 1 << 10, 1 << 16, 32 << 20  # a payload longer than _LONG stays in the file; past _HELD in all, one longer than _PAGE
 _PAYLOADS, _TEXTS = b"BC\x8e\x96TUX\x8d", b"X\x8d"
 
 
@@ -158,13 +154,12 @@ def payload_span(file: FileRef, payload: Any, nbytes: int | None = None) -> Span
         return span
     if nbytes is None or not nbytes <= payload.nbytes <= 2 * nbytes:
         with span.open() as reader:
-            nbytes = sum(map(len, iter(_Recoder(span, 0, reader).next_block, b"")))
+            nbytes = sum(map(len, _recoded(span, reader)))
     return _inner(file, _Recoded(span, nbytes), nbytes)
 
 
 def _inner(file: FileRef, address: Any, nbytes: int) -> Span:
-    device, inode, _, changed = file.identity
-    return Span(FileRef(f"{file.url} (decoded)", (device, inode, nbytes, changed), address), 0, nbytes)
+    return Span(FileRef(f"{file.url} (decoded)", (*file.identity[:2], nbytes, file.identity[3]), address), 0, nbytes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +183,18 @@ class _Held:
         return len(data)
 
 
+def _recoded(span: Span, reader: Reader) -> Iterator[bytes]:
+    """What a text stands for, block by block."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for at in range(0, span.nbytes, _LONG):
+        raw = bytearray(min(_LONG, span.nbytes - at))
+        reader.readinto(memoryview(raw), at)
+        try:
+            yield decoder.decode(raw, at + len(raw) == span.nbytes).encode("latin-1")
+        except UnicodeError as error:
+            raise CorruptFileError("the text that stands for bytes holds other characters", offset=span.start) from error
+
+
 @dataclass(frozen=True)
 class _Recoded:
     """The address of bytes spelled as UTF-8 text in which each byte is one character."""
@@ -198,41 +205,30 @@ class _Recoded:
     @contextmanager
     def open(self, _: FileRef) -> Iterator[_Recoder]:
         with self.span.open() as reader:
-            yield _Recoder(self.span, self.nbytes, reader)
+            yield _Recoder(self, reader)
 
 
 class _Recoder:
     """Reading forward is one pass; going back starts again."""
 
-    def __init__(self, span: Span, nbytes: int, reader: Reader) -> None:
-        self._span, self._nbytes, self._reader = span, nbytes, reader
-        self._restart()
+    def __init__(self, text: _Recoded, reader: Reader) -> None:
+        self._text, self._reader = text, reader
+        self._at, self._block, self._blocks = 0, b"", _recoded(text.span, reader)
 
-    def _restart(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._read, self._at, self._block = 0, 0, b""
-
-    def next_block(self) -> bytes:
-        """The bytes that follow; none at the end of the text."""
-        raw = bytearray(min(_LONG, self._span.nbytes - self._read))
-        self._reader.readinto(memoryview(raw), self._read)
-        self._read, self._at = self._read + len(raw), self._at + len(self._block)
-        try:
-            self._block = self._decoder.decode(raw, self._read == self._span.nbytes).encode("latin-1")
-        except UnicodeError as error:
-            raise CorruptFileError("the text that stands for bytes holds other characters", offset=self._span.start) from error
+    def _next(self) -> bytes:
+        self._at, self._block = self._at + len(self._block), next(self._blocks, b"")
         return self._block
 
     def readinto(self, buffer: memoryview, start: int) -> int:
         if start < self._at:
-            self._restart()
+            self._at, self._block, self._blocks = 0, b"", _recoded(self._text.span, self._reader)
         while start >= self._at + len(self._block):
-            if not self.next_block():
+            if not self._next():
                 return 0
         piece = self._block[start - self._at :][: buffer.nbytes]
         buffer[: len(piece)] = piece
-        if start + len(piece) == self._nbytes and (self._at + len(self._block) > self._nbytes or self.next_block()):
-            raise CorruptFileError("the payload is longer than its array", offset=self._span.start)
+        if start + len(piece) == self._text.nbytes and (self._at + len(self._block) > self._text.nbytes or self._next()):
+            raise CorruptFileError("the payload is longer than its array", offset=self._text.span.start)
         return len(piece)
 
     def pread(self, start: int, count: int) -> bytes:

@@ -25,6 +25,7 @@ from workbench.tree import NOTHING, Global, Inert, is_mapping, makes_tensor, wra
 _STRTOL = re.compile(rb"[ \t\n\v\f\r]*[+-]?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z")
 
 
+_FETCHES = (b"h", b"j")
 _CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
 SET_STATE = Global("torch.Tensor", "__setstate__")  # how `construct` is told of a state for what a call made: None, where it took it
 _MAX_OPCODES = 20_000_000  # run singly: several hundred thousand tensors, and some seconds
@@ -88,12 +89,12 @@ class Machine:
             return self._run()
 
     def _run(self) -> Any:
-        data, table = self.data, _TABLE
+        data, table, stack = self.data, _TABLE, self.stack
         try:
             for _ in range(_MAX_OPCODES):
                 op = data[self.pos]
                 self.pos += 1
-                if len(self.stack) > _MAX_STACK:
+                if len(stack) > _MAX_STACK:
                     raise ValueError(f"more than {_MAX_STACK} values wait on the stack")
                 if op == 0x2E:  # STOP
                     self.end = self.pos
@@ -121,16 +122,13 @@ class Machine:
 
     # stack
 
-    def _fence(self) -> int:
-        return self.marks[-1] if self.marks else 0
-
     def _pop(self) -> Any:
-        if len(self.stack) <= self._fence():
+        if self.marks and len(self.stack) <= self.marks[-1]:
             raise ValueError("stack underflow")
         return self.stack.pop()
 
     def _top(self) -> Any:
-        if len(self.stack) <= self._fence():
+        if self.marks and len(self.stack) <= self.marks[-1]:
             raise ValueError("stack underflow")
         return self.stack[-1]
 
@@ -150,6 +148,10 @@ class Machine:
             raise ValueError(_CROSSES)
         self.pos += count
         return self.data[self.pos - count : self.pos]
+
+    def _byte(self) -> int:
+        self.pos += 1
+        return self.data[self.pos - 1]
 
     def _line(self) -> bytes:
         end = self.data.find(b"\n", self.pos)
@@ -211,10 +213,11 @@ class Machine:
         self.stack.append(self._line().decode("raw-unicode-escape"))
 
     def op_binunicode(self) -> None:
-        if self.torch is not None and carry_out_run(self, self.pos - 1):
+        may_name = self.torch is not None and _may_name_a_tensor(self.data, self.pos)
+        if may_name and carry_out_run(self, self.pos - 1):
             return
         self.stack.append(self._sized(4).decode("utf-8", "surrogatepass"))
-        if self.torch is not None:
+        if may_name:
             carry_out_one(self, self.pos)
 
     # memo and persistent ids
@@ -255,7 +258,7 @@ class Machine:
 
     def op_binget(self) -> None:
         if self.torch is None or self.data[self.pos + 1] != 0x28 or not carry_out_one(self, self.pos - 1):
-            self._get(self._uint(1))
+            self._get(self._byte())
 
     def op_long_binget(self) -> None:
         if self.torch is None or not carry_out_one(self, self.pos - 1):
@@ -277,7 +280,7 @@ class Machine:
 
     def _tuple(self, count: int) -> None:
         at = len(self.stack) - count
-        if at < self._fence():
+        if at < (self.marks[-1] if self.marks else 0):
             raise ValueError("stack underflow")
         held = tuple(self.stack[at:])
         del self.stack[at:]
@@ -426,7 +429,7 @@ class Machine:
     # bytes, frames and the rest
 
     def op_proto(self) -> None:
-        self.proto = self._uint(1)
+        self.proto = self._byte()
         if self.proto > 5:
             raise ValueError(f"unsupported pickle protocol {self.proto}")
 
@@ -453,6 +456,12 @@ class Machine:
         raise ValueError("out-of-band buffers are not part of a file")
 
 
+def _may_name_a_tensor(data: bytes, at: int) -> bool:
+    """Whether a text, its length at `at`, is memoised and then something is fetched, as before a tensor that torch wrote."""
+    end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+    return data[end + 2 : end + 3] in _FETCHES if data[end : end + 1] == b"q" else data[end + 5 : end + 6] in _FETCHES
+
+
 def _strtol(line: bytes) -> int:
     text = line.strip(b" \t\n\v\f\r")
     digits = text.lstrip(b"+-")
@@ -471,7 +480,8 @@ def _text(data: bytes) -> str | bytes:
 def _pairs(items: list[Any]) -> dict[Any, Any]:
     if len(items) % 2:
         raise ValueError("odd number of items for a dict")
-    return dict(zip(map(_key, items[::2]), items[1::2], strict=True))
+    keys = items[::2]
+    return dict(zip(keys if set(map(type, keys)) <= {str, int} else map(_key, keys), items[1::2], strict=True))
 
 
 def _key(value: Any) -> Any:
@@ -512,7 +522,7 @@ def _push(value: Callable[[], Any]) -> Callable[[Machine], None]:
 _OPS: dict[bytes, Callable[[Machine], None]] = {
     b"(": lambda m: m.marks.append(len(m.stack)),
     b"0": Machine.op_pop, b"1": lambda m: (m._pop_mark(), None)[1], b"2": lambda m: m.stack.append(m._top()),
-    b"F": Machine.op_float, b"G": Machine.op_binfloat, b"I": Machine.op_int, b"J": lambda m: m._signed(m._take(4)), b"K": lambda m: m.stack.append(m._uint(1)),
+    b"F": Machine.op_float, b"G": Machine.op_binfloat, b"I": Machine.op_int, b"J": lambda m: m._signed(m._take(4)), b"K": lambda m: m.stack.append(m._byte()),
     b"L": Machine.op_long, b"M": lambda m: m.stack.append(m._uint(2)),
     b"\x8a": lambda m: m._signed(m._sized(1)), b"\x8b": lambda m: m._signed(m._sized(4, signed=True)),
     b"N": _push(lambda: None), b"\x88": _push(lambda: True), b"\x89": _push(lambda: False),
@@ -532,7 +542,7 @@ _OPS: dict[bytes, Callable[[Machine], None]] = {
     b"\x85": lambda m: m._tuple(1), b"\x86": lambda m: m._tuple(2), b"\x87": lambda m: m._tuple(3),
     b"\x8f": _push(set), b"\x90": Machine.op_additems, b"\x91": lambda m: m.stack.append(frozenset(map(_key, m._pop_mark()))),
     b"g": lambda m: m._get(int(_c_string(m._line()))), b"h": Machine.op_binget, b"j": Machine.op_long_binget,
-    b"p": Machine.op_put, b"q": lambda m: m._put(m._uint(1)), b"r": lambda m: m._put(m._uint(4)), b"\x94": Machine.op_memoize,
+    b"p": Machine.op_put, b"q": lambda m: m._put(m._byte()), b"r": lambda m: m._put(m._uint(4)), b"\x94": Machine.op_memoize,
     b"\x80": Machine.op_proto, b"\x95": Machine.op_frame, b"\x97": Machine.op_no_buffer, b"\x98": Machine.op_readonly_buffer,
 }  # fmt: skip
 _TABLE = [_OPS.get(bytes([code]), Machine.op_unknown) for code in range(256)]

@@ -42,40 +42,40 @@ class Wire:
 
     def __init__(self, window: Window) -> None:
         self.window = window
-        self._left = _MAX_FIELDS
+        self.left = _MAX_FIELDS
 
     def fields(self, at: int, end: int, cut: bool = False) -> Iterator[tuple[int, int, int, int, int]]:
         """(number, type, start and stop of the payload, value of a varint) of each field from `at` to `end`; past it too where `cut`."""
-        data, low = b"", 0
+        data, base, safe = b"", at, -1  # `data` lies at `base`; up to `safe`, a key and a length are whole in it
         while at < end:
-            if len(data) - low < 20:  # a key and a length have ten bytes each at most
-                data, low = self.window.take(at, min(_PIECE, end - at)), 0
-            begin = low
-            if len(data) - low > 1 and 7 < data[low] < 0x80 and data[low] & 7 == BYTES and data[low + 1] < 0x80:
-                number, kind, value, low = data[low] >> 3, BYTES, data[low + 1], low + 2  # a byte each, as most are
-                start, stop = at + 2, at + 2 + value
+            if (low := at - base) > safe:
+                data, base, low = self.window.take(at, min(_PIECE, end - at)), at, 0
+                safe = len(data) - (20 if at + len(data) < end else 2)  # ten bytes each at most
+            if low <= safe and 7 < (key := data[low]) < 0x80 and not key & 5 and (value := data[low + 1]) < 0x80:
+                number, kind = key >> 3, key & 7  # a byte each, as most are
+                start, stop = (at + 2, at + 2 + value) if kind else (at + 1, at + 2)
             else:
                 key, low = _varint(data, low, at)
                 number, kind, value = key >> 3, key & 7, _WIDTH.get(key & 7, 0)
-                start = at + low - begin
+                start = base + low
                 if not number or key >> 32 or kind not in (VARINT, BYTES, *_WIDTH):
                     raise CorruptFileError(f"a field of number {number} and type {kind} is not allowed here", offset=at)
                 if kind in (VARINT, BYTES):
                     value, low = _varint(data, low, at)
-                    start = start if kind == VARINT else at + low - begin
-                stop = at + low - begin if kind == VARINT else start + value
-            self._left -= 1
-            if self._left < 0:
+                    start = start if kind == VARINT else base + low
+                stop = base + low if kind == VARINT else start + value
+            self.left -= 1
+            if self.left < 0:
                 raise UnsupportedError(f"more than {_MAX_FIELDS} fields are not walked", offset=at)
             if stop > end and not cut:
                 raise CorruptFileError(f"field {number} has {stop - start} bytes and {end - start} are left: the file is cut", offset=at)
             yield number, kind, start, stop, value
-            low, at = begin + stop - at, stop
+            at = stop
 
     def message(self, place: Place, known: Schema) -> dict[str, Any]:
         """The known fields of the message at `place`: numbers, places of anything else, lists of these where repeated."""
         out: dict[str, Any] = {}
-        self._left -= 1
+        self.left -= 1
         for number, kind, start, stop, value in self.fields(*place):
             if number not in known:
                 continue
@@ -98,8 +98,10 @@ class Wire:
             start, stop = (0, 0) if isinstance(item, int) else item
             if len(out) >= limit or stop - start > 10 * limit:
                 raise UnsupportedError(f"a list of more than {limit} numbers", offset=start)
-            data, at = self.window.take(start, stop - start) if stop else b"", 0
-            out += [item] if not stop else []
+            if not stop:
+                out.append(item)
+                continue
+            data, at = self.window.take(start, stop - start), 0
             while at < len(data):
                 value, at = _varint(data, at, start)
                 out.append(value)

@@ -12,11 +12,11 @@ Source: safetensors 0.8 README (format) and safetensors/src/tensor.rs (validatio
 from __future__ import annotations
 
 import json
-import math
+from functools import lru_cache
 from typing import Any
 
 from workbench.checkpoint import Checkpoint
-from workbench.dtypes import DTYPES, DType
+from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, UnsupportedError, located
 from workbench.files import FileRef, Span
 from workbench.names import unique_pairs
@@ -30,6 +30,7 @@ CODES = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
+_KEYS, _MAX_COUNT = {"dtype", "shape", "data_offsets"}, 1 << 63
 _BITS = {"F6_E2M3": 6, "F6_E3M2": 6}  # in the specification; torch has no such type
 
 
@@ -42,14 +43,8 @@ def open_file(file: FileRef) -> Checkpoint:
     """
     tensors, metadata = read_header(file)
     restored = restored_aliases(tensors, metadata)
-    return Checkpoint(
-        {**tensors, **{a: tensors[k] for a, k in restored.items()}},
-        name=file.name,
-        format="safetensors",
-        metadata=metadata,
-        restored=restored,
-        source=file,
-    )
+    named = {**tensors, **{a: tensors[k] for a, k in restored.items()}}
+    return Checkpoint(named, name=file.name, format="safetensors", metadata=metadata, restored=restored, source=file)
 
 
 def restored_aliases(tensors: dict[str, LazyTensor], metadata: dict[str, str]) -> dict[str, str]:
@@ -78,15 +73,18 @@ def read_header(file: FileRef, area: Span | None = None) -> tuple[dict[str, Lazy
         raise CorruptFileError("__metadata__ must map text to text", path=file.url)
     tensors, ends = {}, []
     for name, entry in header.items():
-        with located(path=file.url, tensor=name):
+        try:
             tensors[name], begin, end = _entry(whole, 8 + length, entry)
+        except Exception:  # entering a context for each of very many would take as long as reading it
+            with located(path=file.url, tensor=name):
+                raise
         ends.append((begin, end, name))
     _require_tiling(ends, whole.nbytes - 8 - length, file)
     return tensors, raw_metadata
 
 
 def _entry(whole: Span, data: int, entry: Any) -> tuple[LazyTensor, int, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
         raise CorruptFileError("an entry must have exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (_counts(shape) and _counts(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
@@ -95,34 +93,33 @@ def _entry(whole: Span, data: int, entry: Any) -> tuple[LazyTensor, int, int]:
         raise CorruptFileError(f"a shape of {len(shape)} dimensions; torch has 64 at most")
     if not isinstance(code, str):
         raise CorruptFileError("the element type is no text")
-    if code in _BITS:
-        raise UnsupportedError(f"the element type {code} has no counterpart in torch")
-    if code not in CODES:
-        raise CorruptFileError(f"{code!r} is no element type of the format")
-    dtype = DTYPES[CODES[code]]
-    logical = _logical_shape(dtype, shape)
-    needed = math.prod(logical) * dtype.itemsize
-    begin, end = offsets
+    (spec, strides, needed), (begin, end) = _form(code, tuple(shape)), offsets
     if end - begin != needed:
         raise CorruptFileError(f"{code} {shape} needs {needed} bytes and its offsets hold {end - begin}", offset=data + begin)
     if data + end > whole.nbytes:
         raise CorruptFileError(
             f"the data ends at byte {whole.nbytes} and this tensor at {data + end}: the file is cut", offset=data + begin
         )
-    storage = whole.part(data + begin, needed)
-    return LazyTensor(TensorSpec(dtype, logical), Stored(storage, 0, row_major(logical))), begin, end
+    return LazyTensor(spec, Stored(whole.part(data + begin, needed), 0, strides)), begin, end
 
 
-def _logical_shape(dtype: DType, shape: list[int]) -> tuple[int, ...]:
-    if dtype.name != "float4_e2m1fn_x2":
-        return tuple(shape)
-    if not shape or shape[-1] % 2:  # the file counts 4-bit values; torch counts bytes of two
-        raise CorruptFileError("a 4-bit tensor must have an even last dimension")
-    return (*shape[:-1], shape[-1] // 2)
+@lru_cache(maxsize=4096)
+def _form(code: str, shape: tuple[int, ...]) -> tuple[TensorSpec, tuple[int, ...], int]:
+    """(spec, strides, bytes) of a tensor as the header tells it."""
+    if code in _BITS:
+        raise UnsupportedError(f"the element type {code} has no counterpart in torch")
+    if code not in CODES:
+        raise CorruptFileError(f"{code!r} is no element type of the format")
+    spec = TensorSpec(DTYPES[CODES[code]], shape)
+    if spec.dtype.name == "float4_e2m1fn_x2":
+        if not shape or shape[-1] % 2:  # the file counts 4-bit values; torch counts bytes of two
+            raise CorruptFileError("a 4-bit tensor must have an even last dimension")
+        spec = TensorSpec(spec.dtype, (*shape[:-1], shape[-1] // 2))
+    return spec, row_major(spec.shape), spec.nbytes
 
 
 def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value)
+    return isinstance(value, list) and not [n for n in value if type(n) is not int or n < 0 or n >= _MAX_COUNT]
 
 
 def _require_tiling(ends: list[tuple[int, int, str]], total: int, file: FileRef) -> None:

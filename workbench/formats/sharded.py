@@ -19,7 +19,10 @@ from collections.abc import Iterable
 from workbench.checkpoint import Checkpoint, Finding
 from workbench.errors import CorruptFileError, MissingFileError, MissingShardError, UnsupportedError, located
 from workbench.files import FileRef, Folder, Span
+from workbench.formats import open_file as open_any
+from workbench.formats import recognise
 from workbench.formats.safetensors_file import restored_aliases
+from workbench.names import unique_pairs
 from workbench.tensors import LazyTensor
 
 _MAX_INDEX = 24 << 20
@@ -72,21 +75,12 @@ def open_parts(folder: Folder, part: str) -> Checkpoint:
             raise CorruptFileError(f"{shard} holds a tensor that another shard holds too", path=folder.url, tensor=twice)
         tensors.update(own)
     told = f"{total.lstrip('0')} shards were put together by their names: there is no index that says what they should hold"
-    return _union(
-        f"{stem}{extension}",
-        folder.file(part),
-        tensors,
-        shards,
-        [name for name in wanted if name not in shards],
-        [Finding("no index", "info", told)],
-    )
+    missing = [name for name in wanted if name not in shards]
+    return _union(f"{stem}{extension}", folder.file(part), tensors, shards, missing, [Finding("no index", "info", told)])
 
 
 def _opened(folder: Folder, names: Iterable[str]) -> tuple[dict[str, Checkpoint], list[str]]:
     """Each shard's own listing, and the names of those that are not there."""
-    from workbench.formats import open_file as open_any
-    from workbench.formats import recognise
-
     shards: dict[str, Checkpoint] = {}
     missing = []
     for name in dict.fromkeys(names):
@@ -96,8 +90,7 @@ def _opened(folder: Folder, names: Iterable[str]) -> tuple[dict[str, Checkpoint]
             except MissingFileError:
                 missing.append(name)
                 continue
-            form, _ = recognise(file)
-            if form is not None and form.module == "sharded":
+            if (form := recognise(file)[0]) is not None and form.module == "sharded":
                 raise CorruptFileError("the index names an index as a shard")
             shards[name] = open_any(file)
     return shards, missing
@@ -108,16 +101,10 @@ def _union(
 ) -> Checkpoint:
     metadata = {key: value for held in shards.values() for key, value in held.metadata.items()}
     restored = restored_aliases(tensors, metadata)
-    kinds = {held.format for held in shards.values()} or {"safetensors"}
-    ckpt = Checkpoint(
-        {**tensors, **{alias: tensors[kept] for alias, kept in restored.items()}},
-        name=name,
-        format="sharded-" + "+".join(sorted(kinds)),
-        metadata=metadata,
-        restored=restored,
-        findings=(*found, *(finding for held in shards.values() for finding in held.findings)),
-        source=source,
-    )
+    tree = tensors | {alias: tensors[kept] for alias, kept in restored.items()}
+    form = "sharded-" + "+".join(sorted({held.format for held in shards.values()} or {"safetensors"}))
+    findings = (*found, *(finding for held in shards.values() for finding in held.findings))
+    ckpt = Checkpoint(tree, name=name, format=form, metadata=metadata, restored=restored, findings=findings, source=source)
     if missing:
         told = f"{len(missing)} of {len(missing) + len(shards)} shards are not there: {', '.join(missing[:3])}"
         hint = "copy them beside the others; what those hold is listed in .partial"
@@ -134,7 +121,7 @@ def _read_index(file: FileRef) -> dict[str, str]:
     if text.count(b"[") + text.count(b"{") > _MAX_NODES:
         raise CorruptFileError(f"the index holds more than {_MAX_NODES} lists and objects", path=file.url)
     with located(path=file.url):
-        index = json.loads(text)
+        index = json.loads(text, object_pairs_hook=unique_pairs)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) and v for v in weight_map.values()):
         raise CorruptFileError("an index must map each tensor's name to a file name under weight_map", path=file.url)

@@ -210,6 +210,9 @@ class _Count(NamedTuple):
         if pread(start - 8, 8) != self.numel.to_bytes(8, "little"):
             raise CorruptFileError(f"the storage does not begin with its count of {self.numel} elements", record=self.key, offset=start - 8)
 
+    def alone(self, start: int) -> _Count:
+        return self
+
 
 def _is_key(key: Any) -> bool:
     return type(key) in (str, int)  # text; numbers in some files of Python 2

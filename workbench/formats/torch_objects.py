@@ -8,6 +8,7 @@ Source: torch 2.13 torch/_utils.py (rebuild functions), torch/serialization.py (
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ Counts = tuple[int, ...]
 _MAX_TROUBLES = 200
 _MAX_COPIED = 1 << 28
 _KERNELS = "workbench.formats.torch_kernels"
+_NBYTES = operator.attrgetter("nbytes")
 
 
 class StorageRef(NamedTuple):
@@ -53,7 +55,6 @@ class Form(NamedTuple):
     """What tensors of one kind have in common, in a run of them."""
 
     spec: TensorSpec
-    dtype: DType
     numel: int
     nbytes: int
     place: str
@@ -103,7 +104,7 @@ class TorchObjects:
         self._locate_all = locate_all
         self._byteorder = byteorder
         self._storages: dict[str, StorageRef] = {}
-        self._runs: list[tuple[Sequence[Any], ...]] = []  # the storages of runs in columns, for they are rarely asked for again
+        self._runs: list[tuple[list[str], Sequence[Form], list[Storage]]] = []  # the storages of runs, which are rarely asked for again
         self._run_keys: set[str] = set()
         self.places: Counter[str] = Counter()  # storages by where they were saved
         self.troubles: list[Finding] = []
@@ -116,8 +117,9 @@ class TorchObjects:
     @property
     def storages(self) -> dict[str, StorageRef]:
         """Every storage met, by its key."""
-        for columns in self._runs:
-            self._storages.update(zip(columns[0], map(StorageRef._make, zip(*columns, strict=True)), strict=True))
+        for run in self._runs:
+            for key, form, storage in zip(*run, strict=True):
+                self._storages[key] = StorageRef(key, form.spec.dtype, form.numel, form.place, storage, None)
         self._runs.clear()
         return self._storages
 
@@ -164,19 +166,21 @@ class TorchObjects:
     def form(self, cls: Global, place: str, numel: int, offset: int, shape: Counts, strides: Counts, grad: bool) -> Form | None:
         """What a run's tensors of one kind share, where such a tensor is one whole storage."""
         spec = _plain_spec(cls, numel, offset, shape, strides)
-        return None if spec is None else Form(spec, spec.dtype, numel, numel * spec.dtype.itemsize, place, strides, grad)
+        return None if spec is None else Form(spec, numel, numel * spec.dtype.itemsize, place, strides, grad)
 
     def run(self, keys: list[str], forms: Sequence[Form]) -> list[LazyTensor] | None:
         """The tensors of a run, each on a storage met for the first time; None where that is not so, or a storage is not as long as told."""
         storages = self._locate_all(keys) if self._locate_all is not None else None
-        specs, dtypes, numels, nbytes, places, strides, grads = zip(*forms, strict=True)
-        new = len(set(keys)) == len(keys) and self._run_keys.isdisjoint(keys) and self._storages.keys().isdisjoint(keys)
-        if storages is None or not new or [storage.nbytes for storage in storages] != [*nbytes]:
+        specs, _, nbytes, places, strides, grads = zip(*forms, strict=True)
+        if storages is None or list(map(_NBYTES, storages)) != [*nbytes] or not self._run_keys.isdisjoint(keys):
             return None
-        self._runs.append((keys, dtypes, numels, places, storages, [None] * len(keys)))
+        before = len(self._run_keys)
         self._run_keys.update(keys)
+        if len(self._run_keys) != before + len(keys) or not self._storages.keys().isdisjoint(keys):
+            return None
+        self._runs.append((keys, forms, storages))
         self.places.update(places)
-        sources = map(Stored._make, zip(storages, repeat(0), strides, repeat(self._byteorder)))
+        sources = map(tuple.__new__, repeat(Stored), zip(storages, repeat(0), strides, repeat(self._byteorder)))
         return list(map(LazyTensor, specs, sources, grads))
 
     def _storage(self, key: str, dtype: DType | None, numel: int, place: str, known: StorageRef | None) -> StorageRef:

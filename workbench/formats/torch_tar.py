@@ -75,12 +75,7 @@ def open_file(file: FileRef) -> Checkpoint:
 
 
 def members(file: FileRef) -> dict[str, Span]:
-    """The members of a tar archive, by name.
-
-    Raises:
-        CorruptFileError: a header is damaged, two members have one name, or one is no regular file.
-        UnknownFormatError: there are more of them than in any checkpoint.
-    """
+    """The members of a tar archive, by name; raises as `walk` does, and CorruptFileError where two have one name."""
     found: dict[str, Span] = {}
     for name, span in walk(Span(file, 0, file.size)):
         if name in found:  # tarfile takes the last
@@ -90,7 +85,11 @@ def members(file: FileRef) -> dict[str, Span]:
 
 
 def walk(archive: Span) -> Iterator[tuple[str, Span]]:
-    """Name and bytes of each member in order, whatever its name; raises as `members` does, behind those that are sound."""
+    """Name and bytes of each member in order, whatever its name.
+
+    Raises, behind those that are sound:
+        CorruptFileError: a header is damaged, or a member no regular file. UnknownFormatError: there are more than in any checkpoint.
+    """
     at, url = 0, archive.file.url
     for _ in range(_MOST_HEADERS):
         head = archive.read(at, at + _BLOCK)
@@ -145,9 +144,9 @@ class _Stream:
     """One member, read in order: pickles, numbers, and elements that are stepped over."""
 
     def __init__(self, pread: Callable[[int, int], bytes], span: Span, name: str) -> None:
-        self._pages: Any = Pages(pread, span.start + span.nbytes)
-        self._span, self._name, self._at = span, name, span.start
-        self.findings: list[Finding] = []
+        self._file, self._name, self._at, self._end = span.file, name, span.start, span.start + span.nbytes
+        self._pages: Any = Pages(pread, self._end)
+        self._findings: list[Finding] = []
 
     def pickle(self) -> Any:
         made: list[Inert] = []
@@ -158,14 +157,14 @@ class _Stream:
             error.where["record"] = self._name
             raise
         finally:
-            self.findings += danger_findings(machine, made)
+            self._findings += danger_findings(machine, made)
         self._at = machine.end
         return value
 
     def count(self) -> int:
         """How many things follow; each takes a pickle at least."""
         value = self.pickle()
-        if type(value) is not int or not 0 <= value <= (self._span.start + self._span.nbytes - self._at) // 4:
+        if type(value) is not int or not 0 <= value <= (self._end - self._at) // 4:
             raise CorruptFileError(f"no count, or one of more {self._name} than fit the member", record=self._name, offset=self._at)
         return value
 
@@ -176,20 +175,20 @@ class _Stream:
         return value
 
     def numbers(self, layout: str) -> tuple[int, ...]:
-        return struct.unpack(layout, self.skip(struct.calcsize(layout), self._pages))
+        start = self.skip(struct.calcsize(layout)).start
+        return struct.unpack(layout, self._pages[start : self._at])
 
-    def skip(self, nbytes: int, pages: Any = None) -> Any:
-        """The next bytes as a span, or what they are where `pages` is given."""
-        start, end = self._at, self._span.start + self._span.nbytes
-        if not 0 <= nbytes <= end - start:
-            raise CorruptFileError(f"{nbytes} bytes are said to follow and {end - start} are left", record=self._name, offset=start)
+    def skip(self, nbytes: int) -> Span:
+        start, left = self._at, self._end - self._at
+        if not 0 <= nbytes <= left:
+            raise CorruptFileError(f"{nbytes} bytes are said to follow and {left} are left", record=self._name, offset=start)
         self._at += nbytes
-        return Span(self._span.file, start, nbytes) if pages is None else pages[start : start + nbytes]
+        return Span(self._file, start, nbytes)
 
     def finish(self) -> list[Finding]:
         """What is to be said of the member once it was read."""
-        rest = self._span.start + self._span.nbytes - self._at
-        return [*self.findings, trailing_finding(rest, self._name)] if rest else self.findings
+        rest = self._end - self._at
+        return [*self._findings, trailing_finding(rest, self._name)] if rest else self._findings
 
 
 class _TarObjects(TorchObjects):

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import re
 import struct
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from itertools import chain
+from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import CorruptFileError
@@ -65,45 +66,100 @@ def carry_out_one(vm: Machine, start: int) -> bool:
 
 def carry_out_run(vm: Machine, start: int) -> bool:
     """Carry out a run of names and tensors, each on a storage of its own: most of a state dict, in a few passes over it."""
-    data, torch = vm.data, vm.torch
+    data = vm.data
     name_end = start + 5 + int.from_bytes(data[start + 1 : start + 5], "little")
     head = data[name_end : name_end + 12]
-    if torch is None or start < vm.singly or b"((" not in head[4:]:
+    if vm.torch is None or start < vm.singly or b"((" not in head[4:] or (pattern := _named_tensor(head[0])) is None:
         return False
-    rows, end = _run_of_tensors(data, start, head[0])
+    return _carry_out_alike(vm, start, pattern) or (start >= vm.singly and _carry_out_mixed(vm, start, pattern))
+
+
+def _carry_out_alike(vm: Machine, start: int, pattern: Any) -> bool:
+    """A run that repeats one block of tensors: names and keys are others of the same length, memo places count on, all else is the same."""
+    data = vm.data
+    found = [m for m in islice(iter(pattern.scanner(data, start).match, None), _PROBED) if m[1]]  # they adjoin
+    layouts = [(len(m[0]), len(m[2]), len(m[6]), m.group(4, 8, 10, 12, 14)) for m in found]
+    period = next((n for n in range(1, _PROBED // 2) if layouts[n:] == layouts[:-n]), 0)
+    if not period or len(found) < _PROBED or len(found[0][3]) != 4:
+        return False
+    block, step = found[:period], found[period - 1].end() - start
+    count = min(len(data) - start, _MOST) // step
+    puts = [[m.start(g) for g in (3, 7, 9, 11, 13) if m[g]] + [m.start(15) + at for at in (1, 7, 13)] for m in block]
+    bases = [0, *accumulate(map(len, puts))]  # memo places of a block before each of its tensors
+    first, each = int.from_bytes(block[0][3], "little"), bases[-1]
+    lengths_agree = all(int.from_bytes(m[g], "little") == len(m[g + 1]) for m in block for g in (1, 5))
+    if not lengths_agree or not vm.highest < first < (1 << 32) - count * each:
+        return False
+    # what the run would be, and how much of it is there
+    run, places = bytearray(data[start : start + step] * count), struct.pack(f"<{count * each}I", *range(first, first + count * each))
+    for put, at in enumerate(chain.from_iterable(puts)):
+        for byte in range(4):
+            run[at - start + byte :: step] = places[4 * put + byte :: 4 * each]
+    texts = [[m.span(g) for m in block] for g in (2, 6)]
+    for at in (at for span in chain(*texts) for at in range(*span)):
+        run[at - start :: step] = data[at : start + count * step : step]
+    count = bisect_left(range(1, count + 1), True, key=lambda n: data[start : start + n * step] != run[: n * step])
+    if count * period < _PROBED:
+        return False
+    names, keys = ([data[i + at : i + to] for i in range(0, count * step, step) for at, to in spans] for spans in texts)
+    forms = _forms(vm, [layout[-1] for layout in layouts[:period]])
+    if forms is None or not b"".join(keys).isdigit():
+        return False
+    written = [
+        [i + base for i in range(first, first + count * each, each) for base in some]
+        for some in (bases[:-1], [b + 1 for b in bases[:-1]], [b - 1 for b in bases[1:]])
+    ]
+    return _carried_out(vm, names, keys, forms * count, written, first + count * each - 1, start + count * step)
+
+
+def _carry_out_mixed(vm: Machine, start: int, pattern: Any) -> bool:
+    """A run of tensors that are spelled as they may be."""
+    data, stop = vm.data, min(len(vm.data), start + _MOST)
+    rows = pattern.findall(data, start, stop)
+    behind = rows.pop()[-1] if rows and rows[-1][-1] else b""
+    vm.singly = end = stop - len(behind)
     if len(rows) < 2:
         return False
-    vm.singly = end
-    columns = list(zip(*rows, strict=True))
-    name_lengths, spelled, name_put, heads, key_lengths, keys_spelled, key_put, numels, pids, *rest = columns
-    views, shape_put, strides, strides_put, hooks, puts = rest
-    hooks_put, args_put, put = zip(*struct.iter_unpack(_TAIL[len(puts[0])], b"".join(puts)), strict=True)
-    skipped = _indices([*pids, *filter(None, shape_put), *filter(None, strides_put)])
-    names_at, keys_at = _indices(name_put), _indices(key_put)
-    written = {*names_at, *keys_at, *skipped, *hooks_put, *args_put, *put}
-    apart = len(written) == 5 * len(rows) + len(skipped) and (min(written) > vm.highest or vm.whole_memo().keys().isdisjoint(written))
-    lengths_agree = _indices(name_lengths, 4) == tuple(map(len, spelled)) and _indices(key_lengths, 4) == tuple(map(len, keys_spelled))
-    if not apart or not lengths_agree:
+    name_lengths, names, name_put, heads, key_lengths, keys, key_put, numels, pids, *rest = zip(*rows, strict=True)
+    views, shape_put, strides, strides_put, hooks, puts, _ = rest
+    names_at, keys_at, tails = _indices(name_put), _indices(key_put), _TAILS[len(puts[0])].iter_unpack(b"".join(puts))
+    hooks_put, args_put, put = zip(*tails, strict=True)
+    written = [*names_at, *keys_at, *_indices([*pids, *filter(None, shape_put), *filter(None, strides_put)]), *hooks_put, *args_put, *put]
+    apart = min(written) > vm.highest or vm.whole_memo().keys().isdisjoint(written)
+    lengths_agree = _indices(name_lengths, 4) == tuple(map(len, names)) and _indices(key_lengths, 4) == tuple(map(len, keys))
+    if not apart or len(set(written)) != len(written) or not lengths_agree:
         return False
-    kinds = list(zip(heads, numels, views, strides, hooks, strict=True))
-    forms = list(map(vm.forms.get, kinds))
-    if None in forms:
-        vm.forms.update({kind: _form(vm, *kind) for kind in set(kinds) if kind not in vm.forms})
-        forms = list(map(vm.forms.get, kinds))
+    forms = _forms(vm, list(zip(heads, numels, views, strides, hooks, strict=True)))
+    return forms is not None and _carried_out(vm, names, keys, forms, (names_at, keys_at, put), max(written), end)
+
+
+def _carried_out(
+    vm: Machine, names: Sequence[bytes], keys: Sequence[bytes], forms: list[Any], written: Sequence[Sequence[int]], highest: int, end: int
+) -> bool:
+    """Put a run's names and tensors on the stack; `written` are the memo places of the names, keys and tensors."""
+    vm.singly = end
     try:
-        names = [name.decode("utf-8", "surrogatepass") for name in spelled]
+        told = [name.decode("utf-8", "surrogatepass") for name in names]
     except UnicodeDecodeError:  # told at its own byte, when the opcodes are run singly
         return False
-    keys = b"\n".join(keys_spelled).decode("ascii").split("\n")
-    tensors = None if None in forms else torch.run(keys, forms)
+    numbers = b"\n".join(keys).decode("ascii").split("\n")
+    tensors = vm.torch.run(numbers, forms)
     if tensors is None:
         return False
-    vm.waiting += [(names_at, names), (keys_at, keys), (put, tensors)]
-    vm.highest = max(vm.highest, max(written))
-    vm.stack.extend(chain.from_iterable(zip(names, tensors, strict=True)))
+    vm.waiting += zip(written, (told, numbers, tensors), strict=True)
+    vm.highest = max(vm.highest, highest)
+    vm.stack.extend(chain.from_iterable(zip(told, tensors, strict=True)))
     vm.skipped = True
     vm.pos = end
     return True
+
+
+def _forms(vm: Machine, kinds: list[tuple[bytes, ...]]) -> list[Any] | None:
+    """What torch makes of each spelling; None where one is not plain."""
+    if new := set(kinds).difference(vm.forms):
+        vm.forms.update({kind: _form(vm, *kind) for kind in new})
+    forms = list(map(vm.forms.get, kinds))
+    return None if None in forms else forms
 
 
 def _form(vm: Machine, head: bytes, numel: bytes, offset_shape: bytes, strides: bytes, hooks: bytes) -> Any:
@@ -168,20 +224,13 @@ def _named_tensor(first: int) -> re.Pattern[bytes] | None:
     sizes = rb"(?:%b))(?:(?<!\))%b)?(%b)(?:(?<!\))%b)?" % (_SIZES, put, _SIZES, put)
     write = put.translate(None, b"()")
     hooks = rb"([\x88\x89]%b\)R)(%bt%bR%b)" % (_G, write, write, write)
-    return re.compile(rb"X(....)(.{0,1024}?)%b(%b\(\(%b%b)" % (put, _G, _G, _G) + storage + sizes + hooks, re.DOTALL)
+    tensor = rb"X(....)(.{0,1024}?)%b(%b\(\(%b%b)" % (put, _G, _G, _G) + storage + sizes + hooks
+    return re.compile(tensor + rb"|(.+)", re.DOTALL)
 
 
-_TAIL = {8: "<xBxxBxxB", 17: "<xIxxIxxI"}  # the last three memo writes of a tensor, by their length
-
-
-def _run_of_tensors(data: bytes, start: int, first: int) -> tuple[list[tuple[bytes, ...]], int]:
-    """The named tensors that follow each other from `start` without a gap, as the groups of their pattern, and where they end.
-
-    `first` is the memo opcode after the first name.
-    """
-    pattern: Any = _named_tensor(first)  # Any: the type stubs do not know `scanner`, whose matches adjoin
-    found = list(iter(pattern.scanner(data, start).match, None)) if pattern is not None else []
-    return [match.groups() for match in found], found[-1].end() if found else start
+_TAILS = {8: struct.Struct("<xBxxBxxB"), 17: struct.Struct("<xIxxIxxI")}  # the last three memo writes of a tensor, by their length
+_PROBED = 32  # tensors that tell whether a run repeats
+_MOST = 1 << 17  # bytes of one run; Python's own pickler puts 1,000 items into a dict at once
 
 
 _REFS = re.compile(_G, re.DOTALL)

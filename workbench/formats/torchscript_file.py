@@ -36,9 +36,8 @@ _MAX_PICKLE = 1 << 30
 _MAX_CODE = 8 << 20
 _ASIDE = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
 _FLAGS = ("training", "_is_full_backward_hook")  # every module has them
-_TAGS = {
-    f"torch.jit._pickle.{name}" for name in ("restore_type_tag", *(f"build_{kind}list" for kind in ("int", "tensor", "double", "bool")))
-}
+_TYPED = ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
+_TAGS = {f"torch.jit._pickle.{name}" for name in _TYPED}
 _HINT = "torch.jit.load runs it: use that only if you trust its author"
 
 _TEXT = r'"(?:[^"\\]|\\[\s\S])*+"|' + r"'(?:[^'\\]|\\[\s\S])*+'"
@@ -113,9 +112,7 @@ def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, T
     try:
         for path, text in _sources(index, root, _MAX_CODE):
             where = {"record": f"{root}code/{path}"}
-            bare = _QUOTED.sub(
-                lambda found: " " if found[0][0] in "#\\" else "''", text
-            )  # a comment ends with its line, whatever it ends with
+            bare = _QUOTED.sub(lambda found: " " if found[0][0] in "#\\" else "''", text)  # a comment always ends with its line
             text = text.replace("\\\n", " ")
             for name in sorted({f"torch.{found[1]}" if found[1] else found[2] for found in _REACHES.finditer(bare)}):
                 what = f"the code uses {name}, by which a program reaches files or the network; it was not run"
@@ -165,11 +162,8 @@ class _ScriptObjects(TorchObjects):
 
 
 def _is_plain(found: Global) -> bool:
-    return (
-        found.dotted in _TAGS
-        or f"{found.module}.".startswith("__torch__.")
-        or (found.module == "torch" and found.name in ALL_STORAGE_DTYPES)
-    )
+    is_storage = found.module == "torch" and found.name in ALL_STORAGE_DTYPES
+    return is_storage or found.dotted in _TAGS or f"{found.module}.".startswith("__torch__.")
 
 
 def _unpickled(index: ZipIndex, record: str, folder: str, byteorder: str = "little") -> tuple[Any, list[Finding]]:
@@ -210,18 +204,16 @@ def _split(root: Inert, modules: dict[str, Tensors], findings: list[Finding]) ->
     while pending:
         node = pending.pop()
         state, rest = made[id(node)]
-        tensors = modules[node.dotted]
-        buffers, inner = {}, {}
+        tensors, buffers, inner = modules[node.dotted], dict[Any, Any](), dict[Any, Any]()
         for name, value in node.state.items():
+            held = next((kind for kind in ("parameters", "buffers") if name in tensors[kind]), "")
             if _is_module(value, modules):
                 if id(value) not in made:
                     made[id(value)] = ({}, {})
                     pending.append(value)
                 inner[name], rest[name] = made[id(value)]
-            elif name in tensors["parameters"] and (value is None or isinstance(value, LazyTensor)):
-                state[name] = value
-            elif name in tensors["buffers"] and (value is None or isinstance(value, LazyTensor)):
-                buffers[name] = value
+            elif held and (value is None or isinstance(value, LazyTensor)):
+                (state if held == "parameters" else buffers)[name] = value
             elif name not in _FLAGS:
                 rest[name] = value
         state |= buffers | inner

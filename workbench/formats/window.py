@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import lru_cache
 
 from workbench.errors import CorruptFileError, UnsupportedError
 
@@ -29,7 +30,8 @@ class Window:
         return self._data[low : low + count]
 
 
-def require_shape(shape: Sequence[int]) -> int:
+@lru_cache(maxsize=4096)
+def require_shape(shape: tuple[int, ...]) -> int:
     """How many elements a stated shape has, where torch can hold such a shape at all."""
     if len(shape) > 64:
         raise UnsupportedError(f"a shape of {len(shape)} dimensions; torch has 64 at most")

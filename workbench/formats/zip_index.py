@@ -18,16 +18,18 @@ from __future__ import annotations
 import operator
 import struct
 import zlib
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import compress, repeat
-from typing import NamedTuple
+from itertools import repeat
+from typing import Any, NamedTuple
 
 from workbench.errors import CorruptFileError, UnsupportedError
 from workbench.files import FileRef, Reader, Span, Storage, read_span
+from workbench.formats.window import Window
 
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _MAX_DIRECTORY = 1 << 30
@@ -53,13 +55,50 @@ class Record(NamedTuple):
         if _payload_start(self, pread) != start:
             raise CorruptFileError("the payload does not lie where the archive's layout says", record=self.name)
 
+    def alone(self, start: int) -> Record:
+        return self
+
+
+class Columns(NamedTuple):
+    """What listing needs of many records, in directory order; each column has one item for each record."""
+
+    names: list[str]
+    entries: list[int]  # where its header lies in the directory
+    lengths: list[int]  # of its raw name
+    packed: list[int]
+    headers: list[int]  # offsets of the local headers
+    kinds: list[tuple[int, int]]  # flags and method
+
+
+class Records(Mapping[str, Record]):
+    """The records of one archive by name, in directory order; read from the directory when asked for, since an archive may have very many."""
+
+    def __init__(self, directory: bytes, base: int, columns: Columns) -> None:
+        self.directory, self._base, self.columns = directory, base, columns
+        self.places = dict(zip(columns.names, range(len(columns.names)), strict=True))
+
+    def __getitem__(self, name: str) -> Record:
+        return self.at(self.places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def at(self, place: int) -> Record:
+        return _central_record(self.directory, self.columns.entries[place], self._base)[0]
+
 
 @dataclass(frozen=True)
 class ZipIndex:
-    """The records of one archive by name, in directory order."""
+    """The records of one archive, and where it lies."""
 
     file: FileRef
-    records: dict[str, Record]
+    records: Records = field(compare=False, repr=False)
     directory: int  # where the records end
     base: int = 0  # where the archive begins in the file
 
@@ -69,12 +108,12 @@ class ZipIndex:
         Raises:
             CorruptFileError: no such record, or its headers disagree. UnsupportedError: encrypted, or packed by another method.
         """
-        if (plain := self._plain.get(name)) is not None:
-            return plain
-        record = self.records.get(name)
-        if record is None:
+        place = self.records.places.get(name)
+        if place is None:
             raise CorruptFileError("the archive has no such record", record=name, path=self.file.url)
-        _, _, flags, method, _, packed, size, header = record
+        _, _, flags, method, _, packed, size, header = record = self.records.at(place)
+        if (plain := self._plain[place]) is not None:
+            return Span(self.file, plain, packed, self)
         if flags & 0x2041:
             raise UnsupportedError("the record is encrypted", record=name, path=self.file.url)
         if method not in (0, 8):
@@ -90,31 +129,53 @@ class ZipIndex:
 
     def plain_storages(self, names: Iterable[str]) -> list[Storage] | None:
         """The bytes of many records that lie as torch lays them; None where one does not."""
-        found = list(map(self._plain.get, names))
-        return None if None in found else found  # type: ignore[return-value]
+        places: list[Any] = list(map(self.records.places.get, names))
+        starts = None if None in places else list(map(self._plain.__getitem__, places))
+        if starts is None or None in starts:
+            return None
+        packed = map(self.records.columns.packed.__getitem__, places)
+        return list(map(tuple.__new__, repeat(Span), zip(repeat(self.file), starts, packed, repeat(self))))
+
+    def prove(self, pread: Callable[[int, int], bytes], start: int) -> None:
+        """Raise unless the local header of the record whose payload begins at `start` tells the directory's story; see `files.Check`."""
+        self.alone(start).prove(pread, start)
+
+    def alone(self, start: int) -> Record:
+        headers = self.records.columns.headers
+        return self.records.at(self._in_order[bisect_left(self._in_order, start, key=headers.__getitem__) - 1])
+
+    def first_bytes(self, pread: Callable[[int, int], bytes]) -> Iterator[tuple[str, bytes]]:
+        """Name and first byte of each record that lies as torch lays it and whose local header repeats what the directory says."""
+        (names, entries, lengths, _, headers, kinds), take = self.records.columns, Window(pread, self.file.size).take
+        for name, entry, length, header, (flags, _), start in zip(names, entries, lengths, headers, kinds, self._plain, strict=True):
+            if start is None:
+                continue
+            told, head = self.records.directory[entry : entry + 46 + length], take(header, start + 1 - header)
+            sizes_agree = head[14:26] == told[16:28] or (flags & 8 and not any(head[14:26]))
+            names_agree = head[26:28] == told[28:30] and head[30 : 30 + length] == told[46:]
+            ends_there = header + 30 + length + int.from_bytes(head[28:30], "little") == start
+            if head[:4] == b"PK\3\4" and head[6:10] == told[8:12] and sizes_agree and names_agree and ends_there:
+                yield name, head[-1:]
 
     @cached_property
-    def _plain(self) -> dict[str, Span]:
-        """The stored records that lie as torch lays them: aligned, and with nothing but a data descriptor before what follows."""
-        if not self.records:
-            return {}
-        names, raw_names, flags, methods, _, packed, _, headers = zip(*self.records.values(), strict=True)
+    def _in_order(self) -> list[int]:
+        """The records' places, as their headers lie in the file."""
+        return sorted(range(len(self.records)), key=self.records.columns.headers.__getitem__)
+
+    @cached_property
+    def _plain(self) -> list[int | None]:
+        """Where each payload starts that lies as torch lays it: stored, aligned, and with at most a data descriptor before what follows."""
+        _, _, lengths, packed, headers, kinds = self.records.columns
         base = self.base - 34  # where the alignment is counted from, but for the header before the payload
-        starts = [34 + base - (base - header - len(raw)) // _ALIGNMENT * _ALIGNMENT for header, raw in zip(headers, raw_names, strict=True)]
-        in_order = all(map(operator.lt, headers, headers[1:]))
-        ends = (*headers[1:], self.directory) if in_order else map(self._next.__getitem__, headers)
-        gaps = [end - start - size for end, start, size in zip(ends, starts, packed, strict=True)]
-        allowed = {
-            (flag, method): (() if method or flag & 0x2041 else (16, 24) if flag & 8 else (0,))
-            for flag, method in set(zip(flags, methods, strict=True))
-        }
-        fits = [gap in allowed[kind] for gap, kind in zip(gaps, zip(flags, methods, strict=True), strict=True)]
-        spans = map(Span._make, zip(repeat(self.file), starts, packed, self.records.values()))
-        return dict(compress(zip(names, spans, strict=True), fits))
+        starts = [34 + base - (base - header - length) // _ALIGNMENT * _ALIGNMENT for header, length in zip(headers, lengths, strict=True)]
+        ends = [*headers[1:], self.directory] if all(map(operator.lt, headers, headers[1:])) else map(self._next.__getitem__, headers)
+        gaps = map(operator.sub, map(operator.sub, ends, starts), packed)
+        allowed = {kind: () if kind[1] or kind[0] & 0x2041 else (16, 24) if kind[0] & 8 else (0,) for kind in set(kinds)}
+        return [start if gap in allowed[kind] else None for start, gap, kind in zip(starts, gaps, kinds, strict=True)]
 
     @cached_property
     def _next(self) -> dict[int, int]:
-        starts = sorted(r.header for r in self.records.values())
+        starts = [self.records.columns.headers[place] for place in self._in_order]
         return dict(zip(starts, [*starts[1:], self.directory], strict=True))
 
 
@@ -242,21 +303,23 @@ def read_zip_index(file: FileRef, area: Span | None = None) -> ZipIndex:
     if count * 46 > directory_size:
         raise CorruptFileError(f"{count} records cannot fit a directory of {directory_size} bytes", path=file.url)
     data = whole.read(directory, directory + directory_size)
-    found: list[Record] = []
+    columns: list[list[Any]] = [[] for _ in Columns._fields]
     at = 0
-    while len(found) < count:
-        alike, at = _alike_records(data, at, whole.start, min(count - len(found), 4096))
+    while len(columns[0]) < count:
+        alike, at = _alike_records(data, at, whole.start, min(count - len(columns[0]), 4096))
         if not alike:
-            record, at = _central_record(data, at, whole.start)
-            alike = [record]
-        found += alike
-    records = {record.name: record for record in found}
-    if len(records) != len(found):
-        name = next(name for name, times in Counter(record.name for record in found).items() if times > 1)
+            record, behind = _central_record(data, at, whole.start)
+            kind = (record.flags, record.method)
+            alike, at = ((record.name,), (at,), (len(record.raw_name),), (record.packed,), (record.header,), (kind,)), behind
+        for column, more in zip(columns, alike, strict=True):
+            column += more
+    records = Records(data, whole.start, Columns._make(columns))
+    if len(records) != count:
+        name = next(name for name, times in Counter(columns[0]).items() if times > 1)
         raise CorruptFileError("two records have the same name", record=name, path=file.url)
     if at != len(data):
         raise CorruptFileError("the directory holds more than its records", path=file.url)
-    _require_apart(records, whole.start + directory, file)
+    _require_apart(records.columns, whole.start + directory, file)
     return ZipIndex(file, records, whole.start + directory, whole.start)
 
 
@@ -298,26 +361,26 @@ def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
         at = data.find(mark, at + 1)
 
 
-_PLAIN = (*range(4), *range(8, 12), *range(28, 36))  # bytes of a central header that are the same in records of one kind
+_PLAIN = (28, *range(4), *range(8, 12), *range(29, 36))  # bytes of a central header that are the same in records of one kind
 
 
-def _alike_records(data: bytes, at: int, base: int, count: int) -> tuple[list[Record], int]:
-    """The next records, where their names are equally long and nothing about them is unusual: most of a torch file, read in few passes."""
+def _alike_records(data: bytes, at: int, base: int, count: int) -> tuple[Sequence[Sequence[Any]], int]:
+    """The next records in columns, where their names are equally long and nothing about them is unusual: most of a torch file."""
     mark, flags, method, n, more, comment, disk = struct.unpack("<4s4xHH16xHHHH", data[at : at + 36].ljust(36, b"\0"))
     step = 46 + n
     count = min(count, (len(data) - at) // step)
     if mark != b"PK\x01\x02" or method or more or comment or disk or not count:
         return [], at
     block = data[at : at + count * step]
-    crcs, packed, sizes, headers, raw_names = zip(*struct.iter_unpack(f"<16xIII14xI{n}s", block), strict=True)
-    told = b"\0".join(raw_names)
-    alike = all(block[i::step] == block[i : i + 1] * count for i in _PLAIN)
-    if not alike or packed != sizes or _FULL in sizes or _FULL in headers or not told.isascii() or told.count(b"\0") >= count:
+    if not all(block[i::step] == block[i : i + 1] * count for i in _PLAIN):
         return _alike_records(data, at, base, count // 2)  # the first of them may be
+    packed, sizes, headers, raw_names = zip(*struct.iter_unpack(f"<20xII14xI{n}s", block), strict=True)
+    told = b"\0".join(raw_names)
+    if packed != sizes or _FULL in sizes or _FULL in headers or not told.isascii() or told.count(b"\0") >= count:
+        return _alike_records(data, at, base, count // 2)
     headers = tuple(base + header for header in headers) if base else headers
-    names = told.decode("ascii").split("\0")
-    columns = zip(names, raw_names, repeat(flags), repeat(0), crcs, packed, packed, headers)
-    return list(map(Record._make, columns)), at + count * step
+    end = at + count * step
+    return (told.decode("ascii").split("\0"), range(at, end, step), (n,) * count, packed, headers, ((flags, 0),) * count), end
 
 
 def _central_record(data: bytes, at: int, base: int) -> tuple[Record, int]:
@@ -360,12 +423,16 @@ def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int,
     raise CorruptFileError("a record's 64-bit sizes are missing")
 
 
-def _require_apart(records: dict[str, Record], directory: int, file: FileRef) -> None:
+def _require_apart(columns: Columns, directory: int, file: FileRef) -> None:
+    names, _, lengths, packed, headers, _ = columns
+    ends = [header + 30 + length + size for header, length, size in zip(headers, lengths, packed, strict=True)]
+    if all(map(operator.le, ends, [*headers[1:], directory])):
+        return
     end, before = 0, ""
-    for name, raw_name, _, _, _, packed, _, header in sorted(records.values(), key=operator.itemgetter(7)):
+    for header, name, behind in sorted(zip(headers, names, ends, strict=True), key=operator.itemgetter(0)):
         if header < end:
             raise CorruptFileError(f"the record overlaps {before!r}", record=name, path=file.url)
-        end, before = header + 30 + len(raw_name) + packed, name
+        end, before = behind, name
     if end > directory:
         raise CorruptFileError("the last record runs into the directory", record=before, path=file.url)
 

@@ -52,8 +52,7 @@ def escape(text: object) -> str:
 def render_report(report: Report) -> str:
     """The headline, then every table under its title: the same sections as the text."""
     mark = "✓" if report.ok else "✗"
-    parts = [f'<div class="wb-head">{mark} {escape(report.headline)}</div>', *(render_table(t) for t in report.tables())]
-    return _framed(parts)
+    return _framed([f'<div class="wb-head">{mark} {escape(report.headline)}</div>', *map(render_table, report.tables())])
 
 
 def render_table(table: Table) -> str:
@@ -104,11 +103,8 @@ def _tree(rows: Sequence[Line], *, is_open: bool) -> Iterator[str]:
     for row in rows:
         yield "</details>" * (depth - row.depth)
         depth = row.depth
-        if row.group:
-            yield f"<details{' open' if is_open else ''}><summary>{_row(row)}</summary>"
-            depth += 1
-        else:
-            yield f'<div class="wb-leaf">{_row(row)}</div>'
+        depth += row.group
+        yield f"<details{' open' * is_open}><summary>{_row(row)}</summary>" if row.group else f'<div class="wb-leaf">{_row(row)}</div>'
     yield "</details>" * depth
 
 

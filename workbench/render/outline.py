@@ -20,11 +20,7 @@ _FLAT = 16  # a group of so few tensors lists them without inner groups
 
 @dataclass(slots=True)
 class Node:
-    """A tensor (`name` is set) or a group of them.
-
-    `run` is how many numbered siblings of equal structure it stands for; `tied` the earlier name of the very same values, whose
-    bytes a group does not count again.
-    """
+    """A tensor (`name` is set) or a group of them."""
 
     label: str
     name: str | None = None
@@ -32,10 +28,10 @@ class Node:
     shape: tuple[int, ...] = ()
     count: int = 0
     nbytes: int = 0
-    run: int = 0
+    run: int = 0  # how many numbered siblings of equal structure it stands for
     children: list[Node] = field(default_factory=list)
     signature: int = 0
-    tied: str = ""
+    tied: str = ""  # the earlier name of the very same values, whose bytes a group does not count again
 
     def leaves(self) -> Iterator[Node]:
         if self.name is not None:
@@ -82,16 +78,11 @@ def head(ckpt: Any) -> Head:
     dtypes = sorted(sizes, key=lambda d: -sizes[d])
     sections = tuple(section for section in ckpt.sections() if section.name)
     count, nbytes = len(ckpt), sum(sizes.values())
-    parts = (
-        _list_of([section.name for section in sections]),
-        f"{count:,} tensor{'' if count == 1 else 's'}",
-        format_bytes(nbytes),
-        _list_of(dtypes),
-        origin(ckpt),
-    )
+    counted = f"{count:,} tensor{'' if count == 1 else 's'}"
+    parts = (_list_of([section.name for section in sections]), counted, format_bytes(nbytes), _list_of(dtypes), origin(ckpt))
     rank = {"danger": 0, "warning": 1}
     findings = tuple(sorted(ckpt.findings, key=lambda finding: rank.get(finding.severity, 2)))
-    return Head(ckpt.name or "unnamed checkpoint", tuple(part for part in parts if part), findings, sections, aliases, nbytes)
+    return Head(ckpt.name or "unnamed checkpoint", tuple(filter(None, parts)), findings, sections, aliases, nbytes)
 
 
 def origin(ckpt: Any) -> str:
@@ -104,25 +95,21 @@ def _list_of(words: list[str]) -> str:
     return ", ".join(words[:3]) + (f" + {len(words) - 3} more" if len(words) > 3 else "")
 
 
-def tree(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> Node:
-    """The root of the folded tree over a mapping of names to tensors (anything with dtype, shape and nbytes)."""
-    with _collector_paused():
-        return _tree(tensors, aliases)
-
-
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No search for garbage cycles while many nodes are made and none are dropped; it would double the time."""
-    was_enabled = gc.isenabled()
+def collector_paused() -> Iterator[None]:
+    """No search for garbage cycles while very many objects are made and none are dropped; it would take up to half of the time."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
+        if enabled:
             gc.enable()
 
 
-def _tree(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> Node:
+@collector_paused()
+def tree(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> Node:
+    """The root of the folded tree over a mapping of names to tensors (anything with dtype, shape and nbytes)."""
     root = Node("")
     groups: dict[str, Node] = {}  # by dotted prefix
     for name, tensor in tensors.items():
@@ -133,8 +120,8 @@ def _tree(tensors: Mapping[str, Any], aliases: Mapping[str, str]) -> Node:
         parent = root if not dot else groups.get(prefix) or _group(root, groups, prefix)
         packing = getattr(tensor, "packing", None)
         dtype, shape = f"{tensor.dtype} ({packing})" if packing else str(tensor.dtype), tuple(tensor.shape)
-        tied = aliases.get(name, "") if aliases else ""
-        parent.children.append(Node(label, name, dtype, shape, 1, tensor.nbytes, 0, [], hash((label, dtype, shape, not tied)), tied))
+        tied = aliases.get(name, "")
+        parent.children.append(Node(label, name, dtype, shape, 1, tensor.nbytes, 0, [], hash((dtype, shape, not tied)), tied))
     _finish(root)
     return root
 
@@ -150,8 +137,7 @@ def _group(root: Node, groups: dict[str, Node], prefix: str) -> Node:
 def _finish(node: Node) -> bool:
     """Count, fold and shorten a finished group, inner groups first; True where it holds a run."""
     inner = [child for child in node.children if child.name is None]
-    finished = [_finish(child) for child in inner]
-    has_run = True in finished
+    has_run = True in [_finish(child) for child in inner]
     node.count = sum([child.count for child in node.children])
     node.nbytes = sum([child.nbytes for child in node.children if not child.tied])
     node.signature = hash(tuple([(child.label, child.signature) for child in node.children]))
@@ -168,10 +154,7 @@ def _finish(node: Node) -> bool:
 def _flat(node: Node, prefix: str = "") -> Iterator[Node]:
     for child in node.children:
         child.label = prefix + child.label
-        if child.name is not None:
-            yield child
-        else:
-            yield from _flat(child, child.label + ".")
+        yield from [child] if child.name is not None else _flat(child, child.label + ".")
 
 
 def _merged(node: Node) -> Node:
@@ -203,19 +186,13 @@ def _runs(children: list[Node]) -> list[Node]:
 
 
 def _continues(previous: Node, node: Node) -> bool:
-    if not (_is_number(previous.label) and _is_number(node.label)) or int(node.label) != int(previous.label) + 1:
-        return False
-    if (previous.name is None) != (node.name is None):
-        return False
-    if node.name is not None:
-        return (previous.dtype, previous.shape, not previous.tied) == (node.dtype, node.shape, not node.tied)
-    return previous.signature == node.signature
+    numbered = _is_number(previous.label) and _is_number(node.label)
+    return numbered and int(node.label) == int(previous.label) + 1 and node.signature == previous.signature
 
 
 def _run(nodes: list[Node]) -> Node:
-    label = f"{{{nodes[0].label}-{nodes[-1].label}}}"
     count, nbytes = sum(node.count for node in nodes), sum(node.nbytes for node in nodes if not node.tied)
-    return Node(label, count=count, nbytes=nbytes, run=len(nodes), children=nodes)
+    return Node(f"{{{nodes[0].label}-{nodes[-1].label}}}", count=count, nbytes=nbytes, run=len(nodes), children=nodes)
 
 
 def lines(root: Node) -> list[Line]:
@@ -225,9 +202,7 @@ def lines(root: Node) -> list[Line]:
 
 def _lines(node: Node, depth: int, times: int) -> Iterator[Line]:
     for child in node.children:
-        inner, each = child, times
-        if child.run:
-            inner, each = child.children[0], times * child.run
+        inner, each = (child.children[0], times * child.run) if child.run else (child, times)
         first = next(child.leaves()).name or ""
         if inner.name is not None:
             yield Line(depth, child.label, False, each, inner.nbytes, inner.dtype, inner.shape, each, first, inner.tied)

@@ -21,9 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, VERMILION, GREEN, GREY = "#0072B2", "#E69F00", "#D55E00", "#009E73", "#6B6B6B"
-_INK, _FAINT = "#222222", "#DDDDDD"
+BLUE, ORANGE, GREY, _INK, _FAINT = "#0072B2", "#E69F00", "#6B6B6B", "#222222", "#DDDDDD"
 _MAX_POINTS = 20_000
+_PLACES = (  # of a label beside its point, the best first: offset in points, horizontal and vertical alignment
+    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"),
+    (7, 22, "left", "center"), (7, -22, "left", "center"), (-7, 22, "right", "center"), (-7, -22, "right", "center"),
+    (0, 34, "center", "center"), (0, -34, "center", "center"), (7, 46, "left", "center"), (7, -46, "left", "center"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def histogram(edges: Sequence[float], counts: Sequence[int], title: str, *, widt
         axes.locator_params(axis="x", nbins=max(3, int(width)))
     else:
         _note(axes, "no finite values")
-    _titled(axes, shorten(visible(title), int(14 * width)), "value", "elements")
+    axes.set_title(shorten(visible(title), min(90, int(14 * width))), parse_math=False, fontsize=10, color=_INK, loc="left")
+    _labelled(axes, "value", "elements")
     return figure
 
 
@@ -61,8 +66,8 @@ def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title
     x, y = [float(v) for v in reference[::step]], [float(v) for v in candidate[::step]]
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
     if not pairs:
-        _note(left, "no finite values")
-        _note(right, "no finite values")
+        for axes in (left, right):
+            _note(axes, "no finite values")
     else:
         low, high = min(map(min, pairs)), max(map(max, pairs))
         left.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
@@ -74,8 +79,8 @@ def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title
         right.axvline(0, color=GREY, linewidth=1)
         worst = max(errors, key=abs)
         right.annotate(f"largest {worst:+.2g}", (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8, color=_INK)
-    _titled(left, "", "reference output", "candidate output")
-    _titled(right, "", "candidate − reference", "elements")
+    _labelled(left, "reference output", "candidate output")
+    _labelled(right, "candidate − reference", "elements")
     _headed(figure, title)
     return figure
 
@@ -87,17 +92,16 @@ def size_accuracy(variants: Sequence[Variant], title: str) -> Figure:
     timed = [v for v in variants if v.seconds is not None]
     figure, panels = _figure(2 if timed else 1, (7.2, 3.6))
     points = panels[0]
-    sizes = [v.nbytes / 1e6 for v in variants]
-    points.scatter(sizes, [100 * v.accuracy for v in variants], s=36, color=BLUE, zorder=3)
-    spread = max(sizes) / max(min(sizes), 1e-9)
-    if spread > 30:
+    sizes, accuracies = [v.nbytes / 1e6 for v in variants], [100 * v.accuracy for v in variants]
+    points.scatter(sizes, accuracies, s=36, color=BLUE, zorder=3)
+    if max(sizes) / max(min(sizes), 1e-9) > 30:
         points.set_xscale("log")
     points.margins(0.25, 0.2)
-    _titled(points, "", "size on disk (MB)", "accuracy (%)")
+    _labelled(points, "size on disk (MB)", "accuracy (%)")
     if timed:
         _latency_bars(panels[1], timed)
     _headed(figure, title)
-    _label_points(figure, points, [(s, 100 * v.accuracy, v) for s, v in zip(sizes, variants, strict=True)])
+    _label_points(figure, points, list(zip(sizes, accuracies, variants, strict=True)))
     return figure
 
 
@@ -135,8 +139,7 @@ def roll_up(rows: Sequence[Any]) -> tuple[list[str], list[str], list[list[float]
             cells[key] = max(cells.get(key, 0.0), row.relative)
     some = any(cells.values())
     largest_first = sorted(((value, key) for key, value in cells.items() if value or not some), reverse=True)
-    layers = _first([key[0] for _, key in largest_first], 40)
-    kinds = _first([key[1] for _, key in largest_first], 8)
+    layers, kinds = _first([key[0] for _, key in largest_first], 40), _first([key[1] for _, key in largest_first], 8)
     return layers, kinds, [[cells.get((layer, kind), math.nan) for kind in kinds] for layer in layers]
 
 
@@ -176,17 +179,14 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]
     return figure, axes
 
 
-def _titled(axes: Axes, title: str, x: str, y: str) -> None:
-    if title:
-        axes.set_title(shorten(visible(title), 90), parse_math=False, fontsize=10, color=_INK, loc="left")
+def _labelled(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=8, color=_INK)
     axes.set_ylabel(y, fontsize=8, color=_INK)
 
 
 def _headed(figure: Figure, title: str) -> None:
     """A title over all panels, wrapped at the width of the figure."""
-    text = _wrapped(title, int(13 * figure.get_figwidth()))
-    figure.suptitle(text, parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
+    figure.suptitle(_wrapped(title, int(13 * figure.get_figwidth())), parse_math=False, fontsize=10, color=_INK, x=0.01, ha="left")
 
 
 def _wrapped(title: str, width: int) -> str:
@@ -208,7 +208,7 @@ def _latency_bars(axes: Axes, timed: Sequence[Variant]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1e3 * longest * 1.3)
     axes.grid(False)
-    _titled(axes, "", "latency (ms)", "")
+    _labelled(axes, "latency (ms)", "")
 
 
 def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
@@ -220,37 +220,24 @@ def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
 
 
 def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, Variant]]) -> None:
-    """Each label takes the first of eight places around its point where it meets no label, no point and no edge."""
+    """Each label takes the first of twelve places around its point where it meets no label, no point and no edge."""
     figure.draw_without_rendering()
     renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     frame = axes.get_window_extent(renderer)
     taken: list[Any] = []
     dots = [axes.transData.transform((x, y)) for x, y, _ in points]
+
+    def put(label: Any, place: tuple[int, int, str, str]) -> Any:
+        label.set(position=place[:2], ha=place[2], va=place[3])
+        return label.get_window_extent(renderer)
+
+    def clashes(box: Any) -> int:
+        inside = sum(map(box.overlaps, taken)) + sum(box.contains(*dot) for dot in dots)
+        return int(inside + sum((box.x0 < frame.x0, box.x1 > frame.x1, box.y0 < frame.y0, box.y1 > frame.y1)))
+
+    style: Any = {"textcoords": "offset points", "fontsize": 8, "color": _INK, "parse_math": False, "annotation_clip": False}
     for x, y, variant in points:
         text = f"{shorten(visible(variant.label), 22)}\n{format_bytes(variant.nbytes)}, {100 * variant.accuracy:.3g} %"
-        label = axes.annotate(
-            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=_INK, parse_math=False, annotation_clip=False
-        )
-        best, fewest = (7.0, 0.0, "left", "center"), math.inf
-        for place in _places():
-            _put(label, place)
-            box = label.get_window_extent(renderer)
-            clashes = sum(box.overlaps(other) for other in taken) + sum(box.contains(*dot) for dot in dots)
-            clashes += sum((box.x0 < frame.x0, box.x1 > frame.x1, box.y0 < frame.y0, box.y1 > frame.y1))
-            if clashes < fewest:
-                best, fewest = place, clashes
-        _put(label, best)
-        taken.append(label.get_window_extent(renderer))
-
-
-def _places() -> list[tuple[float, float, str, str]]:
-    near = [(7.0, 0.0, "left", "center"), (-7.0, 0.0, "right", "center"), (0.0, 7.0, "center", "bottom"), (0.0, -7.0, "center", "top")]
-    far = [(7.0 * sx, 22.0 * sy, "left" if sx > 0 else "right", "center") for sx in (1, -1) for sy in (1, -1)]
-    farther = [(0.0, 34.0 * sy, "center", "center") for sy in (1, -1)] + [(7.0, 46.0 * sy, "left", "center") for sy in (1, -1)]
-    return near + far + farther
-
-
-def _put(label: Any, place: tuple[float, float, str, str]) -> None:
-    label.set_position(place[:2])
-    label.set_ha(place[2])
-    label.set_va(place[3])
+        label = axes.annotate(text, (x, y), xytext=(0, 0), **style)
+        counts = [clashes(put(label, place)) for place in _PLACES]
+        taken.append(put(label, _PLACES[counts.index(min(counts))]))

@@ -32,16 +32,12 @@ def render_table(table: Table) -> str:
     title = visible(table.title)
     if not table.rows:
         return f"{title}\n  {visible(table.empty)}"
-    cells = [
-        line
-        for row in table.rows[:MAX_ROWS]
-        for line in _wrapped([_cell(c.kind, v) for c, v in zip(table.columns, row, strict=True)], [c.kind == "text" for c in table.columns])
-    ]
-    body = _aligned([[c.title for c in table.columns], *cells], [c.right_aligned for c in table.columns])
-    out = [title, *(f"  {row}" for row in body)]
-    if len(table.rows) > MAX_ROWS:
-        out.append(f"  … {len(table.rows) - MAX_ROWS:,} more rows in tables()")
-    return "\n".join(out)
+    cells = [[c.title for c in table.columns]]
+    for row in table.rows[:MAX_ROWS]:
+        cells += map(list, zip_longest(*(_cell(c.kind, v) for c, v in zip(table.columns, row, strict=True)), fillvalue=""))
+    body = _aligned(cells, [c.right_aligned for c in table.columns])
+    more = [f"… {len(table.rows) - MAX_ROWS:,} more rows in tables()"] if len(table.rows) > MAX_ROWS else []
+    return "\n  ".join([title, *body, *more])
 
 
 def render_markdown(report: Report) -> str:
@@ -74,25 +70,18 @@ def extras_line(ckpt: Any) -> str:
     extras = dict(getattr(ckpt, "extras", None) or {})
     if not extras:
         return ""
-    shown = [f"{_path(path)} = {shorten(visible(value), 40)}" for path, value in list(extras.items())[:6]]
+    shown = [f"{shorten(visible(path), 40)} = {shorten(visible(value), 40)}" for path, value in list(extras.items())[:6]]
     more = [f"… {len(extras) - 6:,} more in ckpt.extras"] if len(extras) > 6 else []
     return "also " + ", ".join(shown + more)
 
 
-def _path(path: Any) -> str:
-    text = path if isinstance(path, str) else ".".join(str(part) for part in path)
-    return shorten(visible(text), 40)
-
-
 def _tree_lines(rows: list[Line]) -> list[str]:
     shown = fitting(rows, MAX_ROWS)
-    depth = max((row.depth for row in shown), default=0)
     open_rows = {id(a) for a, b in pairwise(shown) if b.depth > a.depth}
     cells = [[_label(row, id(row) in open_rows), *line_cells(row)] for row in shown]
     out = [f"  {row}" for row in _aligned(cells, [False, True, True, False, False])]
-    hidden = len(rows) - len(shown)
-    if hidden:
-        top = [row for row in rows if row.depth == 0]
+    if hidden := len(rows) - len(shown):
+        top, depth = [row for row in rows if row.depth == 0], max(row.depth for row in shown)
         first = next(row for row in rows if row.depth > depth) if len(top) <= MAX_ROWS else top[MAX_ROWS]
         out.append(f"  … {hidden:,} more, ckpt.select({glob_beside(first.first)!r})")
     return out
@@ -117,15 +106,10 @@ def _label(row: Line, is_open: bool) -> str:
     return "  " * row.depth + mark + shorten(visible(row.label), NAME_WIDTH)
 
 
-def _cell(kind: Any, value: Any) -> str:
+def _cell(kind: Any, value: Any) -> list[str]:
+    """The lines that a cell takes: sentences are wrapped."""
     text = format_cell(kind, value)
-    return shorten(text, NAME_WIDTH) if kind == "name" else text
-
-
-def _wrapped(cells: list[str], prose: list[bool]) -> list[list[str]]:
-    """A row as the lines it takes where its sentences are wrapped."""
-    pieces = [wrap(cell, TEXT_WIDTH) or [""] if is_prose else [cell] for cell, is_prose in zip(cells, prose, strict=True)]
-    return [list(line) for line in zip_longest(*pieces, fillvalue="")]
+    return wrap(text, TEXT_WIDTH) or [""] if kind == "text" else [shorten(text, NAME_WIDTH) if kind == "name" else text]
 
 
 def _width(text: str) -> int:
@@ -135,7 +119,7 @@ def _width(text: str) -> int:
 
 
 def _aligned(rows: list[list[str]], right: list[bool]) -> list[str]:
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(right))] if rows else []
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(_padded(c, w, r) for c, w, r in zip(row, widths, right, strict=True) if w).rstrip() for row in rows]
 
 
