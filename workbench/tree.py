@@ -16,7 +16,7 @@ from workbench.errors import SelectionError, UnsupportedError
 from workbench.tensors import LazyTensor
 
 MAX_DEPTH = 500
-_EXPANSION = 200_000  # nodes a walk may visit again because containers are shared
+_EXPANSION = 50_000  # nodes a walk may visit again because containers are shared
 _CHARACTERS = 1 << 27  # in all paths of a walk: long keys may be shared too
 
 
