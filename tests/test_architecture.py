@@ -59,11 +59,12 @@ FAMILIES = {  # one format in several files
     ("analyses", "scanner"): {"scan_report"},
     ("analyses", "checkup"): {"scan_report", "scanner", "statistics", "sizes", "description"},
     ("widgets", "explorer"): {"explorer_report"},
+    ("widgets", "mapper"): {"mapper_report"},
 }
 
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "onnxscript", "fsspec", "gguf", "safetensors"}
 FRONT_END = {"anywidget", "ipywidgets", "traitlets", "IPython"}
-KERNELS = {"formats/torch_kernels.py"}  # imported by name when a tensor is computed
+KERNELS = {"formats/torch_kernels.py", "keymap/formulas.py"}  # imported by name when a tensor is computed
 
 
 def module_of(path):
@@ -192,7 +193,7 @@ def test_kernels_are_named_inside_this_package_only():
 
 def test_the_library_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) < 18_600
+    assert sum(lines.values()) < 23_500
     assert not [f"{path.name}: {count}" for path, count in lines.items() if count > 600]
 
 

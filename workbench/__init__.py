@@ -27,12 +27,13 @@ _FACE = {
     "diff": "workbench.differ:diff",
     "match": "workbench.keymap.inference:match",
     "load_into": "workbench.keymap.loading:load_into",
+    "load_model": "workbench.keymap.loading:load_model",
     "compare": "workbench.verification.variants:compare",
     "parity": "workbench.verification.comparison:parity",
     "export_model": "workbench.exporting:export_model",
     "Checkpoint": "workbench.checkpoint:Checkpoint",
 }
-_ROOMS = ("ops", "errors", "widgets")
+_ROOMS = ("ops", "models", "errors", "widgets")
 
 __all__ = [
     "Checkpoint",
@@ -45,7 +46,9 @@ __all__ = [
     "export_model",
     "ledger",
     "load_into",
+    "load_model",
     "match",
+    "models",
     "open",
     "ops",
     "parity",
@@ -56,7 +59,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from workbench import errors, ops, widgets
+    from workbench import errors, models, ops, widgets
     from workbench.analyses.archive import archive
     from workbench.analyses.checkup import checkup
     from workbench.analyses.description import describe
@@ -68,7 +71,7 @@ if TYPE_CHECKING:
     from workbench.exporting import export_model
     from workbench.formats import save
     from workbench.keymap.inference import match
-    from workbench.keymap.loading import load_into
+    from workbench.keymap.loading import load_into, load_model
     from workbench.opening import open
     from workbench.verification.comparison import parity
     from workbench.verification.variants import compare

@@ -8,7 +8,7 @@ from strategies import same
 
 import workbench as wb
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError
-from workbench.keymap.rules import KeyMap
+from workbench.keymap.maps import KeyMap
 
 
 class Net(torch.nn.Module):
@@ -65,8 +65,8 @@ def test_two_layers_that_fit_alike_are_ambiguous_and_none_is_chosen():
 def test_a_pair_of_one_name_and_another_shape_is_no_pair():
     keymap = wb.match({"w": torch.ones(2, 3)}, {"w": (3, 2)})
     assert keymap.pairs == ()
-    assert "[2, 3]" in keymap.unmatched[0].reason
-    assert "[3, 2]" in keymap.unmatched[0].reason
+    assert "[2, 3]" in keymap.ambiguous[0].reason
+    assert "[3, 2]" in keymap.ambiguous[0].reason
 
 
 def test_no_source_is_used_twice_and_no_target_is_filled_twice():

@@ -11,6 +11,7 @@ from torch import nn
 
 import workbench as wb
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError
+from workbench.keymap.maps import KeyMap, Pair
 
 
 class Transposing(nn.Linear):
@@ -106,7 +107,8 @@ def test_an_overflow_is_found_behind_a_hook_too():
 def test_whole_numbers_that_wrap_are_not_called_equal(stored, held):
     model = nn.Module()
     model.register_buffer("count", torch.zeros(stored.shape, dtype=held))
-    assert not wb.load_into(model, {"count": stored})
+    keymap = KeyMap((Pair.plain("count", "count", "same name", "certain", ""),))
+    assert not wb.load_into(model, {"count": stored}, keymap)
 
 
 @pytest.mark.parametrize("extra", [{"v": 7}, {1: {"a": [1, (2, 3)]}, "s": {1, 2}, "d": {(1, 2): 3}}])

@@ -13,9 +13,10 @@ from workbench.dtypes import DType
 from workbench.errors import UnsupportedError, UntrustedError
 from workbench.formats.known_globals import HARMLESS, PLAIN, STORAGE_DTYPES
 from workbench.names import join_path, unique_name
-from workbench.tensors import Derived, LazyTensor
+from workbench.tensors import Block, Derived, LazyTensor
 from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, walk, wrapped
 
+KERNELS = "workbench.formats.torch_kernels"
 _STORAGE_CLASSES = {dtype: cls for cls, dtype in STORAGE_DTYPES.items()}
 
 
@@ -188,18 +189,15 @@ class PickleWriter:
 
     def _function(self, tensor: LazyTensor) -> None:
         """What rebuilds a tensor of its kind."""
-        source = tensor.source
+        block = _rebuilt(tensor)
         name = "tensor_v2" if tensor.dtype.name in _STORAGE_CLASSES else "tensor_v3"
-        if isinstance(source, Derived) and source.block.reads == "full":
-            kind = source.block.op.rpartition(":")[2]
-            if kind not in ("sparse", "quantized"):
-                raise UnsupportedError(f"a tensor made by {source.block.op} has no torch spelling")
-            name = "sparse_tensor" if kind == "sparse" else "qtensor"
+        if block is not None:
+            name = "sparse_tensor" if block.op.endswith(":sparse") else "qtensor"
         self._global("torch._utils", f"_rebuild_{name}")
 
     def _arguments(self, tensor: LazyTensor) -> None:
         """What that function takes; of a sparse or torch-quantized tensor, the parts that its block keeps."""
-        block = tensor.source.block if isinstance(tensor.source, Derived) and tensor.source.block.reads == "full" else None
+        block = _rebuilt(tensor)
         self._emit(b"(")
         if block is not None and block.op.endswith(":sparse"):
             self._reduce("torch.serialization", "_get_layout", f"torch.{block.params['layout']}")
@@ -229,6 +227,12 @@ class PickleWriter:
         self._text("cpu")
         self._int(slot.numel if cls else slot.numel * slot.dtype.itemsize)
         self._emit(b"tQ")
+
+
+def _rebuilt(tensor: LazyTensor) -> Block | None:
+    """What torch rebuilds a sparse or quantized tensor from; any other is written as the numbers that it has."""
+    block = tensor.source.block if isinstance(tensor.source, Derived) else None
+    return block if block is not None and block.op in (f"{KERNELS}:sparse", f"{KERNELS}:quantized") else None
 
 
 def drop_unsafe(root: Any) -> tuple[Any, list[str]]:

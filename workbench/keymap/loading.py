@@ -1,95 +1,389 @@
-"""load_into: put a checkpoint's values into a model, tensor by tensor, and prove that they are there.
+"""load_into and load_model: put a checkpoint's values into a model, tensor by tensor, and prove that they are there.
 
 The module's own load_state_dict is asked first (it may accept names that a plain comparison rejects, and may fill tensors
 itself); only when it is content, or strict is False, is a single value copied. A model with loading code of its own is
-loaded through that code, for it may change values. What counts is read from a new state_dict() afterwards.
+loaded through that code, for it may change values. Values are read on the host and placed one by one. What counts is read
+from a new state_dict() afterwards, on the device where it ended up, against the file's bytes read a second time.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import sys
+from collections import Counter, OrderedDict, defaultdict
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from workbench import dtypes
-from workbench.checkpoint import Checkpoint, Step
+from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError, WorkbenchError, located
-from workbench.keymap.certificate import LoadCertificate, LoadedTensor
-from workbench.keymap.inference import bare_name, match
-from workbench.keymap.rules import KeyMap, Pair
+from workbench.files import Storage
+from workbench.keymap.certificate import LoadCertificate, LoadedTensor, Unused, by_module, harmless
+from workbench.keymap.inference import match
+from workbench.keymap.maps import KeyMap, Pair
+from workbench.keymap.naming import bare_name
+from workbench.keymap.values import made
 from workbench.opening import open as open_checkpoint
 from workbench.sections import rename_modules
-from workbench.tensors import LazyTensor, Live
+from workbench.tensors import LazyTensor, Live, Memo, Stored
 from workbench.tree import Inert, is_mapping, items_of, live, plain, wrapped
 
 if TYPE_CHECKING:
     import torch
 
+_BLOCK_NBYTES = 1 << 20  # read and compared at once: what was just read is still in the core's cache
 
-def load_into(model: torch.nn.Module, ckpt: Any, keymap: KeyMap | None = None, strict: bool = True) -> LoadCertificate:
+
+def load_model(
+    model_class: Any, path: Any, device: Any = "auto", keymap: KeyMap | None = None, strict: bool = True, **config: Any
+) -> tuple[Any, LoadCertificate]:
+    """Build a model, load a checkpoint into it, prove it and place it.
+
+    Args:
+        model_class: the class, or any function that builds the model from `config`.
+        path: anything `wb.open` takes.
+        device, keymap, strict: as for `load_into`; "auto" is cuda, then mps, then cpu.
+        config: the model's own arguments.
+    Returns:
+        ``model, certificate``: the model in eval mode and its proof, a pair so that neither is taken without seeing the other.
+    Raises:
+        As `load_into`.
+    Cost: built on the host and moved tensor by tensor: the device's peak is one model.
+    """
+    import torch
+
+    with torch.device("cpu"):
+        model = model_class(**config)
+    return model, load_into(model.eval() if isinstance(model, torch.nn.Module) else model, path, keymap, strict, device=device)
+
+
+def load_into(
+    model: torch.nn.Module, ckpt: Any, keymap: KeyMap | None = None, strict: bool = True, assign: bool = False, device: Any = None,
+    dtype: Literal["model", "file"] | None = None,
+) -> LoadCertificate:  # fmt: skip
     """Load a checkpoint into a model and prove every value.
 
     Args:
-        model: any nn.Module with real (not meta) tensors; its mode, devices and dtypes are kept.
+        model: any nn.Module. One on the meta device needs `assign` or `device`; what gets no value stays there, and is told.
         ckpt: anything `wb.open` takes; of a training checkpoint, its weights.
         keymap: from `wb.match`. Where absent, only the pairs that match finds certain are used.
-        strict: refuse, before anything is copied, when the module would miss a tensor or a name of the file is left over.
-            False skips what is missing, left over or of another shape, and lists each.
+        strict: refuse, before anything is copied, when the module would miss a tensor or a name of the file is left over that is not
+            known to be harmless. False skips what is missing, left over or of another shape, and lists each.
+        assign: put new tensors in place of the model's, as torch's `assign=True`; otherwise the model's own take the values.
+        device: where the whole model goes ("auto", "cuda:1", a torch.device); None leaves it. One that does not exist falls back to
+            one that does, and the certificate says so.
+        dtype: "model" casts to the model's, "file" keeps the file's and needs `assign`. None is as torch: "file" where `assign`, else "model".
     Returns:
         LoadCertificate; falsy when a value in the model differs from the file.
     Raises:
-        SpecMismatchError: strict, and names, shapes or kinds do not fit, or the module's own code refuses; the model is as it was.
-        SelectionError: two sections of the file fit equally well, and none was chosen.
-    Cost: two reads of each tensor (one to copy, one to prove); memory is one chunk. A model with loading code of its own (hooks,
-    an override, state that is computed) is loaded through it instead, which holds the file's tensors in memory.
+        SpecMismatchError: strict, and names, shapes or kinds do not fit; the module's own code refuses; the file has different
+            values for names that the model ties. The model is as it was.
+        SelectionError: two sections of the file fit equally well, and none was chosen; or options that contradict each other.
+    Cost: two reads of each tensor (one to copy, one to prove); memory is one block, or one tensor with `assign`. A model with loading
+    code of its own (hooks, an override, state that is computed) is loaded through it, which holds the file's tensors in memory.
     """
     import torch
 
     if not isinstance(model, torch.nn.Module):
-        raise SelectionError(
-            f"a {type(model).__name__} is no nn.Module to load into", hint="wb.match(…).apply(ckpt) gives tensors under other names"
-        )
+        raise SelectionError(f"a {type(model).__name__} is no nn.Module to load into", hint="wb.match(…).apply(ckpt) gives tensors alone")
+    if dtype not in (None, "model", "file") or (dtype == "file" and not assign):
+        raise SelectionError(f'dtype={dtype!r} is not possible here: "model" casts, "file" keeps the file\'s and needs assign=True')
+    home, told = (None, []) if device is None else _device(device)
+    _require_room(_tensors(model), assign or home is not None)
     opened = open_checkpoint(ckpt)
     chosen = keymap if keymap is not None else _certain(match(opened, model))
     if keymap is None and chosen.rivals:
-        sections = ", ".join(map(repr, (chosen.section, *chosen.rivals)))
-        raise SelectionError(
-            f"the sections {sections} fit the model equally well", hint="give one of them: wb.load_into(model, ckpt.section(…))"
-        )
-    own = _tensors(model)
-    _require_real(own)
-    part = _apart(chosen.part(opened), own)
-    pairs, misfits = _fitting(chosen, part, own)
-    through = _loads_itself(model, own)
-    before = {name: value.clone() for name, value in own.items() if through or name not in pairs}
-    ties = _ties(own, pairs)
-    objects = _objects(part, model)
-    within = {(key,) for key, _ in objects.values()}
-    used = {pair.source for pair in pairs.values()}
-    spare = [name for name in part if name not in used and part.paths[name][:1] not in within]
-    missing, unexpected, verdict = _ask_module(model, own, pairs, part, chosen, spare, {n: v for n, (_, v) in objects.items()}, through)
-    missing = [name for name in missing if name not in ties]
-    if verdict.startswith(_REFUSED) or (strict and (missing or unexpected or misfits)):
-        _restore(model, before)
-        raise _refusal(missing, unexpected, misfits, chosen, part, verdict)
-    if not through:
-        _copy_all(part, pairs, own)
-    held = _tensors(model)  # read anew: only now does it show whether what state_dict() computes was loaded
-    rows = [_row(name, held[name], pairs.get(ties.get(name, name)), part, before, misfits, ties.get(name), through) for name in held]
-    rows += [LoadedTensor(name, name, "set by the module", (), "object", 0) for name in objects]
-    reasons = ("the module accepted it", "the module has no place for it")
-    unused = tuple((name, reasons[name in unexpected]) for name in spare)
-    return LoadCertificate(tuple(rows), unused, strict, chosen, verdict, _mode(model))
+        sections, hint = ", ".join(map(repr, (chosen.section, *chosen.rivals))), "give one of them: wb.load_into(model, ckpt.section(…))"
+        raise SelectionError(f"the sections {sections} fit the model equally well", hint=hint)
+    job = _Job(model, chosen, opened, assign, dtype or ("file" if assign else "model"), home)
+    missing, unexpected, refused = job.ask()
+    unused = tuple(job.unused(name, name in unexpected) for name in job.spare)
+    absent = [name for name in missing if job.leader.get(name) not in job.values]  # a tied name is filled through its other
+    left = [entry for entry in unused if not entry.fine and entry.name not in job.unfit]
+    if refused or (strict and (absent or left or job.misfits)):
+        job.restore()
+        raise _refusal(job, absent, left, refused)
+    job.fill()
+    if home is not None:  # what Module.to does, but a tensor left on the meta device stays there
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(home))  # type: ignore[no-untyped-call]
+    rows, findings = job.prove()
+    source, verdict = opened.source.url if opened.source is not None else opened.name, _verdict(missing, unexpected, job.misfits)
+    return LoadCertificate(rows, unused, strict, chosen, verdict, _mode(model), (*told, *findings), type(model).__name__, source)
 
 
-_REFUSED = "it refused: "
+class _Job:
+    """One load: what the model has, what the file gives for it, and where both lie."""
+
+    def __init__(self, model: torch.nn.Module, keymap: KeyMap, opened: Checkpoint, assign: bool, policy: str, home: Any) -> None:
+        self.model, self.keymap, self.policy, self.home = model, keymap, policy, home
+        self.own, self.slots = _tensors(model), _slots(model)
+        self.through = _loads_itself(model, self.own) or not self.own.keys() <= self.slots.keys()
+        self.assign = assign or (self.through and any(value.is_meta for value in self.own.values()))
+        self.buffer = bytearray(_BLOCK_NBYTES)
+        self.part = _apart(keymap.part(opened), self.own)
+        self.pairs: dict[str, Pair] = {}
+        self.values: dict[str, LazyTensor] = {}
+        self.misfits: dict[str, str] = {}  # by the model's name
+        self.unfit: dict[str, str] = {}  # by the file's
+        self._fit()
+        groups: dict[Any, list[str]] = defaultdict(list)  # names of one memory
+        for name, value in self.own.items():
+            groups[_memory(value) if value.numel() else name].append(name)
+        self.tied = {name: names for names in groups.values() for name in names}
+        self.leader = {n: next((m for m in names if m in self.values), names[0]) for n, names in self.tied.items()}
+        for name, leader in self.leader.items():
+            if name in self.values and not _agree(self.values[leader], self.values[name], self.own[name].dtype):
+                a, b = (" + ".join(self.pairs[n].sources) for n in (leader, name))
+                text = f"the model ties {leader!r} and {name!r}, the file has other values in {a!r} than in {b!r}, and nothing was loaded"
+                raise SpecMismatchError(text, hint=f"choose one: wb.match(ckpt, model).edited(reject=({name!r},)); or untie the model")
+        self.before = {name: value.clone() for name, value in self.own.items() if self.through or self.leader[name] not in self.values}
+        self.kept = {name: getattr(*slot) for name, slot in self.slots.items()} if self.through else {}
+        self.devices = {name: str(value.device) for name, value in self.own.items()}
+        self.objects = _objects(self.part, model)
+        taken = {(key,) for key, _ in self.objects.values()}
+        used = {source for pair in self.pairs.values() for source in pair.sources}
+        self.spare = [name for name in self.part if name not in used and self.part.paths[name][:1] not in taken]
+
+    def _fit(self) -> None:
+        """The values whose shapes and kinds agree, by target, and why the others do not."""
+        wanted = {pair.target: pair for pair in self.keymap.pairs}
+        reshaped = {u.target: (u.source, u.reason) for u in self.keymap.unmatched if u.source is not None}
+        for name, value in self.own.items():
+            pair, given = wanted.get(name), None
+            sources = pair.sources if pair is not None else (name,)
+            try:
+                given = made(pair, self.part) if pair is not None else self.part.get(name)
+                why = _misfit(given, value) if given is not None else None
+            except SpecMismatchError as error:
+                why = error.message
+            if given is None and why is None and name in reshaped:
+                near, why = reshaped[name]
+                sources = (near or name,)
+            if why is not None:
+                self.misfits[name] = why
+                self.unfit.update(dict.fromkeys(sources, why))
+            elif pair is not None and given is not None:
+                self.pairs[name], self.values[name] = pair, given
+
+    def ask(self) -> tuple[list[str], list[str], str]:
+        """(missing, unexpected, why it refused) by the module's own load_state_dict.
+
+        Given the file's tensors where the model has loading code of its own. Otherwise what fits is copied onto itself, and of
+        the file's spare tensors the module sees the names alone.
+        """
+        import torch
+
+        state: OrderedDict[str, Any] = OrderedDict((name, self.own[name]) for name in self.values)
+        for name in state if self.through else ():
+            leader, old = self.leader[name], self.kept.get(name)
+            state[name] = self.values[name].load() if leader == name or leader not in state else state[leader]
+            if self.assign and leader == name:
+                value = state[name].to(self.own[name].dtype) if self.policy == "model" else state[name]
+                state[name] = torch.nn.Parameter(value, old.requires_grad) if isinstance(old, torch.nn.Parameter) else value
+        named = [name for name in self.spare if name not in self.own and self.part[name].locked is None]
+        state.update({name: self.part[name].load() if self.through else torch.empty(0, device="meta") for name in named})
+        state.update({name: value for name, (_, value) in self.objects.items()})
+        if (metadata := _metadata(self.part, self.keymap)) is not None:
+            state._metadata = metadata  # type: ignore[attr-defined]
+        try:
+            result = self.model.load_state_dict(state, strict=False, **({"assign": True} if self.assign and self.through else {}))
+        except Exception as error:  # the model's own code may raise anything
+            return [], [], f"{type(error).__name__}: {error}".splitlines()[-1].strip()
+        return [name for name in result.missing_keys if name not in self.misfits], list(result.unexpected_keys), ""
+
+    def unused(self, name: str, unexpected: bool) -> Unused:
+        """Why a tensor of the file that fills nothing is or is not fine."""
+        tensor, why = self.part[name], harmless(name, self.part[name].shape)
+        if name in self.unfit:
+            return Unused(name, False, self.unfit[name])
+        if name in self.own:
+            pair = self.pairs.get(name)
+            return Unused(name, False, f"the map fills the model's from {' + '.join(pair.sources)!r}" if pair else "the map leaves it out")
+        if not unexpected and tensor.locked is None:
+            return Unused(name, True, "the module's own loading code took it")
+        for slot in [slot for own, slot in self.slots.items() if why and bare_name(own) == bare_name(name)]:  # held, but never saved
+            held = getattr(*slot).detach()
+            same = not held.is_meta and tensor.shape == tuple(held.shape) and _near(tensor.load(), held.cpu())
+            return Unused(name, same, f"{why}; the model's own holds {'the same values' if same else 'other values, or none'}")
+        return Unused(name, why is not None, why or "the module has no place for it")
+
+    def restore(self) -> None:
+        """Put back what the module's loading code may have touched."""
+        import torch
+
+        for name, tensor in self.kept.items():
+            setattr(*self.slots[name], tensor)
+        with torch.no_grad():
+            for name, value in _tensors(self.model).items():
+                if name in self.before and not (value.is_quantized or value.is_meta or _same_bytes(self.before[name], value)):
+                    value.copy_(self.before[name])
+
+    def fill(self) -> None:
+        """Give every tensor its value, unless the module's own loading code did."""
+        leading = [name for name in self.values if self.leader[name] == name and not self.through]
+        for done, name in enumerate(leading):
+            try:
+                with located(tensor=self.pairs[name].source):
+                    if self.assign or self.own[name].is_meta:
+                        self._put(name)
+                    else:
+                        _copy(self.values[name], self.own[name])
+            except WorkbenchError as error:
+                hints = [f"{done} of {len(leading)} tensors of the model were overwritten before this: build it anew"] * bool(done)
+                error.hint = "; ".join([*hints, error.hint] if error.hint else hints) or None
+                raise
+
+    def _put(self, name: str) -> None:
+        """A new tensor with the file's values, made on the host, in place of the model's and of those tied to it."""
+        import torch
+
+        given, current, old = self.values[name], self.own[name], getattr(*self.slots[name])
+        dtype = dtypes.to_torch(given.dtype) if self.policy == "file" else current.dtype
+        fresh = torch.empty_like(current, dtype=dtype, device="cpu")
+        _copy(given, fresh)
+        fresh = fresh.to(self.home or ("cpu" if current.is_meta else current.device))
+        if isinstance(old, torch.nn.Parameter):
+            fresh = torch.nn.Parameter(fresh, requires_grad=old.requires_grad)
+        for tied in self.tied[name]:
+            setattr(*self.slots[tied], fresh)  # one object, so that a tie stays a tie
+            self.own[tied] = fresh.detach()  # the old one goes now: the peak is one model and one tensor
+
+    def prove(self) -> tuple[tuple[LoadedTensor, ...], list[Finding]]:
+        """A row for every tensor, by what a new state_dict() holds: only now does it show whether a computed one was loaded."""
+        held, parameters = _tensors(self.model), {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        ties = [names for name, names in self.tied.items() if names[0] == name and len(names) > 1]
+        torn = [names for names in ties if len({_memory(held[n]) for n in names if n in held}) > 1]
+        unsaved = {name: getattr(*slot) for name, slot in self.slots.items() if name not in held}
+        rows: dict[str, LoadedTensor] = {}
+        for name, value in (*held.items(), *((n, v) for n, v in unsaved.items() if v.is_meta)):
+            first, leader = self.tied.get(name, [name])[0], self.leader.get(name, name)
+            pair, given = self.pairs.get(name) or self.pairs.get(leader), self.values.get(name) or self.values.get(leader)
+            source, kind = " + ".join(pair.sources) if pair else None, "parameter" if name in parameters else "buffer"
+            if first in rows and self.tied[name] not in torn:
+                rows[name] = replace(rows[first], name=name, source=source, note=f"tied to {first}", tied_to=first)
+                continue
+            with located(tensor=source):
+                state, note = self._state(name, value, given)
+            shape, dtype, nbytes = tuple(value.shape), dtypes.from_torch(value.dtype).name, value.numel() * value.element_size()
+            rows[name] = LoadedTensor(name, source, state, shape, dtype, nbytes, note, kind)
+        rows.update({name: LoadedTensor(name, name, "set by the module", (), "object", 0, "", "object") for name in self.objects})
+        casts = Counter((self.values[n].dtype.name, r.dtype) for n, r in rows.items() if n in self.values)
+        moves = Counter((self.devices.get(name), str(value.device)) for name, value in held.items())
+        findings = [Finding("tie lost", "danger", f"{' and '.join(names)} were tied and are apart now") for names in torn]
+        findings += [Finding("dtype", "info", f"{n} tensors: {a} in the file, {b} in the model") for (a, b), n in casts.items() if a != b]
+        findings += [Finding("device", "info", f"{n} tensors went from {a} to {b}") for (a, b), n in moves.items() if a not in (b, None)]
+        if own := [name for name, value in unsaved.items() if not value.is_meta]:
+            text = f"{len(own)} outside the state dict, as the constructor made them: {', '.join(own[:3])}" + ", …" * (len(own) > 3)
+            findings.append(Finding("buffers", "info", text))
+        return tuple(rows.values()), findings
+
+    def _state(self, name: str, value: torch.Tensor, given: LazyTensor | None) -> tuple[str, str]:
+        if value.is_meta:
+            unsaved = "no part of the state dict: build the model off the meta device, or compute this buffer anew"
+            return "empty", self.misfits.get(name, "") if name in self.own else unsaved
+        if given is None:
+            untouched = name in self.before and _same_bytes(self.before[name], value)
+            return "initial" if untouched else "set by the module", self.misfits.get(name) or harmless(name, tuple(value.shape)) or ""
+        if wrong := _difference(given, value, self.buffer):
+            return "wrong", wrong + "; the model's own loading code ran, and whether it meant this cannot be proven" * self.through
+        became = dtypes.from_torch(value.dtype)
+        return "loaded", f"{given.dtype} became {became}" if became != given.dtype else ""
+
+
+# the model
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     import torch
 
     return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def _slots(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
+    """name -> the module that holds it, and under which attribute; buffers that are not saved included."""
+    return {
+        f"{prefix}.{key}" if prefix else key: (module, key)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for key, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    }
+
+
+def _memory(value: torch.Tensor) -> Any:
+    """Equal for tensors that view the same memory in the same way, on the meta device too."""
+    import torch
+
+    strided = value.layout is torch.strided
+    return (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride()) if strided else id(value)
+
+
+def _loads_itself(model: torch.nn.Module, own: dict[str, torch.Tensor]) -> bool:
+    """Whether the model has loading code that may change values: hooks, an override outside torch.nn, or state computed at each look."""
+    import torch
+
+    def is_own(module: Any) -> bool:
+        override = "_load_from_state_dict" in vars(module) or not type(module)._load_from_state_dict.__module__.startswith(
+            "torch.nn.modules."
+        )
+        return bool(override or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks)
+
+    again = _tensors(model)
+    computed = any(_memory(value) != _memory(again[name]) or value.is_quantized for name, value in own.items())
+    return computed or type(model).load_state_dict is not torch.nn.Module.load_state_dict or any(map(is_own, model.modules()))
+
+
+def _require_room(own: dict[str, torch.Tensor], meta: bool) -> None:
+    import torch
+
+    for name, value in own.items():
+        if torch.nn.parameter.is_lazy(value):
+            hint = "run the model once on an example first"
+            raise UnsupportedError("the model has a lazy parameter without a shape", tensor=name, hint=hint)
+        if value.is_meta and not meta:
+            hint = 'give assign=True, or a device for its memory: device="cpu"'
+            raise UnsupportedError("the model is on the meta device and holds no values", tensor=name, hint=hint)
+        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+            raise UnsupportedError("the model's tensor is expanded: its elements share memory and cannot each take a value", tensor=name)
+
+
+def _mode(model: torch.nn.Module) -> str:
+    """eval or train, and which layers give something else at each call or change as they are used."""
+    from torch.nn.modules.batchnorm import _NormBase
+
+    def is_live(module: Any) -> bool:
+        rate = getattr(module, "p", getattr(module, "drop_prob", 0)) if "Drop" in type(module).__name__ else getattr(module, "dropout", 0)
+        tracks = isinstance(module, _NormBase) and module.track_running_stats
+        return module.training and (tracks or (isinstance(rate, (int, float)) and rate > 0))
+
+    found = {name or "the model": type(module).__name__ for name, module in model.named_modules() if is_live(module)}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(found.values()).items())
+    return ("train" if model.training else "eval") + (f": {kinds} live until model.eval(), first {next(iter(found))}" if found else "")
+
+
+def _device(asked: Any) -> tuple[torch.device, list[Finding]]:
+    """The device asked for, or the best there is and a warning that says so."""
+    import torch
+
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        wanted = torch.device(best if asked == "auto" else asked)
+    except (RuntimeError, TypeError) as error:
+        raise SelectionError(f"{asked!r} is no device", hint='"auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device') from error
+    if wanted.type == "meta":
+        raise SelectionError("the meta device holds no values", hint="leave device= away")
+    room: Any = torch.backends.mps if wanted.type == "mps" else getattr(torch, wanted.type, None)
+    count = int(wanted.type in ("cpu", "mps") or room.device_count()) if room is not None and room.is_available() else 0
+    if (wanted.index or 0) < count:
+        return wanted, []
+    text = f"{wanted} was asked for and does not exist here ({count} of that type): {best} was taken"
+    return torch.device(best), [Finding("device", "warning", text)]
+
+
+# the file
+
+
+def _certain(keymap: KeyMap) -> KeyMap:
+    return replace(keymap, pairs=tuple(pair for pair in keymap.pairs if pair.confidence == "certain"))
 
 
 def _objects(part: Checkpoint, model: torch.nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -110,233 +404,152 @@ def _objects(part: Checkpoint, model: torch.nn.Module) -> dict[str, tuple[Any, A
 
 def _apart(part: Checkpoint, own: dict[str, torch.Tensor]) -> Checkpoint:
     """The source, with copies of those live tensors that share memory with the model: copying must not change what is copied."""
-    held = {Live(value).storage_key for value in own.values() if value.layout == _strided()}
+    import torch
+
+    held = {Live(value).storage_key for value in own.values() if value.layout is torch.strided}
     shared = {name for name, t in part.items() if isinstance(t.source, Live) and t.source.storage_key in held}
     if not shared:
         return part
-    return part.rewrite(
-        [(n, replace(t, source=Live(t.load().clone())) if n in shared else t, n) for n, t in part.items()], Step("copy", {})
-    )
-
-
-def _strided() -> Any:
-    import torch
-
-    return torch.strided
-
-
-def _copy_all(part: Checkpoint, pairs: dict[str, Pair], own: dict[str, torch.Tensor]) -> None:
-    for done, (name, pair) in enumerate(pairs.items()):
-        try:
-            with located(tensor=pair.source):
-                _copy(part[pair.source], own[name])
-        except WorkbenchError as error:
-            if done:
-                error.hint = f"{done} of {len(pairs)} tensors of the model were overwritten before this: build it anew" + (
-                    f"; {error.hint}" if error.hint else ""
-                )
-            raise
-
-
-def _loads_itself(model: torch.nn.Module, own: dict[str, torch.Tensor]) -> bool:
-    """Whether the model has loading code that may change values: hooks, an override outside torch.nn, or state computed at each look."""
-    import torch
-
-    again = _tensors(model)
-    if any(value.data_ptr() != again[name].data_ptr() or value.is_quantized for name, value in own.items()):
-        return True
-    if type(model).load_state_dict is not torch.nn.Module.load_state_dict:
-        return True
-    for module in model.modules():
-        override = type(module)._load_from_state_dict
-        patched = "_load_from_state_dict" in vars(module) or not override.__module__.startswith("torch.nn.modules.")
-        if patched or module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-            return True
-    return False
-
-
-def _ties(own: dict[str, torch.Tensor], pairs: dict[str, Pair]) -> dict[str, str]:
-    """Names without a source of their own that share their memory with a name that has one."""
-    held = {(own[name].data_ptr(), own[name].shape, own[name].stride()): name for name in pairs if own[name].numel()}
-    found = {name: held.get((value.data_ptr(), value.shape, value.stride())) for name, value in own.items() if name not in pairs}
-    return {name: first for name, first in found.items() if first is not None}
-
-
-def _certain(keymap: KeyMap) -> KeyMap:
-    return replace(keymap, pairs=tuple(pair for pair in keymap.pairs if pair.confidence == "certain"))
-
-
-def _require_real(own: dict[str, torch.Tensor]) -> None:
-    import torch
-
-    for name, value in own.items():
-        if torch.nn.parameter.is_lazy(value):
-            raise UnsupportedError(
-                "the model has a lazy parameter without a shape", tensor=name, hint="run the model once on an example first"
-            )
-        if value.device.type == "meta":
-            raise UnsupportedError(
-                "the model is on the meta device and holds no values",
-                tensor=name,
-                hint='give it memory first: model.to_empty(device="cpu")',
-            )
-        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
-            raise UnsupportedError("the model's tensor is expanded: its elements share memory and cannot each take a value", tensor=name)
-
-
-def _fitting(keymap: KeyMap, part: Checkpoint, own: dict[str, torch.Tensor]) -> tuple[dict[str, Pair], dict[str, str]]:
-    """The pairs whose shapes and kinds agree, by target, and why the others do not."""
-    pairs: dict[str, Pair] = {}
-    misfits: dict[str, str] = {}
-    wanted = {pair.target: pair for pair in keymap.pairs}
-    reshaped = {u.target: u for u in keymap.unmatched if u.source is not None}
-    for name, value in own.items():
-        pair = wanted.get(name)
-        source = name if pair is None and name in part else pair.source if pair is not None else None
-        if source is None:
-            if (near := reshaped.get(name)) is not None:
-                misfits[name] = near.reason
-            continue
-        tensor = part[source]
-        kind, target_dtype = tensor.dtype.kind, dtypes.from_torch(value.dtype)
-        if tuple(value.shape) != tensor.shape:
-            misfits[name] = f"{list(tensor.shape)} in the file and {list(value.shape)} in the model"
-        elif kind != target_dtype.kind and tensor.dtype != target_dtype:
-            misfits[name] = f"{tensor.dtype} in the file and {target_dtype} in the model"
-        elif pair is not None:
-            pairs[name] = pair
-    return pairs, misfits
-
-
-def _ask_module(
-    model: torch.nn.Module,
-    own: dict[str, torch.Tensor],
-    pairs: dict[str, Pair],
-    part: Checkpoint,
-    keymap: KeyMap,
-    spare: list[str],
-    objects: dict[str, Any],
-    through: bool,
-) -> tuple[list[str], list[str], str]:
-    """(missing, unexpected, verdict) by the module's own load_state_dict.
-
-    Given the file's tensors where the model has loading code of its own. Otherwise what fits is copied onto itself, and the
-    module sees only the file's spare tensors.
-    """
-    state: OrderedDict[str, Any] = OrderedDict((name, part[pair.source].load() if through else own[name]) for name, pair in pairs.items())
-    state.update({name: part[name].load() for name in spare if name not in own and part[name].locked is None})
-    state.update(objects)
-    if (metadata := _metadata(part, keymap)) is not None:
-        state._metadata = metadata  # type: ignore[attr-defined]
-    try:
-        result = model.load_state_dict(state, strict=False)
-    except Exception as error:  # the model's own code may raise anything
-        return [name for name in own if name not in pairs], [], _REFUSED + f"{type(error).__name__}: {error}".splitlines()[-1].strip()
-    missing, unexpected = list(result.missing_keys), list(result.unexpected_keys)
-    if missing or unexpected:
-        return missing, unexpected, f"load_state_dict misses {len(missing)} names, does not know {len(unexpected)}"
-    return missing, unexpected, "load_state_dict accepts the names as they are"
+    copies = [(n, replace(t, source=Live(t.load().clone())) if n in shared else t, n) for n, t in part.items()]
+    return part.rewrite(copies, Step("copy", {}))
 
 
 def _metadata(part: Checkpoint, keymap: KeyMap) -> Any:
     """The file's `_metadata` under the model's module names, which loading code asks for versions."""
     if isinstance(part.tree, Inert) and isinstance(part.tree.state, dict) and is_mapping(part.tree.state.get("_metadata")):
-        return OrderedDict(
-            rename_modules({key: plain(value) for key, value in items_of(part.tree.state["_metadata"]).items()}, keymap.mapping)
-        )
+        told = {key: plain(value) for key, value in items_of(part.tree.state["_metadata"]).items()}
+        return OrderedDict(rename_modules(told, keymap.mapping))
     return None
 
 
-def _restore(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Put back what the module's loading code may have touched."""
-    import torch
-
-    with torch.no_grad():
-        for name, value in _tensors(model).items():
-            if name in before and not value.is_quantized and not _same_bytes(before[name], value):
-                value.copy_(before[name])
+# what is said
 
 
-def _refusal(
-    missing: list[str], unexpected: list[str], misfits: dict[str, str], keymap: KeyMap, part: Checkpoint, verdict: str
-) -> SpecMismatchError:
-    if verdict.startswith(_REFUSED):
-        return SpecMismatchError(
-            f"the module's own loading code refused, and nothing was loaded: {verdict.removeprefix(_REFUSED)}",
-            hint="model.load_state_dict shows its whole message",
-        )
-    lines = [f"{name}: {why}" for name, why in misfits.items()]
-    reshaped = {u.source for u in keymap.unmatched if u.source is not None}
-    unexpected = [name for name in unexpected if name not in misfits and name not in reshaped]
-    missing = [name for name in missing if name not in misfits]
-    lines += [f"{name}: not in the file" for name in missing] + [f"{name}: in the file, not in the model" for name in unexpected]
-    counts = [
-        f"{n} {what}"
-        for n, what in ((len(misfits), "of another shape or kind"), (len(missing), "missing"), (len(unexpected), "left over"))
-        if n
-    ]
-    shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
-    if any(part[name].dtype.name == "int8" and f"{name}_scale" in part for name in part):
+def _misfit(given: LazyTensor, value: torch.Tensor) -> str | None:
+    target = dtypes.from_torch(value.dtype)
+    if given.locked is not None:
+        return f"its bytes in the file are in doubt: {given.locked}"
+    if isinstance(given.source, Live) and given.source.tensor.is_meta:
+        return "its source is on the meta device and holds no values"
+    if tuple(value.shape) != given.shape:
+        return f"{list(given.shape)} in the file and {list(value.shape)} in the model"
+    return f"{given.dtype} in the file and {target} in the model" if given.dtype.kind != target.kind and given.dtype != target else None
+
+
+def _verdict(missing: list[str], unexpected: list[str], misfits: dict[str, str]) -> str:
+    words = {"misses": missing, "does not know": unexpected, "finds another shape or kind in": list(misfits)}
+    told = [f"{verb} {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}" for verb, names in words.items() if names]
+    return "would refuse: it " + "; it ".join(told) if told else "accepts the names as they are"
+
+
+def _refusal(job: _Job, missing: list[str], left: list[Unused], refused: str) -> SpecMismatchError:
+    if refused:
+        text = f"the module's own loading code refused, and nothing was loaded: {refused}"
+        return SpecMismatchError(text, hint="model.load_state_dict shows its whole message")
+    lines = [f"{name}: {why}" for name, why in job.misfits.items()]
+    for module, names in by_module(missing, set(job.own).difference(missing)).items():
+        lines.append(f"{module or 'the whole model'}{f' ({len(names)} tensors)' * (len(names) > 1)}: not in the file")
+    lines += [f"{entry.name}: in the file, {entry.reason}" for entry in left]
+    words = {"of another shape or kind": job.misfits, "missing": missing, "left over": left}
+    counts = ", ".join(f"{len(held)} {what}" for what, held in words.items() if held)
+    shown = "; ".join(lines[:6]) + f"; and {len(lines) - 6} more" * (len(lines) > 6)
+    hint = "strict=False loads the rest and lists what stays at initialisation"
+    if any(tensor.dtype.name == "int8" and f"{name}_scale" in job.part for name, tensor in job.part.items()):
         hint = "the file is quantized: load wb.ops.dequantize(ckpt)"
-    elif keymap.ambiguous or any(True for name in missing if name not in {u.target for u in keymap.unmatched}):
+    elif job.keymap.ambiguous or set(missing) - {u.target for u in job.keymap.unmatched}:
         hint = "wb.match(ckpt, model) shows likely and ambiguous pairs; give keymap= to accept them, or strict=False to load the rest"
-    else:
-        hint = "strict=False loads the rest and lists what stays at initialisation"
-    return SpecMismatchError(f"the file and the model do not fit ({', '.join(counts)}), and nothing was loaded: {shown}", hint=hint)
+    return SpecMismatchError(f"the file and the model do not fit ({counts}), and nothing was loaded: {shown}", hint=hint)
 
 
-def _copy(source: LazyTensor, target: torch.Tensor) -> None:
+# bytes
+
+
+def _bytes(value: torch.Tensor) -> Any:
+    """The bytes that a tensor holds, as a numpy array; a view where they lie on the host in logical order."""
+    import torch
+
+    return dtypes.flat(value.cpu()).view(torch.uint8).numpy()
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    if a.layout is not torch.strided or a.is_quantized:
+        return torch.equal(a, b)
+    return a.shape == b.shape and a.dtype == b.dtype and bytearray(_bytes(a)) == memoryview(_bytes(b))  # by memcmp
+
+
+def _as_stored(given: LazyTensor, value: torch.Tensor) -> tuple[Storage, int] | None:
+    """Where the file has the very bytes that the model's tensor should hold: storage, first byte. None where they differ by more than place."""
+    import torch
+
+    at, plain_memory = given.source, value.layout is torch.strided and not (value.is_quantized or value.is_conj() or value.is_neg())
+    if not isinstance(at, Stored) or not given.is_contiguous or at.byteorder != sys.byteorder or given.spec.quantizer:
+        return None
+    same = plain_memory and value.is_contiguous() and dtypes.from_torch(value.dtype) == given.dtype
+    return (at.storage, at.offset * given.dtype.itemsize) if same else None
+
+
+def _copy(given: LazyTensor, target: torch.Tensor) -> None:
     import torch
 
     with torch.no_grad():
-        if not target.is_contiguous() or source.spec.quantizer or target.layout is not torch.strided:
-            target.copy_(source.load())
-            return
-        flat = target.view(-1)
-        for start, chunk in source.chunks():
-            flat[start : start + chunk.numel()].copy_(chunk)
+        direct = _as_stored(given, target) if target.device.type == "cpu" and target.numel() > 1 else None
+        if direct is not None:
+            with direct[0].open() as reader:
+                reader.readinto(memoryview(_bytes(target)), direct[1])  # autograd knows: the module was asked with a copy onto itself
+        elif not target.is_contiguous() or given.spec.quantizer or target.layout is not torch.strided:
+            target.copy_(given.load())
+        else:
+            flat = target.view(-1)
+            for start, chunk in given.chunks():
+                flat[start : start + chunk.numel()].copy_(chunk)
 
 
-def _row(
-    name: str,
-    value: torch.Tensor,
-    pair: Pair | None,
-    part: Checkpoint,
-    before: dict[str, torch.Tensor],
-    misfits: dict[str, str],
-    tied_to: str | None,
-    through: bool,
-) -> LoadedTensor:
-    shape, nbytes = tuple(value.shape), value.numel() * value.element_size()
-    dtype = dtypes.from_torch(value.dtype).name
-    if pair is None:
-        untouched = name in before and bool(_same_bytes(before[name], value))
-        return LoadedTensor(name, None, "initial" if untouched else "set by the module", shape, dtype, nbytes, misfits.get(name, ""))
-    source = part[pair.source]
-    wrong = _difference(source, value)
-    if wrong and through:
-        wrong += "; the model's own loading code ran, and whether it meant this cannot be proven"
-    notes = [f"tied to {tied_to}"] * bool(tied_to) + [f"{source.dtype} became {dtype}"] * (source.dtype.name != dtype)
-    return LoadedTensor(name, pair.source, "wrong" if wrong else "loaded", shape, dtype, nbytes, wrong or "; ".join(notes))
-
-
-def _difference(source: LazyTensor, value: torch.Tensor) -> str:
-    """Empty when the model's tensor holds the file's values after the cast, else what is wrong."""
+def _difference(given: LazyTensor, value: torch.Tensor, buffer: bytearray) -> str:
+    """Empty when the model's tensor holds the file's values after the map and the cast, else what is wrong."""
     import torch
 
-    if tuple(value.shape) != source.shape:
+    other = "the model's values differ from the file's"
+    if tuple(value.shape) != given.shape:
         return "the model's tensor has another shape now"
-    if source.spec.quantizer or value.is_quantized or value.layout is not torch.strided:
-        return "" if torch.equal(source.load().to(value.device), value) else "the model's values differ from the file's"
+    if given.spec.quantizer or value.is_quantized or value.layout is not torch.strided:
+        return "" if torch.equal(given.load().to(value.device), value) else other
+    if (direct := _as_stored(given, value)) is not None:
+        held, into = memoryview(_bytes(value)), memoryview(buffer)
+        with direct[0].open() as reader:
+            for start in range(0, len(held), len(buffer)):
+                part = held[start : start + len(buffer)]
+                reader.readinto(into[: len(part)], direct[1] + start)
+                if (buffer if len(part) == len(buffer) else buffer[: len(part)]) != part:  # by memcmp: a bytearray, unlike a memoryview
+                    return other
+        return ""
     flat = value.detach().reshape(-1)
-    for start, chunk in source.chunks():
-        held = flat[start : start + chunk.numel()].cpu()
+    for start, chunk in given.chunks():
         cast = chunk.to(value.dtype)
-        if not _same_bytes(cast, held):
-            return "the model's values differ from the file's"
+        if not _same_bytes(cast, flat[start : start + chunk.numel()]):
+            return other
         if cast.dtype != chunk.dtype and _loses_range(chunk, cast):
             return f"values of the file do not fit {dtypes.from_torch(value.dtype)}"
     return ""
+
+
+def _agree(a: LazyTensor, b: LazyTensor, dtype: torch.dtype) -> bool:
+    """Whether two sources give the same values once cast."""
+    memo = Memo()
+    return (a.source, a.spec) == (b.source, b.spec) or all(
+        _same_bytes(x.to(dtype), b.read(start, start + len(x), memo).to(dtype)) for start, x in a.chunks()
+    )
+
+
+def _near(stored: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether a computed buffer holds what was stored, up to the rounding of the coarser dtype."""
+    import torch
+
+    rounding = max([torch.finfo(t.dtype).eps for t in (stored, held) if t.is_floating_point()], default=0)
+    return torch.allclose(stored.double(), held.double(), rtol=8 * rounding, atol=0)
 
 
 def _loses_range(chunk: torch.Tensor, cast: torch.Tensor) -> bool:
@@ -345,20 +558,7 @@ def _loses_range(chunk: torch.Tensor, cast: torch.Tensor) -> bool:
 
     if not cast.dtype.is_floating_point and not cast.is_complex():
         return not torch.equal(cast.to(torch.int64), chunk.to(torch.int64)) or not torch.equal(cast.to(chunk.dtype), chunk)
+    if torch.finfo(cast.dtype).max >= torch.finfo(chunk.dtype).max:
+        return False
     wide = torch.complex128 if cast.is_complex() else torch.float64
     return bool((torch.isfinite(chunk.to(wide)) & ~torch.isfinite(cast.to(wide))).any())
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    import torch
-
-    if a.layout is not torch.strided or a.is_quantized:
-        return torch.equal(a, b)
-    return a.shape == b.shape and torch.equal(dtypes.flat(a).view(torch.uint8), dtypes.flat(b).view(torch.uint8))
-
-
-def _mode(model: torch.nn.Module) -> str:
-    if not model.training:
-        return "eval"
-    live = {type(m).__name__ for m in model.modules() if type(m).__name__.startswith(("Dropout", "BatchNorm"))}
-    return "train" + (f": {', '.join(sorted(live))} behave differently until model.eval()" if live else "")

@@ -9,8 +9,14 @@ On a training checkpoint an op acts on its weights and returns the whole tree; `
 """
 
 from workbench.ops.cast import cast
+from workbench.ops.merge import average, ema, extract_lora, merge, merge_lora, task_arithmetic
 from workbench.ops.prune import prune_magnitude
 from workbench.ops.quantize import dequantize, quantize_int8
-from workbench.ops.rename import add_prefix, rename, strip_prefix
+from workbench.ops.rename import add_prefix, add_wrapper, rename, strip_prefix, strip_wrappers
+from workbench.ops.surgery import adapt_input_channels, resize_position_embedding, resize_rows, select_fitting, swap_head
 
-__all__ = ["add_prefix", "cast", "dequantize", "prune_magnitude", "quantize_int8", "rename", "strip_prefix"]
+__all__ = [
+    "adapt_input_channels", "add_prefix", "add_wrapper", "average", "cast", "dequantize", "ema", "extract_lora", "merge", "merge_lora",
+    "prune_magnitude", "quantize_int8", "rename", "resize_position_embedding", "resize_rows", "select_fitting", "strip_prefix",
+    "strip_wrappers", "swap_head", "task_arithmetic",
+]  # fmt: skip

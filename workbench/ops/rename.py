@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from workbench.checkpoint import Checkpoint, Step
 from workbench.errors import SelectionError
+from workbench.names import WRAPPERS, Patterns, require_names
 from workbench.ops.scope import on_section
 from workbench.sections import Path
 
@@ -50,6 +51,58 @@ def strip_prefix(ckpt: Checkpoint, prefix: str, *, section: str | Path | None = 
 def add_prefix(ckpt: Checkpoint, prefix: str, *, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
     """Put `prefix` before every name."""
     return rename(ckpt, {"*": f"{prefix}*"}, section=section, everything=everything)
+
+
+_KINDS = {
+    "DataParallel": "module", "DDP": "module", "FSDP": "_fsdp_wrapped_module", "compile": "_orig_mod",
+    "checkpoint": "_checkpoint_wrapped_module", "Fabric": "_forward_module",
+}  # fmt: skip
+
+
+def add_wrapper(
+    ckpt: Checkpoint, kind: str, modules: Patterns | None = None, *, section: str | Path | None = None, everything: bool = False
+) -> Checkpoint:
+    """The names that a wrapped model has: of the whole, or of each of its `modules`.
+
+    FSDP and activation checkpointing leave their names out of `state_dict()` themselves; such a model loads plain names.
+
+    Args:
+        kind: "DataParallel", "DDP", "FSDP", "compile", "checkpoint" (activation checkpointing), "Fabric", or the segment itself.
+        modules: glob over module names, as "blocks.{0-11}"; the root where absent.
+    Raises:
+        SelectionError: no such kind, or no such module.
+    Cost: nothing is read.
+    """
+    segment = _KINDS.get(kind, kind)
+    if segment not in WRAPPERS:
+        raise SelectionError(f"{kind!r} is no wrapper known here", hint=f"known: {', '.join([*_KINDS, *WRAPPERS])}")
+    if modules is None:
+        return add_prefix(ckpt, f"{segment}.", section=section, everything=everything)
+    part = ckpt if everything else ckpt.section(ckpt.weights_section.path if section is None else section)
+    found = {".".join(parts[:i]) for name in part if (parts := name.split(".")) for i in range(1, len(parts))}
+    chosen = set(require_names(modules, sorted(found), what="module"))
+
+    def wrapped(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(f"{p}.{segment}" if ".".join(parts[: i + 1]) in chosen else p for i, p in enumerate(parts))
+
+    return rename(ckpt, wrapped, section=section, everything=everything)
+
+
+def strip_wrappers(ckpt: Checkpoint, *, section: str | Path | None = None, everything: bool = False) -> Checkpoint:
+    """The plain model's names: without ``module.`` where every name begins so, and without the other wrappers' names wherever they stand.
+
+    A `module` inside a name may be the model's own, and stays: ``wb.match(ckpt, model)`` tells. `n_averaged` of an AveragedModel stays.
+    """
+
+    def bare(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS)
+
+    part = ckpt if everything else ckpt.section(ckpt.weights_section.path if section is None else section)
+    plain = {name: bare(name) for name in part}
+    while (led := [name for name in plain.values() if name != "n_averaged"]) and all(name.startswith("module.") for name in led):
+        plain = {name: new.removeprefix("module.") for name, new in plain.items()}
+    return rename(ckpt, plain.__getitem__, section=section, everything=everything)
 
 
 def _renamed(part: Checkpoint, mapping: Mapping[str, str]) -> dict[str, str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from workbench.checkpoint import Checkpoint, Step
 from workbench.errors import SelectionError
 from workbench.names import Patterns, require_names
 from workbench.sections import Path
 from workbench.tensors import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
 
 Entries = Iterable[tuple[str, LazyTensor, str]]
 
@@ -64,3 +68,10 @@ def mapped(ckpt: Checkpoint, chosen: set[str], make: Callable[[str, LazyTensor],
             yield name, made[key], name
         else:
             yield name, tensor, name
+
+
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """The values in the type that sums are taken in: float64 as it is, any other floating type as float32."""
+    import torch
+
+    return values if values.dtype == torch.float64 else values.float()

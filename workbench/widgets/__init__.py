@@ -1,8 +1,9 @@
 """Live views for notebooks. Everything they show comes from the core; delete this package and every step has its line of Python.
 
-    from workbench.widgets import Explorer, Differ
+    from workbench.widgets import Explorer, Differ, KeyMapper
     Explorer(ckpt)                        # the same view that ckpt shows at the end of a cell
     Differ(wb.diff(a, b))
+    KeyMapper(ckpt, model)                # settle what wb.match leaves open; KeyMapper(…).keymap reads it back
 
 This is the only room that imports anywidget, traitlets and IPython.
 """
@@ -13,8 +14,9 @@ from typing import Any
 
 from workbench.widgets.differ import Differ
 from workbench.widgets.explorer import Explorer
+from workbench.widgets.mapper import KeyMapper
 
-__all__ = ["Differ", "Explorer", "register"]
+__all__ = ["Differ", "Explorer", "KeyMapper", "register"]
 
 _VIEWS = {("workbench.checkpoint", "Checkpoint"): Explorer, ("workbench.differ", "DiffReport"): Differ}
 

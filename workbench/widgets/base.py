@@ -73,7 +73,7 @@ def finding_dicts(findings: Any) -> list[dict[str, Any]]:
 class View(anywidget.AnyWidget):
     """Base of every view; a subclass sets `_esm`, `commands`, and fills `report`."""
 
-    _css = STATIC / "workbench.css"
+    _css: Path | str = STATIC / "workbench.css"
     commands: ClassVar[dict[str, str]] = {"cancel": "cancel"}
 
     report = t.Bytes(b"{}").tag(sync=True)

@@ -86,8 +86,8 @@ function debounced(run, wait) {
   return later;
 }
 
-function readReport(model) {
-  const value = model.get("report");
+function readReport(model, trait = "report") {
+  const value = model.get(trait);
   const bytes = value instanceof DataView ? new Uint8Array(value.buffer, value.byteOffset, value.byteLength) : value;
   return JSON.parse(new TextDecoder().decode(bytes));
 }

@@ -1,7 +1,7 @@
 /* A virtual grid: about thirty absolutely placed rows over one tall sizer, whatever the number of rows.
  *
  * The grid knows nothing of checkpoints. Its owner gives `columns`, an array of item ids, and a `source`:
- *   cell(id, column) -> string            text of one cell
+ *   cell(id, column) -> string            text of one cell; in a column with `cut` a long one loses its middle
  *   share(id) -> number or null           length of the bar, 0 to 1
  *   level(id) -> int                      depth in a tree, 0 for a table
  *   open(id) -> true | false | null       null: no children
@@ -11,6 +11,7 @@
  *   toggle(id)                            open or close
  *   sort(columnId)
  *   search()                              the person asked for the filter
+ *   picksGroups                           true: a click on a group picks it, and only its triangle opens and closes it
  * Text enters the page through textContent alone.
  */
 const ROW_HEIGHT = 24;
@@ -96,7 +97,7 @@ class Grid {
     if (!this.allColumns) return;
     const width = this.root.clientWidth;
     let columns = this.allColumns;
-    const room = () => width - columns.slice(1).reduce((sum, column) => sum + parseInt(column.width, 10) + GAP, 32);
+    const room = () => width - columns.slice(1).reduce((sum, column) => sum + (parseInt(column.width, 10) || NAME_WIDTH) + GAP, 32);
     while (width && room() < NAME_WIDTH && columns.some((column) => column.drop)) {
       const least = Math.max(...columns.map((column) => column.drop || 0));
       columns = columns.filter((column) => column.drop !== least);
@@ -157,7 +158,9 @@ class Grid {
     const first = Math.max(0, Math.floor(this.scroller.scrollTop / ROW_HEIGHT) - OVERSCAN);
     const last = Math.min(this.items.length, Math.ceil((this.scroller.scrollTop + height) / ROW_HEIGHT) + OVERSCAN);
     const name = this.header.firstChild;
-    this.characters = Math.floor(((name ? name.clientWidth : 200) - 30) / (this.ruler.offsetWidth / 10 || 7));
+    const character = this.ruler.offsetWidth / 10 || 7;
+    this.characters = Math.floor(((name ? name.clientWidth : 200) - 30) / character);
+    this.limits = this.columns.map((column, i) => (column.cut ? Math.floor(this.header.children[i].clientWidth / character) : Infinity));
     while (this.rows.length < last - first) this.rows.push(this.newRow());
     this.rows.forEach((row, i) => (first + i < last ? this.fill(row, first + i) : this.hide(row)));
     const active = this.items.length ? `${this.id}-${this.active}` : "";
@@ -214,7 +217,7 @@ class Grid {
         return;
       }
       const text = this.source.cell(id, column);
-      const shown = i === 0 ? cut(text, this.characters - 2 * level) : text;
+      const shown = cut(text, i === 0 ? this.characters - 2 * level : open === null ? this.limits[i] : Infinity);
       const target = i === 0 ? row.label : row.cells[i];
       if (target.textContent !== shown) target.textContent = shown;
       row.cells[i].title = i === 0 || text.length > 12 ? text : "";
@@ -228,7 +231,8 @@ class Grid {
     const id = this.items[this.active];
     const how = event.shiftKey ? "range" : event.ctrlKey || event.metaKey ? "toggle" : "one";
     this.root.focus({ preventScroll: true });
-    if (this.source.open(id) !== null && how === "one") this.source.toggle(id);
+    const toggles = !this.source.picksGroups || event.target.classList.contains("wb-twisty");
+    if (this.source.open(id) !== null && how === "one" && toggles) this.source.toggle(id);
     else this.source.pick(id, how);
     this.schedule();
   }
@@ -271,7 +275,7 @@ class Grid {
       if (open === true) this.source.toggle(id);
       else this.moveTo(this.source.parent(id));
     } else if (event.key === "Enter") {
-      if (open !== null) this.source.toggle(id);
+      if (open !== null && !this.source.picksGroups) this.source.toggle(id);
       else this.source.pick(id, "one");
     } else if (event.key === " ") {
       this.source.pick(id, "toggle");

@@ -1,0 +1,148 @@
+"""How whole blocks are laid out: matrices kept as [in, out], rows in rotary order, experts stacked or one by one.
+
+Each function looks at one search of inference.py and mends or withdraws what it has paired.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from workbench.keymap.fusions import Item
+from workbench.keymap.maps import Ambiguous, Pair, Part, Regroup
+from workbench.keymap.naming import Indices, Name
+from workbench.keymap.rules import role_of, rotary_order, words_of
+
+if TYPE_CHECKING:
+    from workbench.keymap.inference import Pairing, Search
+
+
+def stack(search: Search) -> None:
+    """Experts that the source lists one by one, as the one tensor that the target may want of them."""
+    if not any(".experts." in told.role for told in search.target_names.values()):
+        return
+    lists: dict[tuple[str, Indices, str], dict[int, str]] = defaultdict(dict)
+    for name, told in search.source_names.items():
+        if told.context.endswith(".experts.#"):
+            lists[told.context, told.indices[:-1], told.role][told.indices[-1]] = name
+    stacks: dict[tuple[str, Indices], dict[str, list[str]]] = defaultdict(dict)
+    for (context, outer, role), held in lists.items():
+        names = [held[i] for i in sorted(held)]
+        if sorted(held) == list(range(len(held))) and len({search.items[n].shape for n in names}) == 1:
+            stacks[context, outer][role.strip(".").removesuffix(".weight").removeprefix("mlp.")] = names
+    for (context, outer), found in stacks.items():
+        whole = context.removesuffix(".#")
+        cut = whole.rfind("#") + 1
+        inner = role_of(words_of(f"{whole[cut:]}."), True).rstrip(".")
+        if {"gate", "up"} <= found.keys():
+            found["gateup"] = [name for pair in zip(found["gate"], found["up"], strict=True) for name in pair]
+        for word, names in found.items():
+            shape = search.items[names[0]].shape
+            count = len(names) // (2 if word == "gateup" else 1)
+            full = (count, shape[0] * len(names) // count, *shape[1:])
+            name = f"{whole}{outer} {word}"
+            parts = tuple(Part(n, None, (0, shape[0]), shape) for n in names)
+            joined = (shape[0] * len(names), *shape[1:])
+            after = Regroup(joined, tuple(range(len(joined))), full)
+            search.items[name] = Item(name, full, search.items[names[0]].dtype, parts, note=f"{count} experts stacked", after=after)
+            search.source_names[name] = Name(name, whole[:cut], outer, f"{inner}.{word}.")
+
+
+def unstack(search: Search, p: Pairing) -> None:
+    """Experts that the target lists one by one, cut out of the one tensor that the source has of them."""
+    for context, held in search.by_context[1].items():
+        if not context.endswith(".experts.#") or not context.startswith(f"{p.target}."):
+            continue
+        inner = role_of(words_of(f"{context.removesuffix('.#')[len(p.target) :]}."), True).rstrip(".")
+        totals = Counter(indices[:-1] for indices in held)
+        for indices, roles in held.items():
+            ours = search.by_context[0][p.source].get(p.indices.get(indices[:-1], ()), {})
+            total = totals[indices[:-1]]
+            for role, targets in roles.items():
+                word = role.strip(".").removesuffix(".weight").removeprefix("mlp.")
+                for stored, half in ((word, 0), ("gateup", 0 if word == "gate" else 1)):
+                    source = next(iter(ours.get(f"{inner}.{stored}.", ())), None)
+                    if source is None or targets[0] in search.pairs or (stored == "gateup" and word not in ("gate", "up")):
+                        continue
+                    shape, wanted = search.items[source].shape, search.wanted.shapes[targets[0]]
+                    times = 2 if stored == "gateup" else 1
+                    if shape != (total, times * wanted[0], *wanted[1:]):
+                        continue
+                    flat = (shape[0] * shape[1], *shape[2:])
+                    at = indices[-1] * shape[1] + half * wanted[0]
+                    part = Part(source, Regroup(shape, tuple(range(len(shape))), flat), (at, at + wanted[0]), shape)
+                    search.pairs[targets[0]] = Pair(
+                        targets[0], (part,), "experts taken apart", "likely", f"expert {indices[-1]} of {source!r}"
+                    )
+                    search.used.add(source)
+
+
+def orient(search: Search, p: Pairing) -> None:
+    """Square matrices among others that are transposed: transposed too where the target's layers are of one class, else unknown."""
+    mine = [
+        pair
+        for name, pair in search.pairs.items()
+        if search.target_names[name].context == p.target and not pair.formula and len(pair.parts) == 1
+    ]
+    turned = {name.target for name in mine if name.rule.endswith("transposed")}
+    classes = {search.wanted.kinds.get(name) for name in turned}
+    for pair in mine if turned else ():
+        shape = search.wanted.shapes[pair.target]
+        if len(shape) != 2 or shape[0] != shape[1] or pair.target in turned or pair.parts[0].regroup is not None:
+            continue
+        kind = search.wanted.kinds.get(pair.target)
+        if kind is not None and kind in classes:
+            part = pair.parts[0]._replace(regroup=Regroup(shape, (1, 0), shape), shape=shape)
+            told = "the other matrices of its layer kind are transposed, and a square one is too"
+            search.pairs[pair.target] = replace(pair, parts=(part,), rule=f"{p_rule(pair)}, transposed", confidence="likely", reason=told)
+        elif kind is None:
+            del search.pairs[pair.target]
+            search.used.discard(pair.source)
+            told = "other matrices of the block are transposed, and nothing tells whether this square one is"
+            search.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, told)
+
+
+def turn(search: Search, p: Pairing) -> None:
+    """The row order of rotary embeddings: regrouped where both sides' conventions and the heads are known, left open where not."""
+    roles = {role for held in search.by_context[1][p.target].values() for role in held} | {
+        role for held in search.by_context[0][p.source].values() for role in held
+    }
+    if not any(".gate" in role for role in roles) or any(
+        ".emb.pos." in told.role for side in (search.source_names, search.target_names) for told in side.values()
+    ):
+        return
+    orders = [
+        rotary_order(n.raw for n in names.values() if n.context == c)
+        for names, c in ((search.source_names, p.source), (search.target_names, p.target))
+    ]
+    for name, pair in list(search.pairs.items()):
+        told = search.target_names[name]
+        found = re.match(r"\.attn\.([qk])\.", told.role)
+        if told.context != p.target or found is None or orders[0] == orders[1] != "" or pair.rule in ("same name", "wrapper names"):
+            continue
+        shape = search.wanted.shapes[name]
+        heads = search.wanted.heads(found[1])
+        if "" in orders or not heads or shape[0] % (2 * heads) or not pair.is_plain:
+            del search.pairs[name]
+            search.used.difference_update(pair.sources)
+            why = "its rows may be in the order of Meta's rotary embeddings or of transformers', and " + (
+                "the number of heads is not known" if "" not in orders else "the names do not tell"
+            )
+            search.ambiguous[name] = Ambiguous(name, pair.sources, why)
+            continue
+        half, rest = shape[0] // heads // 2, shape[1:]
+        view = (heads, half, 2, *rest) if orders[0] == "pairs" else (heads, 2, half, *rest)
+        part = Part(pair.source, Regroup(view, (0, 2, 1, *range(3, 3 + len(rest))), shape), None, shape)
+        search.pairs[name] = replace(
+            pair,
+            parts=(part,),
+            rule=f"{pair.rule}, rotary rows regrouped",
+            confidence="likely",
+            reason=f"{orders[0]} in the file, {orders[1]} in the model; {heads} heads",
+        )
+
+
+def p_rule(pair: Pair) -> str:
+    return "same block" if pair.rule in ("same name", "wrapper names") else pair.rule

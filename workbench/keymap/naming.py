@@ -1,0 +1,151 @@
+"""Names, read: in which container a tensor lies, with which numbers, and what it does there in the words of rules.py."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from workbench.keymap.rules import dialect, normal, role_of, words_of
+from workbench.names import WRAPPERS
+
+Indices = tuple[int, ...]
+
+_WRAPPED = re.compile("|".join(WRAPPERS))
+
+
+def bare_name(name: str) -> str:
+    """The name without the segments that wrappers add."""
+    return ".".join([part for part in name.split(".") if part not in WRAPPERS]) if _WRAPPED.search(name) else name
+
+
+class Name(NamedTuple):
+    """One name, read: the container it lies in, the numbers of the block, and its role there."""
+
+    raw: str
+    context: str
+    indices: Indices
+    role: str
+
+
+_BLOCK_WORDS = "layers?|h|blocks?|blk|resblocks|stages?|experts|cells|trunk|res|denselayer|denseblock|transition|encoder\\.layer"
+
+_CONTAINER = re.compile(rf"^(.*\.(?:{_BLOCK_WORDS})[.:]\d+(?:\.\d+)*)(\..*)$")
+
+_INNER = re.compile(r"^(.*\.\d+|.*:\d+)\.layer:?\.?\d+$")
+
+_ANY = re.compile(r"^(.*?\.\d+(?:\.\d+)*)(\..*)$")
+
+_NUMBER = re.compile(r"(?<=[.:])\d+")
+
+
+@lru_cache(maxsize=1 << 18)
+def _split(text: str) -> tuple[str, Indices, str]:
+    """A normal form as (container with # for its numbers, the numbers, what follows)."""
+    found = _CONTAINER.match(text)
+    while found is not None and (inner := _INNER.match(found[1])):  # `layer.0` of a block is a role in it
+        found = re.match(rf"^({re.escape(inner[1])})(\..*)$", text)
+    found = found or _ANY.match(text)
+    moved = re.search(r"\.@(\d+)\.$", text)  # a number that stood behind a parameter's name: LSTM layers
+    if moved:
+        head = text[: moved.start()]
+        cut = head.find(".weight.") if ".weight." in head else head.find(".bias.")
+        return _NUMBER.sub("#", head[:cut]) + ".#", (*map(int, _NUMBER.findall(head[:cut])), int(moved[1])), head[cut:] + "."
+    if found is None:
+        return "", (), text
+    return _NUMBER.sub("#", found[1]).replace(":#", ".#"), tuple(map(int, _NUMBER.findall(found[1]))), found[2]
+
+
+_MASKED = re.compile(r"(?<=[./]layers\.|experts\.|[./]blocks\.)\d+(?=\.)|(?<=encoder\.layer\.)\d+(?=\.)|(?<=[./]h\.)\d+(?=\.)")
+
+_MASK = 10**9
+
+
+def _placed(name: str) -> tuple[str, Indices, str]:
+    """`_split` of a name, by way of one that differs from it in a block's numbers alone: a model has few of those."""
+    numbers = _MASKED.findall(name)
+    if not numbers:
+        return _split(words_of(normal(name)))
+    count = iter(range(_MASK, _MASK + len(numbers)))
+    context, indices, rest = _split_masked(_MASKED.sub(lambda _: str(next(count)), name))
+    return context, tuple([int(numbers[n - _MASK]) if n >= _MASK else n for n in indices]), rest
+
+
+@lru_cache(maxsize=1 << 14)
+def _split_masked(name: str) -> tuple[str, Indices, str]:
+    return _split(words_of(normal(name)))
+
+
+def read_names(names: Mapping[str, str]) -> dict[str, Name]:
+    """Every name, read as it is spelt in `names`. A block's words may change the meaning of others in it."""
+    split = {name: _placed(bare_name(spelt)) for name, spelt in names.items()}
+    inside: dict[str, set[str]] = defaultdict(set)
+    for context, _, rest in split.values():
+        inside[context].add(rest)
+    dialects = {context: dialect(rests) for context, rests in inside.items()}
+    roles: dict[tuple[str, str], str] = {}
+    for context, rests in inside.items():
+        for rest in rests:
+            told = rest
+            for old, new in dialects.get(context, {}).items():
+                told = told.replace(old, new)
+            roles[context, rest] = role_of(told, bool(context))
+    taken = Counter((context, indices, roles[context, rest]) for context, indices, rest in split.values())
+    return {  # two words of one role in one block: what they mean is not known, and they stay as they are
+        name: Name(name, context, indices, role if taken[context, indices, role := roles[context, rest]] == 1 else rest)
+        for name, (context, indices, rest) in split.items()
+    }
+
+
+def strange_wrappers(sources: Collection[str], targets: Collection[str]) -> list[str]:
+    """Segments that no target has and without which most targets are there: wrappers that no table knows."""
+    own, wanted = {part for name in targets for part in name.split(".")}, {bare_name(name) for name in targets}
+    counts = Counter(part for name in sources for part in set(name.split(".")) - own if not part.isdigit())
+    out = []
+    for part, count in counts.most_common(4):
+        if 10 * count < 8 * len(sources):
+            break
+        bare = {bare_name(".".join(p for p in name.split(".") if p != part)) for name in sources}
+        if len(sources) == len(bare) and 10 * len(bare & wanted) >= 9 * len(wanted) > 10 * len(wanted & {bare_name(n) for n in sources}):
+            out.append(part)
+    return out
+
+
+_DOMAINS = {
+    "encoder": "encoder",
+    "decoder": "decoder",
+    "visual": "vision",
+    "vision": "vision",
+    "image": "vision",
+    "text": "text",
+    "language": "text",
+}
+
+
+@lru_cache(maxsize=1 << 16)
+def domain(name: str) -> frozenset[str]:
+    return frozenset(_DOMAINS[word] for word in re.split(r"[._/]", name.lower()) if word in _DOMAINS)
+
+
+def opposed(a: str, b: str) -> bool:
+    return any(
+        pair <= domain(a) | domain(b) and not pair & domain(a) & domain(b) and (pair & domain(a)) and (pair & domain(b))
+        for pair in ({"encoder", "decoder"}, {"vision", "text"})
+    )
+
+
+def words_in(context: str) -> set[str]:
+    return {word for word in re.split(r"[.:#]", context) if word}
+
+
+def tokens_of(name: Name) -> list[str]:
+    text = name.context
+    for number in name.indices:
+        text = text.replace("#", str(number), 1)
+    return [word for word in f"{text}{name.role}".split(".") if word]
+
+
+def shown(context: str) -> str:
+    return context.strip(".").replace("#", "*")

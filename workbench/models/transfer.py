@@ -1,0 +1,472 @@
+"""Transfer learning: what trains and at which rate, features by layer, BatchNorm that stays still, an optimizer carried through a key repair,
+and saving only what was trained.
+
+These change the model's flags and nothing of its values. The optimizer stays the caller's: `param_groups` gives it named groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from workbench.checkpoint import Checkpoint, Step
+from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError, located
+from workbench.formats import save
+from workbench.formats.writing import SaveReport
+from workbench.keymap.maps import KeyMap, Pair
+from workbench.names import Patterns, match_names, require_names, suggest
+from workbench.opening import open as open_checkpoint
+from workbench.ops.scope import Entries, on_section
+from workbench.report import Report
+from workbench.stream import bytes_of
+from workbench.tables import Column, Table, table
+from workbench.tensors import LazyTensor
+
+# what trains
+
+
+def freeze(model: nn.Module, names: Patterns = "*") -> tuple[str, ...]:
+    """Let the parameters that `names` selects get no gradient; returns those that changed. BatchNorm still moves: see `keep_batchnorm`."""
+    return _set_trainable(model, names, False)
+
+
+def unfreeze(model: nn.Module, names: Patterns = "*") -> tuple[str, ...]:
+    """Let the parameters that `names` selects train; returns those that changed. The optimizer must hold them: see `parameter_table`."""
+    return _set_trainable(model, names, True)
+
+
+def _set_trainable(model: nn.Module, names: Patterns, trainable: bool) -> tuple[str, ...]:
+    own = dict(model.named_parameters())
+    chosen = [n for n in require_names(names, own, what="parameter") if own[n].requires_grad != trainable and own[n].is_floating_point()]
+    for name in chosen:
+        own[name].requires_grad_(trainable)
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Unfreezing:
+    """Gradual unfreezing: from which epoch on which parameters train, as ``Unfreezing({0: "head.*", 3: "blocks.{8-11}.*", 6: "*"})``.
+
+    Source: Howard and Ruder 2018, arXiv:1801.06146.
+    """
+
+    stages: Mapping[int, Patterns]
+
+    def at(self, epoch: int) -> tuple[str, ...]:
+        """The globs that train in this epoch: those of every stage begun."""
+        begun = [self.stages[start] for start in sorted(self.stages) if start <= epoch]
+        return tuple(pattern for stage in begun for pattern in ([stage] if isinstance(stage, str) else stage))
+
+    def apply(self, model: nn.Module, epoch: int) -> tuple[str, ...]:
+        """Let exactly the parameters of this epoch train; returns those that newly do."""
+        own, globs = [name for name, _ in model.named_parameters()], self.at(epoch)
+        wanted = {name for glob in globs for name in require_names(glob, own, what="parameter")}
+        if still := [name for name in own if name not in wanted]:
+            freeze(model, still)
+        return unfreeze(model, [name for name in own if name in wanted]) if wanted else ()
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter: whether it trains, in which group of the optimizer, at which rate."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    trainable: bool
+    group: str | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class ParameterReport(Report):
+    """What trains. False when nothing does, or when the optimizer given leaves out a parameter that should."""
+
+    rows: tuple[ParameterRow, ...]
+    with_optimizer: bool
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """Parameters that get a gradient and are in no group of the optimizer."""
+        return tuple(r.name for r in self.rows if self.with_optimizer and r.trainable and r.group is None)
+
+    @property
+    def ok(self) -> bool:
+        return any(r.trainable for r in self.rows) and not self.forgotten
+
+    @property
+    def headline(self) -> str:
+        trained, total = sum(r.numel for r in self.rows if r.trainable), sum(r.numel for r in self.rows)
+        idle = sum(not r.trainable and r.group is not None for r in self.rows)
+        text = f"{trained:,} of {total:,} parameters train ({100 * trained / max(total, 1):.3g} %)"
+        text += f"; {len(self.forgotten)} trainable tensors are in no optimizer group, first {self.forgotten[0]}" if self.forgotten else ""
+        return text + (f"; {idle} frozen tensors are in the optimizer, and wait there" if idle else "")
+
+    def tables(self) -> tuple[Table, ...]:
+        sums: dict[str, Counter[bool]] = {}
+        for row in self.rows:
+            sums.setdefault(row.name.rpartition(".")[0].split(".")[0] or "(root)", Counter())[row.trainable] += row.numel
+        modules = [(module, c[True], c[False], c[True] / max(c.total(), 1)) for module, c in sums.items()]
+        heads = (Column("module", "name"), Column("trainable", "count"), Column("frozen", "count"), Column("trains", "percent"))
+        columns = (
+            Column("", "mark"), Column("parameter", "name"), Column("shape", "shape"), Column("group", "name"),
+            Column("lr", "number"), Column("weight decay", "number"),
+        )  # fmt: skip
+        rows = [("●" if r.trainable else "❄", r.name, r.shape, r.group, r.lr, r.weight_decay) for r in self.rows]
+        return table("by module", heads, modules), table("parameters", columns, rows)
+
+
+def parameter_table(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> ParameterReport:
+    """Every parameter of the model: trainable or frozen, and its group and rate in the optimizer."""
+    held = {
+        id(p): (str(group.get("name", i)), float(group["lr"]), group.get("weight_decay"))
+        for i, group in enumerate(optimizer.param_groups if optimizer is not None else ())
+        for p in group["params"]
+    }
+    rows = [
+        ParameterRow(name, tuple(p.shape), p.numel(), p.requires_grad, *held.get(id(p), (None, None, None)))
+        for name, p in model.named_parameters()
+    ]
+    return ParameterReport(tuple(rows), optimizer is not None)
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, layer_decay: float = 1.0, weight_decay: float = 0.0, no_decay: Patterns | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, deepest layer last, with lr * layer_decay ** (layers above it).
+
+    The layers are the numbered modules (ModuleList, Sequential) in the order in which the model registers them; what stands before them
+    is the stem, what stands behind them the head, and vectors in between (a last normalisation) go with the layer before. A model
+    without numbered modules has one layer for each child.
+
+    Args:
+        weight_decay: of matrices; vectors (biases, normalisations) get none.
+        no_decay: glob over further parameters that get none, as ["pos_embed", "cls_token"].
+    Returns:
+        dicts of name, params (with their names, which torch keeps in the optimizer's state), lr and weight_decay; frozen parameters are left out.
+    Raises:
+        SelectionError: nothing trains, or `no_decay` selects nothing.
+    Source: Clark et al. 2020, arXiv:2003.10555; Bao et al. 2022, arXiv:2106.08254.
+    """
+    layers = _layers(model)
+    own = dict(model.named_parameters())
+    plain = set(require_names(no_decay, own, what="parameter")) if no_decay is not None else set()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for depth, (layer, names) in enumerate(layers):
+        rate = lr * layer_decay ** (len(layers) - 1 - depth)
+        for name in names:
+            if own[name].requires_grad:
+                decays = weight_decay > 0 and own[name].ndim > 1 and name not in plain
+                told = layer if decays or not weight_decay else f"{layer}, no decay"
+                made = {"name": told, "params": [], "lr": rate, "weight_decay": weight_decay if decays else 0.0}
+                groups.setdefault((depth, decays), made)["params"].append((name, own[name]))
+    if not groups:
+        raise SelectionError("no parameter of the model trains", hint="wb.models.unfreeze(model, names)")
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """(name, its parameters) of each layer, in depth order."""
+    blocks = set(_blocks(model))
+    own = dict(model.named_parameters())
+    where = {n: next((".".join(p[:i]) for i in range(len(p)) if ".".join(p[:i]) in blocks), "") for n in own for p in [n.split(".")]}
+    inside = [i for i, layer in enumerate(where.values()) if layer]
+    found: dict[str, list[str]] = {}
+    last = "stem"
+    for i, (name, layer) in enumerate(where.items()):
+        if not inside:
+            last = name.partition(".")[0] if "." in name else "(root)"
+        elif layer:
+            last = layer
+        elif i > inside[-1] and (own[name].ndim > 1 or last == "head"):
+            last = "head"
+        found.setdefault(last, []).append(name)
+    return list(found.items())
+
+
+def _blocks(module: nn.Module, prefix: str = "", inside: bool = False) -> Iterator[str]:
+    """Paths of the modules that are layers: items of the outermost containers, or of the stages that those are."""
+    is_list = isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1 and (not inside or _is_stage(module))
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is not None:
+            deeper = list(_blocks(child, f"{prefix}{name}.", inside or is_list))
+            yield from deeper or ([f"{prefix}{name}"] if is_list else [])
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Whether a container inside a layer runs like modules one after another, each with modules of its own: the blocks of a stage."""
+    kinds = {type(child) for child in module.children()}
+    return isinstance(module, nn.Sequential) and len(kinds) == 1 and all(next(c.children(), None) is not None for c in module.children())
+
+
+# features
+
+
+class _Reached(Exception):
+    pass
+
+
+def features(model: nn.Module, layer: str, /, *args: Any, **kwargs: Any) -> Any:
+    """What the module called `layer` gives when the model runs on the arguments; the model runs no further than that.
+
+    Mode and gradients are the caller's: ``with torch.inference_mode(): wb.models.features(model.eval(), "layer4", x)``.
+
+    Raises:
+        SelectionError: no such module, or the model did not run it.
+    """
+    found: list[Any] = []
+
+    def reached(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        raise SelectionError(
+            f"the model has no module {layer!r}", hint=f"some it has: {', '.join(suggest(layer, modules) or [*modules][1:4])}"
+        )
+    handle = modules[layer].register_forward_hook(reached)
+    try:
+        model(*args, **kwargs)
+    except _Reached:
+        return found[0]
+    finally:
+        handle.remove()
+    raise SelectionError(f"the model ran without calling {layer!r}", hint="another module's output may be what you want")
+
+
+# BatchNorm
+
+
+@dataclass(frozen=True)
+class BatchNormRow:
+    """One normalisation with running statistics. `moves`: whether its statistics change in the next step after `model.train()`."""
+
+    name: str
+    kind: str
+    frozen: bool
+    moves: bool
+
+
+@dataclass(frozen=True, repr=False)
+class BatchNormReport(Report):
+    """Normalisations with running statistics. False when one whose parameters are frozen would still move in training."""
+
+    rows: tuple[BatchNormRow, ...]
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        return tuple(r.name for r in self.rows if r.frozen and r.moves)
+
+    @property
+    def ok(self) -> bool:
+        return not self.moving
+
+    @property
+    def headline(self) -> str:
+        if self.moving:
+            return f"{len(self.moving)} frozen BatchNorm layers still move under train(), first {self.moving[0]}: wb.models.keep_batchnorm(model)"
+        return f"{sum(r.frozen for r in self.rows)} of {len(self.rows)} BatchNorm layers are frozen, and none of those moves under train()"
+
+    def tables(self) -> tuple[Table, ...]:
+        columns = (Column("", "mark"), Column("module", "name"), Column("class"), Column("parameters"), Column("under train()"))
+        words = (("trainable", "frozen"), ("still", "moves"))
+        rows = [("⚠" if r.frozen and r.moves else "✓", r.name, r.kind, words[0][r.frozen], words[1][r.moves]) for r in self.rows]
+        return (table("BatchNorm", columns, rows, empty="no module keeps running statistics"),)
+
+
+def frozen_batchnorm(model: nn.Module) -> BatchNormReport:
+    """Which normalisations would still move although they are frozen: `train()` turns running statistics on, whatever has a gradient.
+
+    A layer without parameters of its own counts as frozen when nothing beside it trains.
+    """
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            judged = list(module.parameters()) or list(parents.get(module, module).parameters())
+            frozen = bool(judged) and not any(p.requires_grad for p in judged)
+            rows.append(BatchNormRow(name, type(module).__name__, frozen, not _hooks(module) and module.momentum != 0))
+    return BatchNormReport(tuple(rows))
+
+
+def keep_batchnorm(model: nn.Module, names: Patterns | None = None, *, keep: bool = True) -> tuple[str, ...]:
+    """Hold normalisations in eval mode whatever `train()` says: a hook turns each back before it runs. The hook pickles and deep-copies.
+
+    Args:
+        names: glob over module names; where absent, those whose parameters are frozen.
+        keep: False lets them go again.
+    Returns:
+        The names of the modules held, or let go.
+    """
+    known = {row.name: row.frozen or not keep for row in frozen_batchnorm(model).rows}
+    chosen = [n for n, taken in known.items() if taken] if names is None else require_names(names, known, what="BatchNorm")
+    for module in map(model.get_submodule, chosen):
+        for key in _hooks(module):
+            del module._forward_pre_hooks[key]
+        if keep:
+            module.register_forward_pre_hook(_stay)
+            module.eval()
+    return tuple(chosen)
+
+
+def _stay(module: nn.Module, inputs: Any) -> None:
+    module.eval()
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if hook is _stay]
+
+
+# the optimizer's state through a key repair
+
+
+def carry_optimizer(
+    state: Mapping[str, Any],
+    keymap: KeyMap | None,
+    old_names: Sequence[str] | None,
+    new: Mapping[str, Any],
+    *,
+    drop: Patterns | None = None,
+) -> dict[str, Any]:
+    """An optimizer's state dict for the same training under a model's new names.
+
+    Args:
+        state: `optimizer.state_dict()` as it was saved.
+        keymap: from the old model to the new one, as `wb.match` gives it; None where names stayed and only their order changed.
+        old_names: the old parameters' names in the order the optimizer got them; None where its groups keep their names.
+        new: the new optimizer's parameters by name, in its order: ``dict(model.named_parameters())``, or names to shapes.
+        drop: glob over old names whose state may be lost, as those of a head that was swapped.
+    Returns:
+        A state dict for `load_state_dict` of the new optimizer. A new parameter without an old one begins without state.
+    Raises:
+        SelectionError: names and state do not fit, or state would be lost: a name with no successor, a value made by a formula.
+        SpecMismatchError: a moment has another shape than its new parameter.
+    Cost: splits, merges and transposes copy; everything else is passed on.
+    """
+    groups, order = state["param_groups"], list(new)
+    flat = [(i, key) for i, group in enumerate(groups) for key in group["params"]]
+    names = [name for group in groups for name in group.get("param_names", ())] if old_names is None else list(old_names)
+    if len(names) != len(flat) or len(set(names)) != len(names):
+        raise SelectionError(
+            f"{len(names)} names for the optimizer's {len(flat)} parameters", hint="give old_names, each once and in its order"
+        )
+    group_of = {name: i for name, (i, _) in zip(names, flat, strict=True)}
+    slots = {name: state["state"][key] for name, (_, key) in zip(names, flat, strict=True) if state["state"].get(key)}
+    may_go = set(match_names(drop, names)) if drop is not None else set()
+    given = keymap.pairs if keymap is not None else tuple(Pair.plain(name, name, "same name", "certain", "") for name in names)
+    pairs = {p.target: p for p in given if p.target in new and may_go.isdisjoint(p.sources) and not group_of.keys().isdisjoint(p.sources)}
+    if lost := [name for name in slots if name not in may_go and not any(name in p.sources for p in pairs.values())]:
+        raise SelectionError(f"the state of {lost[0]!r} would be lost: nothing new is made of it", hint="name it with drop= if it may go")
+    KeyMap(tuple(pairs.values())).inverse()  # refuses a formula, and a parameter of which only a part goes on
+    out: dict[int, dict[str, Any]] = {}
+    members: list[list[int]] = [[] for _ in groups]
+    for i, (name, value) in enumerate(new.items()):
+        sources = pairs[name].sources if name in pairs else ()
+        homes = {group_of[source] for source in sources if source in group_of} or set(range(len(groups)))
+        if len(homes) > 1:
+            raise SelectionError(f"{name!r} could go into several groups of the optimizer", hint="put its parameters into one group first")
+        members[homes.pop()].append(i)
+        if not slots.keys().isdisjoint(sources):
+            with located(tensor=name):
+                out[i] = _carried(pairs[name], slots, tuple(getattr(value, "shape", value)))
+    if [i for group in members for i in group] != list(range(len(order))):
+        raise SelectionError("the new parameters do not stand in the order of the optimizer's groups", hint="order `new` by group")
+    told = [{"param_names": [order[i] for i in own]} if "param_names" in group else {} for group, own in zip(groups, members, strict=True)]
+    return {**state, "state": out, "param_groups": [{**groups[g], **told[g], "params": members[g]} for g in range(len(groups))]}
+
+
+def _carried(pair: Pair, slots: Mapping[str, Mapping[str, Any]], shape: tuple[int, ...]) -> dict[str, Any]:
+    """The slots of one new parameter, made of the old ones' as the parameter is; counters must agree."""
+    held = [slots.get(source, {}) for source in pair.sources]
+    if any(own.keys() != held[0].keys() for own in held):
+        raise SelectionError("its parts do not have the same state")
+    out: dict[str, Any] = {}
+    for slot, first in held[0].items():
+        values = {source: slots[source][slot] for source in pair.sources}
+        out[slot] = first
+        if not pair.is_plain and isinstance(first, torch.Tensor) and first.ndim:
+            out[slot] = KeyMap((pair,)).apply(open_checkpoint(values))[pair.target].load()
+        elif any(bool(value != first) for value in values.values() if len(values) > 1):
+            raise SelectionError(f"its parts differ in {slot!r}, and one value must serve all")
+        found = tuple(getattr(out[slot], "shape", ()))
+        if len(found) == len(shape) and any(n not in (1, m) for n, m in zip(found, shape, strict=True)):
+            raise SpecMismatchError(f"{slot} has the shape {list(found)} and the parameter {list(shape)}")
+    return out
+
+
+# only what was trained
+
+_BASE, _REMOVED = "workbench.delta.base", "workbench.delta.removed"
+
+
+def save_delta(model: Any, base: Any, path: str | os.PathLike[str]) -> SaveReport:
+    """Save the tensors in which a model differs from its base, as they are, with the base's content hash: a head, an adapter, a few layers.
+
+    Args:
+        model, base: anything `wb.open` takes.
+        path: a safetensors file.
+    Raises:
+        SelectionError: nothing differs, or the model holds more than tensors.
+    Cost: two reads of the base and one of the model.
+    """
+    ours, theirs = open_checkpoint(model).weights, open_checkpoint(base).weights
+    if ours.extras:
+        raise SelectionError(f"a delta holds tensors alone, and the model has {next(iter(ours.extras))!r} besides", hint="save it whole")
+    kept = {name: tensor for name, tensor in ours.items() if name not in theirs or not _same_bytes(tensor, theirs[name])}
+    removed = [name for name in theirs if name not in ours]
+    if not kept and not removed:
+        raise SelectionError("nothing differs from the base, so there is nothing to save")
+    told = {_BASE: _content_hash(theirs), _REMOVED: json.dumps(removed)}
+    return save(Checkpoint(kept, name="delta", metadata=told), path, format="safetensors")
+
+
+def with_delta(base: Any, delta: Any) -> Checkpoint:
+    """The base with the tensors of a delta in place of its own: bit for bit the model that was saved.
+
+    Raises:
+        SelectionError: `delta` is none, or was made on another base.
+    Cost: one read of the base, to prove that it is the one; the result is read when it is written or loaded.
+    """
+    whole, part = open_checkpoint(base), open_checkpoint(delta)
+    if _BASE not in part.metadata:
+        raise SelectionError("this is no delta: it does not say on which base it was made", hint="wb.models.save_delta writes one")
+    removed = set(json.loads(part.metadata[_REMOVED]))
+
+    def entries(section: Checkpoint) -> Entries:
+        if (found := _content_hash(section)) != part.metadata[_BASE]:
+            raise SelectionError(f"the delta was made on another base: content {part.metadata[_BASE][:12]}, and this is {found[:12]}")
+        anchor = next((n for n in section if n not in removed), next(iter(section)))  # what the base never had is put beside this
+        added = [(name, tensor, anchor) for name, tensor in part.items() if name not in section]
+        return [*((n, part.get(n, t), n) for n, t in section.items() if n not in removed), *added]
+
+    return on_section(whole, None, False, Step("with_delta", {"with": part.name, "base": part.metadata[_BASE]}), entries)
+
+
+def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
+    if a.spec != b.spec or a.spec.quantizer or a.spec.layout != "strided":
+        return False
+    return all(bytes_of(chunk) == bytes_of(b.read(start, start + chunk.numel())) for start, chunk in a.chunks())
+
+
+def _content_hash(ckpt: Checkpoint) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names: the same in every file format."""
+    digest = hashlib.sha256()
+    for name in sorted(ckpt):
+        tensor = ckpt[name]
+        if tensor.spec.quantizer or tensor.spec.layout != "strided":
+            raise UnsupportedError("a base of sparse or quantized tensors has no content hash here", tensor=name)
+        digest.update(json.dumps([name, tensor.dtype.name, tensor.shape]).encode())
+        for _, chunk in tensor.chunks():
+            digest.update(bytes_of(chunk))
+    return digest.hexdigest()
