@@ -20,7 +20,19 @@ from workbench.keymap.composites import canonical, composites, locked_raw
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
 from workbench.keymap.layouts import orient, stack, turn, unstack
 from workbench.keymap.maps import Ambiguous, KeyMap, Pair, Part, Regroup, Unmatched
-from workbench.keymap.naming import Indices, Name, bare_name, domain, opposed, read_names, shown, strange_wrappers, tokens_of, words_in
+from workbench.keymap.naming import (
+    Indices,
+    Name,
+    bare_name,
+    domain,
+    opposed,
+    read_names,
+    shown,
+    strange_wrappers,
+    tokens_of,
+    words_in,
+    wrapper_rule,
+)
 from workbench.keymap.rules import is_known_role, is_single_role
 from workbench.keymap.targets import Target, read_target
 from workbench.opening import open as open_checkpoint
@@ -350,9 +362,8 @@ class Search:
         if fit is None or target in self.pairs or source in self.used:
             return False
         if self._same_name(target, source) and fit is _SAME and not item.after:
-            stripped = target != source
-            rule, confidence = ("wrapper names" if stripped else "same name"), "certain"
-            reason = "the same name but for what wrappers add" if stripped else "name and shape agree"
+            confidence = "certain"
+            rule, reason = ("same name", "name and shape agree") if target == source else wrapper_rule(source, target)
         parts, regroup = item.parts, fit.regroup
         if item.after is not None:
             if regroup is not None:

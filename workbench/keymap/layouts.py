@@ -120,7 +120,7 @@ def turn(search: Search, p: Pairing) -> None:
     for name, pair in list(search.pairs.items()):
         told = search.target_names[name]
         found = re.match(r"\.attn\.([qk])\.", told.role)
-        if told.context != p.target or found is None or orders[0] == orders[1] != "" or pair.rule in ("same name", "wrapper names"):
+        if told.context != p.target or found is None or orders[0] == orders[1] != "" or pair.confidence == "certain":
             continue
         shape = search.wanted.shapes[name]
         heads = search.wanted.heads(found[1])
@@ -145,4 +145,4 @@ def turn(search: Search, p: Pairing) -> None:
 
 
 def p_rule(pair: Pair) -> str:
-    return "same block" if pair.rule in ("same name", "wrapper names") else pair.rule
+    return "same block" if pair.confidence == "certain" else pair.rule

@@ -21,6 +21,17 @@ def bare_name(name: str) -> str:
     return ".".join([part for part in name.split(".") if part not in WRAPPERS]) if _WRAPPED.search(name) else name
 
 
+def wrapper_rule(source: str, target: str) -> tuple[str, str]:
+    """What of the wrappers' segments goes and comes between two spellings of one name, and who writes them."""
+    old, new = source.split("."), target.split(".")
+    stripped, added = ([p for p in mine if p in WRAPPERS and p not in other] for mine, other in ((old, new), (new, old)))
+    words = [f'strip "{part}."' for part in dict.fromkeys(stripped)] + [f'add "{part}."' for part in dict.fromkeys(added)]
+    owners = dict.fromkeys(WRAPPERS[part] for part in (*stripped, *added))
+    if not words:
+        return "another spelling", "two published spellings of one name, or wrapper names that stand elsewhere"
+    return ", ".join(words), f"written by {'; '.join(owners)}"
+
+
 class Name(NamedTuple):
     """One name, read: the container it lies in, the numbers of the block, and its role there."""
 
