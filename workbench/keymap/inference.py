@@ -41,6 +41,7 @@ from workbench.tensors import LazyTensor
 Shape = tuple[int, ...]
 
 
+@collector_paused()
 def match(source: Any, target: Any) -> KeyMap:
     """Find which tensors of `source` make each tensor of `target`, and how.
 
@@ -60,8 +61,7 @@ def match(source: Any, target: Any) -> KeyMap:
         raise SelectionError("the target names no tensors")
     section = ckpt.weights_section
     sources = ckpt.weights
-    with collector_paused():
-        found = Search(dict(sources.items()), wanted).run()
+    found = Search(dict(sources.items()), wanted).run()
     used = {name for pair in found.pairs.values() for name in pair.sources}
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}

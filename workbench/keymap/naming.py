@@ -69,19 +69,23 @@ def _split(text: str) -> tuple[str, Indices, str]:
     return _NUMBER.sub("#", found[1]).replace(":#", ".#"), tuple(map(int, _NUMBER.findall(found[1]))), found[2]
 
 
-_MASKED = re.compile(r"(?<=[./]layers\.|experts\.|[./]blocks\.)\d+(?=\.)|(?<=encoder\.layer\.)\d+(?=\.)|(?<=[./]h\.)\d+(?=\.)")
-
 _MASK = 10**9
+_COUNTED = frozenset({"layers", "experts", "blocks", "h", "resblocks", "stages"})
 
 
 def _placed(name: str) -> tuple[str, Indices, str]:
     """`_split` of a name, by way of one that differs from it in a block's numbers alone: a model has few of those."""
-    numbers = _MASKED.findall(name)
-    if not numbers:
+    parts, before, numbers = name.split("."), "", []
+    for at, part in enumerate(parts):
+        if before in _COUNTED and part.isdecimal():
+            numbers.append(int(part))
+            parts[at] = str(_MASK)
+        before = part
+    context, indices, rest = _split_masked(".".join(parts)) if numbers else ("", (), "")
+    if indices.count(_MASK) != len(numbers) or not numbers:  # none, or one that is no block's
         return _split(words_of(normal(name)))
-    count = iter(range(_MASK, _MASK + len(numbers)))
-    context, indices, rest = _split_masked(_MASKED.sub(lambda _: str(next(count)), name))
-    return context, tuple([int(numbers[n - _MASK]) if n >= _MASK else n for n in indices]), rest
+    told = iter(numbers)
+    return context, tuple([next(told) if n == _MASK else n for n in indices]), rest
 
 
 @lru_cache(maxsize=1 << 14)
@@ -112,16 +116,20 @@ def read_names(names: Mapping[str, str]) -> dict[str, Name]:
 
 def strange_wrappers(sources: Collection[str], targets: Collection[str]) -> list[str]:
     """Segments that no target has and without which most targets are there: wrappers that no table knows."""
-    own, wanted = {part for name in targets for part in name.split(".")}, {bare_name(name) for name in targets}
-    counts = Counter(part for name in sources for part in set(name.split(".")) - own if not part.isdigit())
+    some, wanted = list(sources)[:: max(1, len(sources) // 200)], {bare_name(name) for name in targets}
+    often = Counter(part for name in some for part in set(name.split(".")))
     out = []
-    for part, count in counts.most_common(4):
-        if 10 * count < 8 * len(sources):
-            break
-        bare = {bare_name(".".join(p for p in name.split(".") if p != part)) for name in sources}
+    for part, count in often.most_common(12):
+        if 10 * count < 7 * len(some) or 10 * sum(_without(name, part) in wanted for name in some) < 7 * len(some):
+            continue
+        bare = {_without(name, part) for name in sources}
         if len(sources) == len(bare) and 10 * len(bare & wanted) >= 9 * len(wanted) > 10 * len(wanted & {bare_name(n) for n in sources}):
             out.append(part)
     return out
+
+
+def _without(name: str, part: str) -> str:
+    return bare_name(".".join(p for p in name.split(".") if p != part))
 
 
 _DOMAINS = {
