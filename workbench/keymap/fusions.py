@@ -62,7 +62,9 @@ def layout_of(name: str) -> str:
     """How a fused matrix of this name lays its rows: "per head", "per group" or "blocks"."""
     if "query_key_value" in name:
         return "per head"
-    return "per group" if re.search(r"(?:^|\.)wqkv\.", name) else "interleaved" if "gate_up_proj_blocks" in name else "blocks"
+    if re.search(r"(?:^|\.)wqkv\.", name):  # gpt-fast writes blocks under the same word
+        return "per group" if "model.layers." in name else "an unknown order"
+    return "interleaved" if "gate_up_proj_blocks" in name else "blocks"
 
 
 def relaid(source: str, name: str, items: Mapping[str, Item], target: Target) -> tuple[Regroup | None, str]:
@@ -84,7 +86,7 @@ def relaid(source: str, name: str, items: Mapping[str, Item], target: Target) ->
 
 def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[str, Item], target: Target) -> Iterator[Pair | Ambiguous]:
     shape, known = items[source].shape, [target.shapes[name] for name in names if name]
-    if items[source].formula:
+    if items[source].formula or not shape or not all(known):
         return
     total = max(shape) if len(shape) == 2 else shape[0]
     sizes = [target.shapes[name][0] if name else 0 for name in names]
@@ -103,6 +105,7 @@ def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[s
     heads, groups = target.heads("q"), target.heads("k")
     if layout == "per head" and len(set(sizes)) > 1:
         layout = "blocks" if sizes[1] == sizes[2] and heads and sizes[0] == heads * sizes[1] else "unknown"
+    layout = "unknown" if layout == "an unknown order" else layout
     if layout in ("per head", "per group") and (turn is not None or not heads or sizes[0] % heads):
         layout = "unknown"
     if layout == "per group" and (not groups or sizes[1] * heads != sizes[0] * groups):
@@ -133,7 +136,7 @@ def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[s
 def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[str, Item], target: Target) -> Iterator[Pair | Ambiguous]:
     shape = target.shapes[whole]
     held = [items[name] for name in names if name]
-    if any(item.formula for item in held):
+    if any(item.formula or not item.shape for item in held) or not shape:
         return
     turned = len(shape) == 2 and held[0].shape[1:] != shape[1:] and shape[0] == held[0].shape[-1]
     full = shape[::-1] if turned else shape

@@ -66,7 +66,10 @@ def match(source: Any, target: Any) -> KeyMap:
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}
     free = Counter(tensor.shape for name, tensor in sources.items() if name not in used)
-    unmatched = [_unmatched(t, wanted.shapes[t], sources, used, free) for t in wanted.shapes if t not in found.pairs and t not in ambiguous]
+    bare = {bare_name(name): name for name in sources}
+    unmatched = [
+        _unmatched(t, wanted.shapes[t], sources, used, free, bare) for t in wanted.shapes if t not in found.pairs and t not in ambiguous
+    ]
     alike = [s for s in ckpt.sections() if s.kind in ("weights", "ema") and s.path != section.path]
     needed = {bare_name(name): sources[name].shape for name in used}
     same = [s for s in alike if needed and needed.items() <= {bare_name(n): t.shape for n, t in ckpt.section(s.path).items()}.items()]
@@ -93,6 +96,9 @@ class _Fit(NamedTuple):
 
 
 _SAME = _Fit("", None)
+_MOST_SHARING, _MOST_CONTAINERS = 64, 4096  # names with one end; pairs of containers
+_MOST_WORDS = 40  # of the end of a name
+_TOWERS = frozenset({"vision", "text", "audio"})
 
 
 # kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
@@ -197,7 +203,8 @@ class Search:
         self._join_single_fusions()
         for pairing in chosen:
             self._rest(pairing.target, pairing.source, pairing.indices)
-        self._rest("", "", None)
+        if not self.pairs:  # beside other pairs, what is left may be another head
+            self._rest("", "", None)
         self._doubt_lonely()
         self._ties()
         self._name_candidates()
@@ -213,10 +220,16 @@ class Search:
         """One container of the source for each of the target, where exactly one explains most of it."""
         sources, targets = self.by_context
         options: dict[str, list[tuple[tuple[int, ...], Pairing]]] = {}
+        many = len(sources) * len(targets) > _MOST_CONTAINERS  # no model: only equal ones are compared
         for target, held in targets.items():
             if target:
                 whole = sum(len(roles) for roles in held.values())
-                read = [p for source in sources if source for p in self._readings(source, target)]
+                read = [
+                    p
+                    for source in ([target] if many else sources)
+                    if source and source in sources and (source == target or not opposed(source, target))
+                    for p in self._readings(source, target)
+                ]
                 scored = [(self._score(p), p) for p in read if p.source == target or p.filled >= whole]
                 options[target] = sorted((entry for entry in scored if entry[1].filled), key=lambda entry: entry[0], reverse=True)
         chosen: list[Pairing] = []
@@ -227,6 +240,9 @@ class Search:
                 continue
             best = free[0]
             rivals = [p for score, p in free[1:] if score == best[0]]
+            if best[1].source != target and not domain(target) & _TOWERS:  # a word that both towers share tells nothing
+                own = domain(best[1].source) & _TOWERS
+                rivals += [p for score, p in free[1:] if score[0] == best[0][0] and domain(p.source) & _TOWERS != own and p not in rivals]
             rivals += [
                 p
                 for other, entries in options.items()
@@ -314,11 +330,9 @@ class Search:
 
     def _same_kind(self, target: str, source: str) -> bool:
         """Whether the modules of two names may be of one kind: what fits beside them fits, and both or neither keep running statistics."""
-        if self._same_name(target, source):
-            return True
         ours, theirs = self.by_context[0], self.by_context[1]
         told, other = self.target_names[target], self.source_names[source]
-        if told.role.endswith(".weight.") and not {told.context, other.context} & self.running:
+        if (told.role.endswith(".weight.") and not {told.context, other.context} & self.running) or not told.role or not other.role:
             return True
         roles, held = theirs[told.context][told.indices], ours[other.context][other.indices]
         if not told.context or not other.context:
@@ -333,6 +347,11 @@ class Search:
 
     def _same_name(self, target: str, source: str) -> bool:
         return self.bare[target] == self.bare.get(source)
+
+    def _bias_fits(self, target: str, source: str) -> bool:
+        """Whether the biases beside two matrices, where both have one, are of one length: a layer that is turned keeps its outputs."""
+        one, other = (name.removesuffix("weight") + "bias" for name in (source, target))
+        return one not in self.items or other not in self.wanted.shapes or self.items[one].shape == self.wanted.shapes[other]
 
     def _unit_fits(self, role: str, roles: dict[str, list[str]], held: dict[str, list[str]]) -> bool:
         """Whether the matrix beside a vector fits as well: vectors of one length are many."""
@@ -359,6 +378,8 @@ class Search:
                 self.ambiguous[target] = Ambiguous(target, (source,), why)
                 return False
             fit = _Fit("rows regrouped", regroup) if regroup is not None else fit
+        if fit is not None and fit.kind == "transposed" and not self._bias_fits(target, source):
+            return False
         if fit is None or target in self.pairs or source in self.used:
             return False
         if self._same_name(target, source) and fit is _SAME and not item.after:
@@ -420,14 +441,19 @@ class Search:
         ends: dict[str, list[str]] = defaultdict(list)
         for name in sources:
             tokens = tokens_of(self.source_names[name])
-            for cut in range(len(tokens)):
+            for cut in range(max(0, len(tokens) - _MOST_WORDS), len(tokens)):
                 ends[".".join(tokens[cut:])].append(name)
         best: dict[str, tuple[int, list[str]]] = {}
         for name in targets:
             tokens = tokens_of(self.target_names[name])
-            for cut in range(len(tokens)):
+            for cut in range(max(0, len(tokens) - _MOST_WORDS), len(tokens)):
                 end = ".".join(tokens[cut:])
-                fits = [s for s in ends.get(end, ()) if self._fits(s, name) and self._may_end(name, s, end, len(tokens) - cut)]
+                sharing = ends.get(end, ())
+                fits = [
+                    s
+                    for s in sharing
+                    if len(sharing) <= _MOST_SHARING and self._fits(s, name) and self._may_end(name, s, end, len(tokens) - cut)
+                ]
                 if fits:
                     best[name] = (len(tokens) - cut, fits)
                     break
@@ -437,7 +463,7 @@ class Search:
                 claims[source].append((length, name))
         for name, (length, fits) in sorted(best.items(), key=lambda entry: -entry[1][0]):
             free = [s for s in fits if s not in self.used and max(claims[s])[0] <= length]
-            free = [s for s in free if self._same_name(name, s)] or [s for s in free if domain(s) == domain(name)] or free
+            free = [s for s in free if self._same_name(name, s)] or [s for s in free if domain(name) and domain(s) == domain(name)] or free
             wanting = [n for other, n in claims[free[0]] if other == length and n not in self.pairs] if len(free) == 1 else []
             wanting = (
                 [n for n in wanting if bare_name(n) == bare_name(free[0])]
@@ -458,7 +484,12 @@ class Search:
             return False
         if length in (len(tokens_of(told)), len(tokens_of(other))):
             return length > 1 or is_single_role(end) or len(tokens_of(told)) == len(tokens_of(other)) == 1
-        return not told.context and not other.context and is_single_role(end) and not opposed(target, source)
+        joined = any(
+            f"{before}_" in raw.lower()
+            for raw, names in ((target, told), (source, other))
+            for before in tokens_of(names)[-length - 1 : -length]
+        )
+        return not told.context and not other.context and is_single_role(end) and not joined and not opposed(target, source)
 
     def _rest(self, context: str, source_context: str, indices: dict[Indices, Indices] | None) -> None:
         """Modules left over on both sides that are the only ones of their shapes; only where they explain each other wholly."""
@@ -479,7 +510,7 @@ class Search:
                     found[unit].add(frozenset(held_by))
             units.append(found)
         signs = [Counter(frozenset(signs) for signs in found.values()) for found in units]
-        if not signs[1] or signs[0] != signs[1] or max(signs[1].values()) > 1:
+        if not signs[1] or signs[0] != signs[1] or max(signs[1].values()) > 1 or (not context and len(units[1]) < 2):
             return
         of = {frozenset(signs_): unit for unit, signs_ in units[0].items()}
         for unit, sign in units[1].items():
@@ -544,7 +575,13 @@ class Search:
         if not (a.is_plain and b.is_plain):
             return a.parts == b.parts
         one, other = self.tensors[a.source], self.tensors[b.source]
-        return one.source == other.source or (one.locked is None and other.locked is None and one.peek(64) == other.peek(64))
+        return one.source == other.source or (one.locked is None and other.locked is None and _starts_alike(one, other))
+
+
+def _starts_alike(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether the first quarter of a million elements are the same; the certificate of a load compares them all."""
+    count = min(one.numel, other.numel, 1 << 18)
+    return one.spec == other.spec and bool((one.read(0, count) == other.read(0, count)).all())
 
 
 def _grouped(names: dict[str, Name]) -> dict[str, dict[Indices, dict[str, list[str]]]]:
@@ -567,8 +604,8 @@ def _fused_from(role: str) -> set[str]:
     return set()
 
 
-def _unmatched(target: str, shape: Shape, sources: Checkpoint, used: set[str], free: Counter[Shape]) -> Unmatched:
-    near = target if target in sources else next((s for s in sources if bare_name(s) == bare_name(target)), None)
+def _unmatched(target: str, shape: Shape, sources: Checkpoint, used: set[str], free: Counter[Shape], bare: dict[str, str]) -> Unmatched:
+    near = target if target in sources else bare.get(bare_name(target))
     if near is not None and near not in used and sources[near].shape != shape:
         return Unmatched(target, f"{list(sources[near].shape)} in the file and {list(shape)} in the model", near)
     count = free[shape]

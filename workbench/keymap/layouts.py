@@ -30,7 +30,7 @@ def stack(search: Search) -> None:
     stacks: dict[tuple[str, Indices], dict[str, list[str]]] = defaultdict(dict)
     for (context, outer, role), held in lists.items():
         names = [held[i] for i in sorted(held)]
-        if sorted(held) == list(range(len(held))) and len({search.items[n].shape for n in names}) == 1:
+        if sorted(held) == list(range(len(held))) and search.items[names[0]].shape and len({search.items[n].shape for n in names}) == 1:
             stacks[context, outer][role.strip(".").removesuffix(".weight").removeprefix("mlp.")] = names
     for (context, outer), found in stacks.items():
         whole = context.removesuffix(".#")
@@ -81,14 +81,14 @@ def unstack(search: Search, p: Pairing) -> None:
 
 def orient(search: Search, p: Pairing) -> None:
     """Square matrices among others that are transposed: transposed too where the target's layers are of one class, else unknown."""
-    mine = [
-        pair
-        for name, pair in search.pairs.items()
-        if search.target_names[name].context == p.target and not pair.formula and len(pair.parts) == 1
-    ]
-    turned = {name.target for name in mine if name.rule.endswith("transposed")}
+    mine = [pair for name, pair in search.pairs.items() if search.target_names[name].context == p.target and not pair.formula]
+    turned = {
+        pair.target
+        for pair in mine
+        if any(told is not None and told.axes == (1, 0) for told in (pair.regroup, *(part.regroup for part in pair.parts)))
+    }
     classes = {search.wanted.kinds.get(name) for name in turned}
-    for pair in mine if turned else ():
+    for pair in [pair for pair in mine if turned and len(pair.parts) == 1]:
         shape = search.wanted.shapes[pair.target]
         if len(shape) != 2 or shape[0] != shape[1] or pair.target in turned or pair.parts[0].regroup is not None:
             continue

@@ -70,14 +70,17 @@ def _split(text: str) -> tuple[str, Indices, str]:
 
 
 _MASK = 10**9
+_LONGEST = 500
 _COUNTED = frozenset({"layers", "experts", "blocks", "h", "resblocks", "stages"})
 
 
 def _placed(name: str) -> tuple[str, Indices, str]:
     """`_split` of a name, by way of one that differs from it in a block's numbers alone: a model has few of those."""
+    if len(name) > _LONGEST:  # nobody's convention
+        return "", (), f".{name}."
     parts, before, numbers = name.split("."), "", []
     for at, part in enumerate(parts):
-        if before in _COUNTED and part.isdecimal():
+        if before in _COUNTED and part.isascii() and part.isdecimal() and len(part) < 10:
             numbers.append(int(part))
             parts[at] = str(_MASK)
         before = part
@@ -140,18 +143,20 @@ _DOMAINS = {
     "image": "vision",
     "text": "text",
     "language": "text",
+    "audio": "audio",
+    "speech": "audio",
 }
 
 
 @lru_cache(maxsize=1 << 16)
 def domain(name: str) -> frozenset[str]:
-    return frozenset(_DOMAINS[word] for word in re.split(r"[._/]", name.lower()) if word in _DOMAINS)
+    return frozenset(_DOMAINS[word] for word in re.split(r"[._/#]", name.lower()) if word in _DOMAINS)
 
 
 def opposed(a: str, b: str) -> bool:
     return any(
         pair <= domain(a) | domain(b) and not pair & domain(a) & domain(b) and (pair & domain(a)) and (pair & domain(b))
-        for pair in ({"encoder", "decoder"}, {"vision", "text"})
+        for pair in ({"encoder", "decoder"}, {"vision", "text"}, {"audio", "text"}, {"audio", "vision"})
     )
 
 

@@ -62,9 +62,21 @@ DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ..
     ((".gamma.", ".running.mean."), (), {".gamma.": ".weight.", ".beta.": ".bias."}, "Keras"),
     ((".mlp.gate.", ".experts."), (), {".mlp.gate.": ".mlp.router."}, "transformers mixtures of experts"),
     ((".g.", ".b."), (), {".g.": ".weight.", ".b.": ".bias."}, "OpenAI GPT-2"),
+    (
+        (".post.attention.norm.", ".post.feedforward.norm.", ".pre.feedforward.norm."),
+        (),
+        {".post.attention.norm.": ".norm.attn.post.", ".pre.feedforward.norm.": ".norm.mlp.", ".post.feedforward.norm.": ".norm.mlp.post."},
+        "Gemma 2",
+    ),
+    (
+        (".post.attention.norm.", ".post.feedforward.norm."),
+        (".pre.feedforward.norm.", ".input.norm."),
+        {".post.attention.norm.": ".norm.attn.", ".post.feedforward.norm.": ".norm.mlp."},
+        "OLMo 2",
+    ),
     ((".post.attention.norm.", ".post.mlp.norm."), (), {".post.attention.norm.": ".norm.attn."}, "transformers NomicBERT"),
     ((".pos.embed.", ".norm:1."), (".conv:1.",), {".norm:1.": ".norm."}, "OpenMMLab"),
-    ((".norm:1.", ".norm:2.", ".norm:3."), (), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.cross.", ".norm:3.": ".norm.mlp."}, "torch.nn.TransformerDecoderLayer"),
+    ((".norm:1.", ".norm:2.", ".norm:3.", "multihead.attn"), (), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.cross.", ".norm:3.": ".norm.mlp."}, "torch.nn.TransformerDecoderLayer"),
     ((".norm:1.", ".norm:2.", "attn"), (".norm:3.",), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.mlp."}, "torch.nn.TransformerEncoderLayer, timm, GPT-2"),
     ((".norm:1.", ".norm:2.", "attention"), (".norm:3.",), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.mlp."}, "torchvision"),
 )  # fmt: skip
@@ -124,7 +136,8 @@ SINGLE: tuple[tuple[str, str, str], ...] = (
     (r".\1:1", r"\.embedder\.embedder\.(conv|norm)|\.stem\.(conv|norm):1", "transformers and detectron2 ResNet"),
     (".norm.pre", r"\.(?:norm\.pre|pre\.norm)", "CLIP"),
     (".norm.last", r"\.(?:norm\.post|post\.norm|norm\.final|norm\.f|final\.norm|output\.norm|norm)(?=\.(?:weight|bias)\.$)", "GPT-2, Llama, CLIP, OpenMMLab"),
-    (".head", r"\.(?:lm\.head|heads?\.head|head\.layers\.head|head\.fc|classifier(?:\.1)?|head|output|fc|embed\.out|decoder\.logits|logits)(?=\.(?:weight|bias)\.$)", "transformers, torchvision, timm"),
+    (".lm.head", r"\.(?:lm\.head|output|embed\.out|decoder\.logits|logits)(?=\.(?:weight|bias)\.$)", "transformers, Meta Llama, GPT-NeoX, Mesh T5"),
+    (".head", r"(?<!\.lm)\.(?:heads?\.head|head\.layers\.head|head\.fc|classifier(?:\.1)?|head|fc)(?=\.(?:weight|bias)\.$)", "torchvision, timm, transformers"),
 )  # fmt: skip
 
 _SPLITS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[/_]")
@@ -136,7 +149,8 @@ def normal(name: str) -> str:
     for segment in re.split(r"[./]", name):
         words = _SPLITS.sub(".", segment).lower().strip(".")
         words = re.sub(r"\.{2,}", ".", words)
-        segments.append(re.sub(r"(?<=[a-z])\.?0*(\d+)(?=\.|$)", r":\1", words) if not segment.isdigit() else str(int(segment)))
+        is_number = segment.isascii() and segment.isdigit() and len(segment) < 10
+        segments.append(str(int(segment)) if is_number else re.sub(r"(?<=[a-z])\.?0*([0-9]{1,9})(?=\.|$)", r":\1", words))
     return f".{'.'.join(segments)}."
 
 
@@ -153,7 +167,9 @@ def role_of(words: str, block: bool) -> str:
 
 
 _KNOWN = re.compile(r"(?:^|\.)(?:x?attn|mlp|norm\.(?:attn|mlp|cross|last|pre)|emb\.\w+|ls(?::\d)?|shortcut|head|cls|patch)(?:\.|$)")
-_KNOWN_SINGLE = re.compile(r"^(?:emb\.\w+|norm\.(?:last|pre)|head|cls|patch|mask\.token|text\.projection|visual\.projection)(?:\.|$)")
+_KNOWN_SINGLE = re.compile(
+    r"^(?:emb\.\w+|norm\.(?:last|pre)|(?:lm\.)?head|cls|patch|mask\.token|text\.projection|visual\.projection)(?:\.|$)"
+)
 
 
 def is_known_role(text: str) -> bool:
