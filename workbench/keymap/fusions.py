@@ -159,3 +159,16 @@ def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[s
     zeros = "; keys without a bias get zeros" if empty else ""
     rule = f"{fusion.whole.strip('.')} put together, {layout}"
     yield Pair(whole, parts, rule, "likely", f"{', '.join(word.strip('.') for word in fusion.parts)}, in this order{zeros}", after)
+
+
+def fused_from(role: str) -> set[str]:
+    for word in ("q", "k", "v"):
+        if f"attn.{word}." in role:
+            return {role.replace(f"attn.{word}.", "attn.qkv."), role.replace(f"attn.{word}.", "attn.kv.")}
+    if "attn.qkv." in role:
+        return {role.replace("attn.qkv.", "attn.q.")}
+    if ".gateup." in role:
+        return {role.replace(".gateup.", ".gate.")}
+    if ".mlp.gate." in role or ".mlp.up." in role:
+        return {role.replace(".mlp.gate.", ".mlp.gateup.").replace(".mlp.up.", ".mlp.gateup.")}
+    return set()

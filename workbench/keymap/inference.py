@@ -17,14 +17,14 @@ from workbench.checkpoint import Checkpoint, Finding
 from workbench.errors import SelectionError
 from workbench.formats import collector_paused
 from workbench.keymap.composites import canonical, composites, locked_raw
-from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
+from workbench.keymap.fusions import FUSIONS, Item, fused_from, fused_pairs, relaid
 from workbench.keymap.layouts import orient, stack, turn, unstack
 from workbench.keymap.maps import Ambiguous, KeyMap, Pair, Part, Regroup, Unmatched
 from workbench.keymap.naming import (
     Indices,
-    Name,
     bare_name,
     domain,
+    grouped,
     opposed,
     read_names,
     shown,
@@ -35,6 +35,7 @@ from workbench.keymap.naming import (
 )
 from workbench.keymap.rules import is_known_role, is_single_role
 from workbench.keymap.targets import Target, read_target
+from workbench.keymap.values import starts_alike
 from workbench.opening import open as open_checkpoint
 from workbench.tensors import LazyTensor
 
@@ -160,7 +161,7 @@ class Search:
         self.bare = {name: bare_name(spelt) for name, spelt in (self.spelt | wants).items()}
         stack(self)
         self.by_context: tuple[dict[str, dict[Indices, dict[str, list[str]]]], ...] = tuple(
-            map(_grouped, (self.source_names, self.target_names))
+            map(grouped, (self.source_names, self.target_names))
         )
         self.running = {
             told.context for names in (self.source_names, self.target_names) for told in names.values() if ".running." in told.role
@@ -303,7 +304,7 @@ class Search:
                 if role in held:
                     fit = self._fits(held[role][0], targets[0])
                     count += 2 if fit is _SAME else 1 if fit else -2
-                elif (fused := _fused_from(role)) and fused & held.keys():
+                elif (fused := fused_from(role)) and fused & held.keys():
                     count += 1
             if not held.keys() & roles.keys():
                 mine = Counter((role.rpartition(".")[0].rpartition(".")[2], self.items[names[0]].shape) for role, names in held.items())
@@ -356,8 +357,10 @@ class Search:
     def _unit_fits(self, role: str, roles: dict[str, list[str]], held: dict[str, list[str]]) -> bool:
         """Whether the matrix beside a vector fits as well: vectors of one length are many."""
         matrix = f"{role.rstrip('.').rpartition('.')[0]}.weight."
-        if matrix == role or matrix not in roles or matrix not in held or self._same_name(roles[role][0], held[role][0]):
+        if matrix == role or matrix not in roles or matrix not in held:
             return True
+        if self._same_name(roles[role][0], held[role][0]):  # other widths are another matter; a vector is no matrix
+            return len(self.wanted.shapes[roles[matrix][0]]) == len(self.items[held[matrix][0]].shape)
         return self._fits(held[matrix][0], roles[matrix][0]) is not None
 
     def _rule(self, p: Pairing) -> tuple[str, str]:
@@ -522,7 +525,12 @@ class Search:
                 for role, names in roles.items():
                     end, _, param = role.strip(".").rpartition(".")
                     other = f".{source_unit}.{param}." if source_unit else f".{param}."
-                    if end == unit and names[0] not in self.pairs and len(there.get(other, ())) == 1:
+                    if (
+                        end == unit
+                        and names[0] not in self.pairs
+                        and len(there.get(other, ())) == 1
+                        and not opposed(names[0], there[other][0])
+                    ):
                         self._take(
                             names[0],
                             there[other][0],
@@ -575,33 +583,7 @@ class Search:
         if not (a.is_plain and b.is_plain):
             return a.parts == b.parts
         one, other = self.tensors[a.source], self.tensors[b.source]
-        return one.source == other.source or (one.locked is None and other.locked is None and _starts_alike(one, other))
-
-
-def _starts_alike(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether the first quarter of a million elements are the same; the certificate of a load compares them all."""
-    count = min(one.numel, other.numel, 1 << 18)
-    return one.spec == other.spec and bool((one.read(0, count) == other.read(0, count)).all())
-
-
-def _grouped(names: dict[str, Name]) -> dict[str, dict[Indices, dict[str, list[str]]]]:
-    out: dict[str, dict[Indices, dict[str, list[str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for name in names.values():
-        out[name.context][name.indices][name.role].append(name.raw)
-    return {context: {i: dict(roles) for i, roles in held.items()} for context, held in out.items()}
-
-
-def _fused_from(role: str) -> set[str]:
-    for word in ("q", "k", "v"):
-        if f"attn.{word}." in role:
-            return {role.replace(f"attn.{word}.", "attn.qkv."), role.replace(f"attn.{word}.", "attn.kv.")}
-    if "attn.qkv." in role:
-        return {role.replace("attn.qkv.", "attn.q.")}
-    if ".gateup." in role:
-        return {role.replace(".gateup.", ".gate.")}
-    if ".mlp.gate." in role or ".mlp.up." in role:
-        return {role.replace(".mlp.gate.", ".mlp.gateup.").replace(".mlp.up.", ".mlp.gateup.")}
-    return set()
+        return one.source == other.source or (one.locked is None and other.locked is None and starts_alike(one, other))
 
 
 def _unmatched(target: str, shape: Shape, sources: Checkpoint, used: set[str], free: Counter[Shape], bare: dict[str, str]) -> Unmatched:

@@ -173,3 +173,10 @@ def tokens_of(name: Name) -> list[str]:
 
 def shown(context: str) -> str:
     return context.strip(".").replace("#", "*")
+
+
+def grouped(names: dict[str, Name]) -> dict[str, dict[Indices, dict[str, list[str]]]]:
+    out: dict[str, dict[Indices, dict[str, list[str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for name in names.values():
+        out[name.context][name.indices][name.role].append(name.raw)
+    return {context: {i: dict(roles) for i, roles in held.items()} for context, held in out.items()}

@@ -136,7 +136,7 @@ SINGLE: tuple[tuple[str, str, str], ...] = (
     (r".\1:1", r"\.embedder\.embedder\.(conv|norm)|\.stem\.(conv|norm):1", "transformers and detectron2 ResNet"),
     (".norm.pre", r"\.(?:norm\.pre|pre\.norm)", "CLIP"),
     (".norm.last", r"\.(?:norm\.post|post\.norm|norm\.final|norm\.f|final\.norm|output\.norm|norm)(?=\.(?:weight|bias)\.$)", "GPT-2, Llama, CLIP, OpenMMLab"),
-    (".lm.head", r"\.(?:lm\.head|output|embed\.out|decoder\.logits|logits)(?=\.(?:weight|bias)\.$)", "transformers, Meta Llama, GPT-NeoX, Mesh T5"),
+    (".lmhead", r"\.(?:lm\.head|output|embed\.out|decoder\.logits|logits)(?=\.(?:weight|bias)\.$)", "transformers, Meta Llama, GPT-NeoX, Mesh T5"),
     (".head", r"(?<!\.lm)\.(?:heads?\.head|head\.layers\.head|head\.fc|classifier(?:\.1)?|head|fc)(?=\.(?:weight|bias)\.$)", "torchvision, timm, transformers"),
 )  # fmt: skip
 
@@ -168,7 +168,7 @@ def role_of(words: str, block: bool) -> str:
 
 _KNOWN = re.compile(r"(?:^|\.)(?:x?attn|mlp|norm\.(?:attn|mlp|cross|last|pre)|emb\.\w+|ls(?::\d)?|shortcut|head|cls|patch)(?:\.|$)")
 _KNOWN_SINGLE = re.compile(
-    r"^(?:emb\.\w+|norm\.(?:last|pre)|(?:lm\.)?head|cls|patch|mask\.token|text\.projection|visual\.projection)(?:\.|$)"
+    r"^(?:emb\.\w+|norm\.(?:last|pre)|(?:lm)?head|cls|patch|mask\.token|text\.projection|visual\.projection)(?:\.|$)"
 )
 
 

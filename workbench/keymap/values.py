@@ -65,6 +65,12 @@ def carry_out(params: dict[str, Any], whole: Sequence[Any], blocks: Sequence[tor
     return [_regrouped(joined, params["regroup"]).contiguous()]
 
 
+def starts_alike(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether the first quarter of a million elements are the same; the certificate of a load compares them all."""
+    count = min(one.numel, other.numel, 1 << 18)
+    return one.spec == other.spec and bool((one.read(0, count) == other.read(0, count)).all())
+
+
 def _regrouped(tensor: torch.Tensor, regroup: Regroup | None) -> torch.Tensor:
     return tensor if regroup is None else tensor.reshape(regroup[0]).permute(*regroup[1]).reshape(regroup[2])
 
