@@ -28,6 +28,8 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 SHARED = {
     "formats": {
         "pickle_vm",
+        "pickle_arguments",
+        "dcp_template",
         "zip_index",
         "torch_objects",
         "torch_pickle",

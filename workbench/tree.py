@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from workbench.errors import SelectionError, UnsupportedError
@@ -27,7 +28,7 @@ class Global:
     module: str
     name: str
 
-    @property
+    @cached_property
     def dotted(self) -> str:
         return f"{self.module}.{self.name}"
 
@@ -57,7 +58,7 @@ class Inert:
 
     @property
     def dotted(self) -> str:
-        return self.func.dotted if isinstance(self.func, Global) else "the result of a call"
+        return self.func.dotted if type(self.func) is Global else "the result of a call"
 
     def __repr__(self) -> str:
         return f"<{self.dotted}>"

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import pickle
+import random
 import time
 import warnings
 
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 import workbench as wb
 from workbench.errors import CorruptFileError, MissingShardError, UnknownFormatError, UnsupportedError, WorkbenchError
+from workbench.formats import dcp_folder
 
 
 class Boxes(DefaultSavePlanner):
@@ -125,6 +127,74 @@ class TestDcpOfSafetensors(TestDcp):
         blob = max(info.offset for info in metadata(path).storage_data.values())
         held = load((path / "__0_0.distcp").read_bytes()[blob:])
         return {name: held[name] for name in metadata(path).state_dict_metadata if name in held}
+
+
+# torch's own spelling of the metadata: the fast path of real folders, against the single opcodes
+
+
+def entries_of_many_kinds(count):
+    """Of many sizes and numbers of dimensions, and some in several chunks, one of them with a row on a rank that has none."""
+    shapes = [(3, 4), (5,), (), (2, 3, 4), (1, 2, 1, 2), (300, 2), (0,), (70_000,)]
+    tensors = {
+        f"layers.{i}.weight": torch.empty(shapes[i % len(shapes)], dtype=[torch.float32, torch.bfloat16][i % 2]) for i in range(count)
+    }
+    halves = {name: [((0, 0), (2, 4)), ((2, 0), (1, 4)), ((3, 0), (0, 4))] for name, tensor in tensors.items() if tensor.shape == (3, 4)}
+    return {"model": tensors, "step": 3, "grad": torch.ones(2, requires_grad=True)}, {
+        f"model.{name}": boxes for name, boxes in halves.items()
+    }
+
+
+def require_agreement(folder, monkeypatch):
+    """How many entries the fast path carried out, which gives what the single opcodes give: a listing, or a refusal."""
+    carried, given = [], []
+
+    def carry_out(vm, start):
+        before = len(vm.stack)
+        taken = fast(vm, start)
+        carried.append(len(vm.stack) - before if taken else 0)
+        return taken
+
+    fast = dcp_folder.carry_out_entries
+    for entries in (carry_out, None):
+        with monkeypatch.context() as patch:
+            patch.setattr(dcp_folder, "carry_out_entries", entries)
+            try:
+                ckpt = wb.open(folder)
+                places = {name: [(chunk.offsets, chunk.span) for chunk in tensor.source.storage.chunks] for name, tensor in ckpt.items()}
+                given.append((listing(ckpt), places, [(found.kind, found.message) for found in ckpt.findings]))
+            except WorkbenchError as error:
+                given.append(type(error))
+    assert given[0] == given[1]
+    return sum(carried)
+
+
+@pytest.mark.parametrize("count", [40, 2000])
+def test_the_fast_path_gives_what_the_single_opcodes_give(count, tmp_path, monkeypatch):
+    """Metadata of several frames too, each of which ends amid an entry."""
+    tensors, boxes = entries_of_many_kinds(count)
+    folder = save(tensors, tmp_path / "ckpt", boxes)
+    assert require_agreement(folder, monkeypatch) > 4 * count  # of each tensor a name, an entry, an index and a place
+
+
+def test_a_near_miss_of_the_fast_path_agrees(tmp_path, monkeypatch):
+    folder = save(*entries_of_many_kinds(16)[:1], tmp_path / "ckpt", entries_of_many_kinds(16)[1])
+    file, draw = folder / ".metadata", random.Random(2)
+    data = file.read_bytes()
+    for _ in range(5000 if FULL else 300):
+        at = draw.randrange(400, len(data))
+        byte = draw.choice([draw.randrange(256), draw.choice(data), data[at] ^ 1])
+        file.write_bytes(data[:at] + bytes([byte]) + data[at + 1 :])
+        require_agreement(folder, monkeypatch)
+
+
+def test_a_memo_entry_that_the_fast_path_left_out_is_found_by_running_singly(tmp_path, monkeypatch):
+    """Parts of entries are fetched at the end, in place of the version."""
+    tensors, boxes = entries_of_many_kinds(16)
+    file = save(tensors, tmp_path / "ckpt", boxes) / ".metadata"
+    data = file.read_bytes()
+    for index in range(60, 90):
+        file.write_bytes(data.replace(b"\x8c\x051.0.0\x94", b"j" + bytes([index, 0, 0, 0]) + b"N0N0"))
+        assert require_agreement(file.parent, monkeypatch)
 
 
 def test_a_training_state_is_nested_as_it_was(tmp_path):

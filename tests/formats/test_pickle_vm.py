@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import workbench as wb
-from workbench.errors import CorruptFileError, FormatError
+from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import file_ref
-from workbench.formats import torch_template
+from workbench.formats import pickle_vm, torch_template
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects
 from workbench.formats.zip_index import read_zip_index
@@ -492,6 +492,19 @@ def test_a_memo_entry_that_the_template_overwrites_is_seen_by_later_opcodes(tmp_
 def test_counting_the_memo_after_the_template_gives_the_same(tail, tmp_path):
     program, path = torch_file({"a": torch.empty(2, 3), "b": torch.empty(5)}, tmp_path)
     require_same(program[:-1] + tail, path)
+
+
+def test_pickles_that_only_build_end_soon_and_those_that_name_storages_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(pickle_vm, "_STRIDE", 100)
+    monkeypatch.setattr(pickle_vm, "_MAX_BUILT", 1000)
+    for bomb in (b"cos\nsystem\n0" * 2000 + b"N.", b"cos\nsystem\nq\x00" + b"h\x00)R0" * 2000 + b"N."):
+        with pytest.raises(UnsupportedError, match="that build something"):
+            run(bomb)
+    torch.save({str(i): torch.empty(1) for i in range(2000)}, tmp_path / "many.pt", pickle_protocol=4)  # which no template spells
+    assert len(wb.open(tmp_path / "many.pt")) == 2000
+    monkeypatch.setattr(pickle_vm, "_MAX_OPCODES", 1000)
+    with pytest.raises(UnsupportedError, match="more than 1,000 opcodes"):
+        run(b"N0" * 2000 + b"N.")
 
 
 def test_floats_keep_their_bits():

@@ -26,6 +26,7 @@ from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, MissingFileError, SelectionError, UnknownFormatError, WorkbenchError, located
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
+from workbench.formats.dcp_template import ENTRIES, carry_out_entries
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, PLAIN, WRAPPER, danger_findings, judge, misuses
 from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, payload_span
 from workbench.formats.pickle_vm import Machine
@@ -45,7 +46,7 @@ _OWN_KINDS = frozenset(
     {"forbidden global", "forbidden call", "data classes", "unreadable pickle"}
 )  # findings of wb.open that are made here
 _ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
-_NO_HOLDERS = frozenset({str, int, float, bool, complex, type(None), type(NOTHING), Global})
+_NO_HOLDERS = frozenset({str, int, float, bool, complex, type(None), type(NOTHING), Global, *ENTRIES})
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
 _OBJECTS = re.compile(
@@ -451,7 +452,7 @@ def _ran(piece: Span, sure: bool) -> _Outcome:
 
     count = piece.nbytes if sure and piece.nbytes <= _LAST_READ else min(piece.nbytes, _FIRST_READ)
     while count:
-        outcome = run(Machine, data := piece.read(0, count), torch=_LEAVES)
+        outcome = run(Machine, data := piece.read(0, count), torch=_LEAVES, entries=carry_out_entries)
         if outcome[3] is not None and outcome[0].short and count < piece.nbytes:
             count = min(piece.nbytes, 8 * count) if count < _LAST_READ else 0
         elif outcome[3] is not None and b"\x95" in data:
@@ -464,7 +465,7 @@ def _ran(piece: Span, sure: bool) -> _Outcome:
 class _Sequential(Machine):
     """Reads on across the end of a frame, as C does over bytes and the other machine refuses to."""
 
-    _frame_end = property(lambda _: 0, lambda _, end: None)
+    frame_end = property(lambda _: 0, lambda _, end: None)
 
 
 def _byte_strings(roots: Iterable[Any]) -> Iterator[Any]:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from workbench import dtypes
@@ -28,6 +29,7 @@ from workbench.dtypes import DType
 from workbench.errors import CorruptFileError, FormatError, MissingFileError, MissingShardError, UnsupportedError, located
 from workbench.files import FileRef, Folder, Span, Storage
 from workbench.formats import torch_zip
+from workbench.formats.dcp_template import ROOM, STRIDED, ChunkEntry, Counts, IndexEntry, PlaceEntry, TensorEntry, carry_out_entries
 from workbench.formats.safetensors_file import read_header
 from workbench.formats.torch_objects import TorchObjects, sizes, trailing_finding, unpickle
 from workbench.formats.zip_index import read_zip_index
@@ -41,8 +43,7 @@ _MAX_FILES = 50_000
 _MAX_STEPS = 100
 Place = Span | str  # bytes, or why they cannot be read
 Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
-_ROOM = "torch.distributed.checkpoint.metadata"
-_OBJECT = f"{_ROOM}.BytesStorageMetadata"
+_OBJECT = f"{ROOM}.BytesStorageMetadata"
 
 
 class Chunk(NamedTuple):
@@ -150,7 +151,7 @@ def open_folder(folder: Folder) -> Checkpoint:
     if file.size > _MAX_METADATA:
         raise UnsupportedError(f"the metadata has {file.size} bytes; at most {_MAX_METADATA} are read", path=file.url)
     data, objects = Span(file, 0, file.size).read(), TorchObjects(dict[str, Storage]().__getitem__)  # it has no storages
-    root, machine, told = unpickle(data, objects, file=file, format="dcp", record=".metadata")
+    root, machine, told = unpickle(data, objects, file=file, format="dcp", record=".metadata", entries=carry_out_entries)
     findings = [finding for finding in told if finding.kind != "data classes"]  # its own records
     if machine.end != len(data):
         findings.append(trailing_finding(len(data) - machine.end, ".metadata"))
@@ -177,7 +178,7 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
                 leaves[name], cost = _object(name, spans, budget, troubles, findings)
                 budget -= cost
             else:
-                leaves[name] = _tensor(name, _fields(entry, "TensorStorageMetadata"), spans, troubles)
+                leaves[name] = _tensor(name, _tensor_entry(entry), spans, troubles)
         except Exception:  # entering a context for each of very many would take a tenth of the time
             with located(tensor=name):
                 raise
@@ -203,13 +204,11 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
     spans: dict[Any, Place] = {}
     files: dict[str, FileRef | None] = {}
     for index, node in (items_of(storage_data) if is_mapping(storage_data) else {}).items():
-        told, info = _fields(index, "MetadataIndex"), _fields(node)
-        name, offsets = told.get("fqn"), told.get("offset")
-        path, start, nbytes = info.get("relative_path"), info.get("offset"), info.get("length")
+        name, offsets = (index.fqn, index.offset) if type(index) is IndexEntry else _index(index)
+        path, start, nbytes = node if type(node) is PlaceEntry else map(_fields(node).get, PlaceEntry._fields)
         if not (isinstance(name, str) and isinstance(path, str) and type(start) is type(nbytes) is int and start >= 0 <= nbytes):
             raise CorruptFileError("the metadata names bytes without saying whose they are or where they lie")
-        key = (name, None if offsets is None else sizes(offsets))
-        if key in spans:
+        if (name, offsets) in spans:
             raise CorruptFileError("the metadata says twice where the bytes lie", tensor=name)
         if path not in files:
             if len(files) == _MAX_FILES:
@@ -220,62 +219,89 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
                 files[path] = None
         file = files[path]
         if file is None:
-            spans[key] = f"{path} is not there"
-        elif info.get("transform_descriptors"):
-            spans[key] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
+            spans[name, offsets] = f"{path} is not there"
+        elif _fields(node).get("transform_descriptors"):
+            spans[name, offsets] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
         else:
-            spans[key] = Span(file, start, nbytes) if start + nbytes <= file.size else f"{path} is cut: the bytes end behind its end"
+            cut = start + nbytes > file.size
+            spans[name, offsets] = f"{path} is cut: the bytes end behind its end" if cut else Span(file, start, nbytes)
     return spans, files
 
 
-def _tensor(name: str, entry: dict[str, Any], spans: dict[Any, Place], troubles: Troubles) -> LazyTensor:
-    properties = entry.get("properties")
+def _index(node: Any) -> tuple[Any, Counts | None]:
+    told = _fields(node, "MetadataIndex")
+    return told.get("fqn"), None if told.get("offset") is None else sizes(told["offset"])
+
+
+def _tensor_entry(node: Any) -> TensorEntry:
+    if type(node) is TensorEntry:
+        return node
+    told = _fields(node, "TensorStorageMetadata")
+    properties, chunks = told.get("properties"), told.get("chunks")
     marks = properties.state if isinstance(properties, Inert) and isinstance(properties.state, tuple) else ()
     if len(marks) < 3 or not isinstance(marks[0], Global) or marks[0].module != "torch" or not isinstance(marks[1], Inert):
         raise CorruptFileError("the metadata does not say a tensor's element type and layout")
-    if marks[1].args != ("torch.strided",):
+    if marks[1].args != STRIDED:
         raise UnsupportedError("a chunked tensor of another layout than torch.strided is not read")
-    dtype, shape = dtypes.DTYPES.get(marks[0].name) or dtypes.dtype(marks[0].name), sizes(entry.get("size"))
-    trouble, chunks, tiles = None, [], []
-    for box in entry["chunks"] if isinstance(entry.get("chunks"), list) else ():
-        told = _fields(box, "ChunkStorageMetadata")
-        offsets, extents = sizes(told.get("offsets")), sizes(told.get("sizes"))
-        whole = extents == shape and not any(offsets)
-        if len(offsets) != len(shape) or not (whole or all(o + n <= m for o, n, m in zip(offsets, extents, shape, strict=True))):
-            raise CorruptFileError(f"the chunk at {list(offsets)} of size {list(extents)} lies outside of {list(shape)}")
-        if numel := math.prod(extents):  # a rank that has no part of the tensor records an empty chunk
-            tiles.append((offsets, extents))
-            place = spans.get((name, offsets), "the metadata does not say where its bytes lie")
-            if isinstance(place, Span) and place.nbytes < numel * dtype.itemsize:
-                place = "the bytes cannot hold a chunk of that size"
-            if isinstance(place, Span):
-                chunks.append(Chunk(name, dtype, offsets, extents, place))
-            else:
-                trouble = place
-    _require_tiling(shape, tiles)
+    return TensorEntry(marks[0], marks[2] is True, sizes(told.get("size")), chunks if isinstance(chunks, list) else [])
+
+
+def _chunk_entry(node: Any) -> ChunkEntry:
+    if type(node) is ChunkEntry:
+        return node
+    told = _fields(node, "ChunkStorageMetadata")
+    return ChunkEntry(sizes(told.get("offsets")), sizes(told.get("sizes")))
+
+
+def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], troubles: Troubles) -> LazyTensor:
+    spec, strides, whole = _form(entry.dtype.name, entry.size)
+    trouble, chunks = None, []
+    for offsets, extents in whole if entry.chunks == whole else _tiling(spec.shape, list(map(_chunk_entry, entry.chunks))):
+        nbytes = math.prod(extents) * spec.dtype.itemsize
+        place = spans.get((name, offsets), "the metadata does not say where its bytes lie") if nbytes else ""
+        if type(place) is Span and place.nbytes >= nbytes:
+            chunks.append(Chunk(name, spec.dtype, offsets, extents, place))
+        elif nbytes:  # a rank that has no part of the tensor records an empty chunk
+            trouble = place if isinstance(place, str) else "the bytes cannot hold a chunk of that size"
     if trouble:
         troubles.setdefault(("values locked", "danger", trouble, "what is locked is listed; its values are refused"), []).append(name)
-    return LazyTensor(TensorSpec(dtype, shape), Stored(Tiles(dtype, shape, tuple(chunks)), 0, row_major(shape)), marks[2] is True, trouble)
+    return LazyTensor(spec, Stored(Tiles(spec.dtype, spec.shape, tuple(chunks)), 0, strides), entry.requires_grad, trouble)
 
 
-def _require_tiling(shape: tuple[int, ...], tiles: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-    """Raise unless the boxes (offsets, sizes), which lie inside the shape, cover it once."""
-    covered, numel = sum(math.prod(extents) for _, extents in tiles), math.prod(shape)
+@lru_cache(maxsize=4096)
+def _form(dtype: str, shape: Counts) -> tuple[TensorSpec, Counts, list[ChunkEntry]]:
+    """What all tensors of one kind share: spec, strides, and the chunk that is the whole of it."""
+    return (
+        TensorSpec(dtypes.DTYPES.get(dtype) or dtypes.dtype(dtype), sizes(shape)),
+        row_major(shape),
+        [ChunkEntry((0,) * len(shape), shape)],
+    )
+
+
+def _tiling(shape: Counts, chunks: list[ChunkEntry]) -> list[ChunkEntry]:
+    """The chunks that hold something, which cover the shape once; raises where they do not."""
+    for offsets, extents in chunks:
+        if not len(offsets) == len(extents) == len(shape) or any(o + n > m for o, n, m in zip(offsets, extents, shape, strict=True)):
+            raise CorruptFileError(f"the chunk at {list(offsets)} of size {list(extents)} lies outside of {list(shape)}")
+    tiles = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    covered, numel = sum(math.prod(chunk.sizes) for chunk in tiles), math.prod(shape)
     if covered != numel:
         raise CorruptFileError(f"the chunks hold {covered} elements and the tensor has {numel}: they overlap or leave a hole")
     if len(tiles) < 2:
-        return
+        return tiles
     axis = max(range(len(shape)), key=lambda i: len({offsets[i] for offsets, _ in tiles}), default=0)
-    begun: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    begun: list[ChunkEntry] = []
     budget = 1000 * len(tiles)
-    for offsets, extents in sorted(tiles, key=lambda tile: tile[0][axis : axis + 1]):
+    for chunk in sorted(tiles, key=lambda tile: tile.offsets[axis : axis + 1]):
+        offsets, extents = chunk
         begun = [other for other in begun if other[0][axis] + other[1][axis] > offsets[axis]]
         budget -= len(begun)
         if budget < 0:
             raise UnsupportedError(f"{len(tiles)} chunks lie in a pattern too intricate to be proved")
         if any(all(o < p + m and p < o + n for o, n, p, m in zip(offsets, extents, *other, strict=True)) for other in begun):
             raise CorruptFileError(f"the chunk at {list(offsets)} overlaps another")
-        begun.append((offsets, extents))
+        begun.append(chunk)
+    return tiles
 
 
 def _object(name: str, spans: dict[Any, Place], budget: int, troubles: Troubles, findings: list[Finding]) -> tuple[Any, int]:
@@ -294,7 +320,7 @@ def _object(name: str, spans: dict[Any, Place], budget: int, troubles: Troubles,
     except FormatError as error:
         kind, severity, reason = "unreadable pickle", "danger", f"it may hide anything: {error.message}"
     troubles.setdefault((kind, severity, reason, hint), []).append(name)  # type: ignore[arg-type]
-    return Global(_ROOM, "BytesStorageMetadata"), cost
+    return Global(ROOM, "BytesStorageMetadata"), cost
 
 
 def _nested(leaves: dict[str, Any], paths: Any) -> Any:
@@ -305,13 +331,17 @@ def _nested(leaves: dict[str, Any], paths: Any) -> Any:
         path = told.get(name, (name,))
         if not (isinstance(path, tuple) and 0 < len(path) <= _MAX_STEPS and {*map(type, path)} <= {str, int}):
             raise CorruptFileError("the metadata gives it no path of keys and positions", tensor=name)
-        for depth in range(1, len(path) + 1):
-            here, parent = path[:depth], branches[path[: depth - 1]]
-            if here in branches and depth < len(path):
-                continue
-            if here[-1] in parent:
-                raise CorruptFileError(f"the path {path!r} is taken by something else", tensor=name)
-            parent[here[-1]] = leaf if depth == len(path) else branches.setdefault(here, {})
+        parent = branches.get(path[:-1])
+        if parent is None:
+            parent = branches[()]
+            for depth in range(1, len(path)):
+                here = path[:depth]
+                if here not in branches and here[-1] in parent:
+                    raise CorruptFileError(f"the path {path!r} is taken by something else", tensor=name)
+                parent = parent.setdefault(here[-1], branches.setdefault(here, {}))
+        if path[-1] in parent:
+            raise CorruptFileError(f"the path {path!r} is taken by something else", tensor=name)
+        parent[path[-1]] = leaf
     for here in sorted(branches, key=len, reverse=True):
         if here and branches[here].keys() == set(range(len(branches[here]))):  # positions, and so a list
             branches[here[:-1]][here[-1]] = [branches[here][i] for i in range(len(branches[here]))]
@@ -320,6 +350,6 @@ def _nested(leaves: dict[str, Any], paths: Any) -> Any:
 
 def _fields(node: Any, cls: str | None = None) -> dict[str, Any]:
     """What an object of the metadata says; with `cls`, only if it is one of torch's class of that name."""
-    if cls is not None and not (isinstance(node, Inert) and node.dotted == f"{_ROOM}.{cls}"):
+    if cls is not None and not (isinstance(node, Inert) and node.dotted == f"{ROOM}.{cls}"):
         raise CorruptFileError(f"the metadata holds something else where a {cls} must be")
     return node.state if isinstance(node, Inert) and isinstance(node.state, dict) else {}

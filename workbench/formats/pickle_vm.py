@@ -10,25 +10,26 @@ Source: CPython 3.11 Modules/_pickle.c and Lib/pickletools.py (opcode arguments)
 from __future__ import annotations
 
 import _compat_pickle
-import codecs
-import math
-import re
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
+from workbench.formats.pickle_arguments import c_string, checked_key, float_line, int_line, pairs_of, string_line, text_of
 from workbench.formats.torch_template import carry_out_one, carry_out_run
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert, is_mapping, makes_tensor, wrapped
 
-_STRTOL = re.compile(rb"[ \t\n\v\f\r]*[+-]?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z")
-
-
 _FETCHES = (b"h", b"j")
+_OPENERS = (b"(", b")")  # what stands behind the fetch that begins a template
 _CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
 SET_STATE = Global("torch.Tensor", "__setstate__")  # how `construct` is told of a state for what a call made: None, where it took it
-_MAX_OPCODES = 20_000_000  # run singly: several hundred thousand tensors, and some seconds
+_MAX_OPCODES = 12_000_000  # run singly, at a tenth of a microsecond or two
+_MAX_BUILT = 600_000  # of those that the table carries out, at one or two microseconds
+_STORAGE = (100, 12)  # what one more storage allows of both, so that a file of a million tensors is listed, if slowly
+_SHORT = 1 << 10  # bytes of a text that is read at once, whatever it is read from
+_DOUBLE = struct.Struct(">d").unpack_from
+_STRIDE = 1 << 16  # opcodes between two looks at the stack
 _MAX_STACK = 2_000_000  # Python's own pickler empties its stack every 1,000 items
 
 
@@ -47,12 +48,20 @@ class Machine:
     """
 
     def __init__(
-        self, data: bytes, *, persistent: Callable[[Any], Any], construct: Callable[[Inert], Any], torch: Any = None, start: int = 0
+        self,
+        data: bytes,
+        *,
+        persistent: Callable[[Any], Any],
+        construct: Callable[[Inert], Any],
+        torch: Any = None,
+        entries: Callable[[Machine, int], bool] | None = None,
+        start: int = 0,
     ) -> None:
         self.data = data
         self.persistent = persistent
         self.construct = construct
         self.torch = torch  # makes tensors from the parts of torch's own opcode template; None: opcodes are run singly
+        self.entries = entries  # carries out what begins at a short text, or at a fetch with `)` behind it, where a container spells it so
         self._start = start
         self._reset()
 
@@ -69,11 +78,12 @@ class Machine:
         self.waiting: list[tuple[Sequence[int], Sequence[Any]]] = []  # memo entries of runs, which are rarely read
         self.highest = -1  # no memo index above it was written
         self.singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
-        self.skipped = False  # whether the template left memo entries unwritten
+        self.unwritten = 0  # memo entries that a template left out of `memo`
         self.merged = 0  # entries of states that were given to one object after another state
+        self.ran = self.built = 0  # opcodes run singly, and those of them that the table carried out
         self.end = 0
         self.short = False
-        self._frame_end = 0
+        self.frame_end = 0
 
     def run(self) -> Any:
         """The object that the pickle describes.
@@ -84,29 +94,143 @@ class Machine:
         try:
             return self._run()
         except _SkippedMemo:
-            self.torch = None
+            self.torch = self.entries = None
             self._reset()
             return self._run()
 
     def _run(self) -> Any:
-        data, table, stack = self.data, _TABLE, self.stack
+        """Carry out opcodes up to STOP: the most frequent ones here, where their state is in local variables, all others by the table."""
+        data, table, stack, marks, memo = self.data, _TABLE, self.stack, self.marks, self.memo
+        pos, highest, frame_end, unwritten, done = self.pos, self.highest, self.frame_end, self.unwritten, 0
+        floor, singly = marks[-1] if marks else 0, self.torch is None and self.entries is None
         try:
-            for _ in range(_MAX_OPCODES):
-                op = data[self.pos]
-                self.pos += 1
+            while self.ran < _MAX_OPCODES and self.built < _MAX_BUILT:
                 if len(stack) > _MAX_STACK:
                     raise ValueError(f"more than {_MAX_STACK} values wait on the stack")
-                if op == 0x2E:  # STOP
-                    self.end = self.pos
-                    return self._pop()
-                table[op](self)
-            raise UnsupportedError(f"the pickle has more than {_MAX_OPCODES:,} opcodes", offset=self.pos)
+                for done in range(_STRIDE):  # noqa: B007 (what a run that ends here has done)
+                    op = data[pos]
+                    pos += 1
+                    if op < 0x50:
+                        if op == 0x4B:  # BININT1
+                            pos += 1
+                            stack.append(data[pos - 1])
+                            continue
+                        if op == 0x4E:  # NONE
+                            stack.append(None)
+                            continue
+                        if op == 0x28 and self.entries is None:  # MARK
+                            floor = len(stack)
+                            marks.append(floor)
+                            continue
+                        if op == 0x29:  # EMPTY_TUPLE
+                            stack.append(())
+                            continue
+                        if op == 0x4A and pos + 4 <= len(data) and not pos < frame_end < pos + 4:  # BININT
+                            stack.append(int.from_bytes(data[pos : pos + 4], "little", signed=True))
+                            pos += 4
+                            continue
+                        if op == 0x47 and pos + 8 <= len(data) and not pos < frame_end < pos + 8:  # BINFLOAT
+                            stack += _DOUBLE(data, pos)
+                            pos += 8
+                            continue
+                        if op == 0x4D and not pos < frame_end < pos + 2:  # BININT2
+                            pos += 2
+                            stack.append(data[pos - 2] | data[pos - 1] << 8)
+                            continue
+                        if op == 0x30 and len(stack) > floor:  # POP
+                            stack.pop()
+                            continue
+                        if op == 0x2E:  # STOP
+                            self.end = self.pos = pos
+                            return self._pop()
+                    elif op > 0x7F:
+                        if op == 0x94:  # MEMOIZE
+                            index = len(memo) + unwritten
+                            if index > highest and len(stack) > floor:
+                                memo[index] = stack[-1]
+                                highest = index
+                                continue
+                        elif op == 0x8C and singly:  # SHORT_BINUNICODE
+                            end = pos + 1 + data[pos]
+                            if not pos < frame_end < end and end <= len(data):
+                                stack.append(data[pos + 1 : end].decode("utf-8", "surrogatepass"))
+                                pos = end
+                                continue
+                        elif 0x85 <= op <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
+                            count = 0x84 - op
+                            if len(stack) + count >= floor:
+                                stack[count:] = (tuple(stack[count:]),)
+                                continue
+                        elif op == 0x89 or op == 0x88:  # NEWFALSE, NEWTRUE
+                            stack.append(op == 0x88)
+                            continue
+                    elif op < 0x6B:
+                        if op == 0x58 and self.torch is None:  # BINUNICODE
+                            end = pos + 4 + int.from_bytes(data[pos : pos + 4], "little")
+                            if not pos < frame_end < end and pos + 4 <= end <= len(data) and end - pos < _SHORT:
+                                stack.append(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
+                                pos = end
+                                continue
+                        if op == 0x68 and (singly or data[pos + 1 : pos + 2] not in _OPENERS):  # BINGET
+                            index = data[pos]
+                            if index in memo:
+                                stack.append(memo[index])
+                                pos += 1
+                                continue
+                        elif (
+                            op == 0x6A and (singly or data[pos + 4 : pos + 5] not in _OPENERS) and not pos < frame_end < pos + 4
+                        ):  # LONG_BINGET
+                            index = int.from_bytes(data[pos : pos + 4], "little")
+                            if index in memo and pos + 4 <= len(data):
+                                stack.append(memo[index])
+                                pos += 4
+                                continue
+                        elif op == 0x5D:  # EMPTY_LIST
+                            stack.append([])
+                            continue
+                        elif op == 0x61 and len(stack) > floor + 1 and type(stack[-2]) is list:  # APPEND
+                            item = stack.pop()
+                            stack[-1].append(item)
+                            continue
+                    elif op == 0x71:  # BINPUT
+                        index = data[pos]
+                        if index > highest and len(stack) > floor:
+                            memo[index] = stack[-1]
+                            highest = index
+                            pos += 1
+                            continue
+                    elif op == 0x72:  # LONG_BINPUT
+                        index = int.from_bytes(data[pos : pos + 4], "little")
+                        if index > highest and len(stack) > floor and pos + 4 <= len(data) and not pos < frame_end < pos + 4:
+                            memo[index] = stack[-1]
+                            highest = index
+                            pos += 4
+                            continue
+                    elif op == 0x7D:  # EMPTY_DICT
+                        stack.append({})
+                        continue
+                    elif op == 0x74 and marks:  # TUPLE
+                        stack[floor:] = (tuple(stack[floor:]),)
+                        marks.pop()
+                        floor = marks[-1] if marks else 0
+                        continue
+                    self.built += 1
+                    self.pos, self.highest = pos, highest
+                    table[op](self)
+                    pos, highest, frame_end, unwritten = self.pos, self.highest, self.frame_end, self.unwritten
+                    floor, singly = marks[-1] if marks else 0, self.torch is None and self.entries is None
+                self.ran += _STRIDE
+            what = f"{_MAX_OPCODES:,} opcodes" if self.ran >= _MAX_OPCODES else f"{_MAX_BUILT:,} opcodes that build something"
+            raise UnsupportedError(f"the pickle has more than {what}", offset=pos)
         except FormatError:
             raise
         except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
+            self.pos = max(self.pos, pos)
             self.short = self.short or self.pos >= len(data)
             what = "the pickle ends early" if self.short else f"the pickle is damaged: {type(error).__name__}: {error}"
             raise CorruptFileError(what, offset=self.pos) from error
+        finally:
+            self.ran += done
 
     def partial(self) -> Any:
         """What was built before the machine stopped: open containers take what waits for them, as far as it is complete."""
@@ -116,7 +240,9 @@ class Machine:
             if isinstance(target, list):
                 target += waiting
             elif isinstance(target, (dict, Inert)):
-                pairs = {_key(key): value for key, value in zip(waiting[::2], waiting[1::2], strict=False) if isinstance(key, (str, int))}
+                pairs = {
+                    checked_key(key): value for key, value in zip(waiting[::2], waiting[1::2], strict=False) if isinstance(key, (str, int))
+                }
                 (target if isinstance(target, dict) else target.items).update(pairs)
         return self.stack[0] if self.stack else {}
 
@@ -144,7 +270,7 @@ class Machine:
         if count < 0 or self.pos + count > len(self.data):
             self.short = count >= 0
             raise ValueError(f"{count} bytes wanted, {len(self.data) - self.pos} left")
-        if self.pos < self._frame_end < self.pos + count:
+        if self.pos < self.frame_end < self.pos + count:
             raise ValueError(_CROSSES)
         self.pos += count
         return self.data[self.pos - count : self.pos]
@@ -158,7 +284,7 @@ class Machine:
         if end < 0:
             self.short = True
             raise ValueError("a line without an end")
-        if self.pos < self._frame_end <= end:
+        if self.pos < self.frame_end <= end:
             raise ValueError(_CROSSES)
         line = self.data[self.pos : end]
         self.pos = end + 1
@@ -179,38 +305,7 @@ class Machine:
     def _sized(self, width: int, signed: bool = False) -> bytes:
         return self._take(int.from_bytes(self._take(width), "little", signed=signed))
 
-    # numbers and text
-
-    def op_int(self) -> None:
-        line = self._line()
-        text = _c_string(line)
-        plain = _STRTOL.match(text) or (line and not text)  # C reads nothing, before a NUL, as 0
-        value = 0 if line and not text else _strtol(text) if plain else int(text, 0)
-        self.stack.append(bool(value) if plain and len(line) == 2 and value in (0, 1) else value)
-
-    def op_long(self) -> None:
-        self.stack.append(int(_c_string(self._line().removesuffix(b"L")), 0))
-
-    def op_float(self) -> None:
-        line = _c_string(self._line())
-        if not line or line != line.strip() or b"_" in line:
-            raise ValueError("not a float")
-        value = float(line)
-        if math.isinf(value) and b"inf" not in line.lower():
-            raise ValueError("a float out of range")
-        self.stack.append(value)
-
-    def op_binfloat(self) -> None:
-        self.stack.append(struct.unpack(">d", self._take(8))[0])
-
-    def op_string(self) -> None:
-        line = self._line()
-        if len(line) < 2 or line[0] != line[-1] or line[:1] not in (b"'", b'"'):
-            raise ValueError("the STRING argument must be quoted")
-        self.stack.append(_text(codecs.escape_decode(line[1:-1])[0]))
-
-    def op_unicode(self) -> None:
-        self.stack.append(self._line().decode("raw-unicode-escape"))
+    # text
 
     def op_binunicode(self) -> None:
         may_name = self.torch is not None and _may_name_a_tensor(self.data, self.pos)
@@ -220,6 +315,10 @@ class Machine:
         if may_name:
             carry_out_one(self, self.pos)
 
+    def op_short_binunicode(self) -> None:
+        if self.entries is None or not self.entries(self, self.pos - 1):
+            self.stack.append(self._sized(1).decode("utf-8", "surrogatepass"))
+
     # memo and persistent ids
 
     def _put(self, index: int) -> None:
@@ -228,49 +327,53 @@ class Machine:
         elif index in self.whole_memo():
             self.heads.clear()
             self.forms.clear()
+        elif self.unwritten:
+            raise _SkippedMemo
         self.memo[index] = self._top()
 
     def _get(self, index: int) -> None:
         if index not in self.memo and index not in self.whole_memo():
-            self._require_whole_memo()
-            raise ValueError(f"memo {index} was never written")
+            raise _SkippedMemo if self.unwritten else ValueError(f"memo {index} was never written")
         self.stack.append(self.memo[index])
 
     def whole_memo(self) -> dict[int, Any]:
         for places, values in self.waiting:
             self.memo.update(zip(places, values, strict=True))
+            self.unwritten -= len(places)
         self.waiting.clear()
         return self.memo
 
-    def _require_whole_memo(self) -> None:
-        if self.skipped:
-            raise _SkippedMemo
-
-    def op_memoize(self) -> None:
-        self._require_whole_memo()
-        self._put(len(self.memo))
-
     def op_put(self) -> None:
-        index = int(_c_string(self._line()))
+        index = int(c_string(self._line()))
         if index < 0:
             raise ValueError("negative memo index")
         self._put(index)
 
     def op_binget(self) -> None:
-        if self.torch is None or self.data[self.pos + 1] != 0x28 or not carry_out_one(self, self.pos - 1):
+        if not self._by_template(self.pos + 1):
             self._get(self._byte())
 
     def op_long_binget(self) -> None:
-        if self.torch is None or not carry_out_one(self, self.pos - 1):
+        if not self._by_template(self.pos + 4):
             self._get(self._uint(4))
 
-    def op_persid(self) -> None:
-        self.stack.append(self.persistent(self._line().decode("ascii")))
+    def _by_template(self, behind: int) -> bool:
+        """Whether a fetch, and `(` or `)` behind it, began what a template carried out."""
+        following = self.data[behind : behind + 1]
+        if following == b"(" and self.torch is not None:
+            return carry_out_one(self, self.pos - 1)
+        return following == b")" and self.entries is not None and self.entries(self, self.pos - 1)
 
-    def op_binpersid(self) -> None:
-        self.stack.append(self.persistent(self._pop()))
+    def _persistent(self, pid: Any) -> None:
+        self.stack.append(self.persistent(pid))
+        self.ran, self.built = self.ran - _STORAGE[0], self.built - _STORAGE[1]
 
     # containers
+
+    def op_mark(self) -> None:
+        self.marks.append(len(self.stack))
+        if self.entries is not None and self.data[self.pos : self.pos + 1] in _FETCHES:
+            self.entries(self, self.pos)
 
     def op_pop(self) -> None:
         if self.marks and self.marks[-1] == len(self.stack):
@@ -285,9 +388,6 @@ class Machine:
         held = tuple(self.stack[at:])
         del self.stack[at:]
         self.stack.append(held)
-
-    def op_dict(self) -> None:
-        self.stack.append(_pairs(self._pop_mark()))
 
     def op_append(self) -> None:
         item = self._pop()
@@ -310,10 +410,10 @@ class Machine:
 
     def op_setitem(self) -> None:
         value, key = self._pop(), self._pop()
-        self._set_items(self._top(), {_key(key): value})
+        self._set_items(self._top(), {checked_key(key): value})
 
     def op_setitems(self) -> None:
-        pairs = _pairs(self._pop_mark())
+        pairs = pairs_of(self._pop_mark())
         self._set_items(self._top(), pairs)
 
     def _set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
@@ -334,7 +434,7 @@ class Machine:
         items = self._pop_mark()
         target = self._top()
         if isinstance(target, set):
-            target.update(map(_key, items))
+            target.update(map(checked_key, items))
         elif isinstance(target, Inert):
             self._extend(target, items)
         elif items:
@@ -382,9 +482,9 @@ class Machine:
         self.called(node.dotted)
         self.stack.append(self.construct(node))
 
-    def op_reduce(self) -> None:
+    def _call(self, new: bool) -> None:
         args, func = self._pop(), self._pop()
-        self._made(func, args)
+        self._made(func, args, new=new)
 
     def op_inst(self) -> None:
         module, name = self._word().decode("ascii"), self._word().decode("ascii")
@@ -395,10 +495,6 @@ class Machine:
     def op_obj(self) -> None:
         func, *args = self._pop_mark()
         self._made(func, tuple(args))
-
-    def op_newobj(self) -> None:
-        args, func = self._pop(), self._pop()
-        self._made(func, args, new=True)
 
     def op_newobj_ex(self) -> None:
         kwargs, args, func = self._pop(), self._pop(), self._pop()
@@ -438,9 +534,9 @@ class Machine:
         if length > len(self.data) - self.pos:
             self.short = True
             raise ValueError(f"a frame of {length} bytes, {len(self.data) - self.pos} left")
-        if self.pos < self._frame_end < self.pos + length:
+        if self.pos < self.frame_end < self.pos + length:
             raise ValueError(_CROSSES)
-        self._frame_end = max(self._frame_end, self.pos + length)
+        self.frame_end = max(self.frame_end, self.pos + length)
         self.torch = None
 
     def op_unknown(self) -> None:
@@ -462,50 +558,6 @@ def _may_name_a_tensor(data: bytes, at: int) -> bool:
     return data[end + 2 : end + 3] in _FETCHES if data[end : end + 1] == b"q" else data[end + 5 : end + 6] in _FETCHES
 
 
-def _strtol(line: bytes) -> int:
-    text = line.strip(b" \t\n\v\f\r")
-    digits = text.lstrip(b"+-")
-    value = int(digits, 16) if digits[:2] in (b"0x", b"0X") else int(digits, 8 if digits[:1] == b"0" else 10)
-    value = -value if text[:1] == b"-" else value
-    return value if -(1 << 63) <= value < 1 << 63 else int(line, 0)
-
-
-def _text(data: bytes) -> str | bytes:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return data
-
-
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    if len(items) % 2:
-        raise ValueError("odd number of items for a dict")
-    keys = items[::2]
-    return dict(zip(keys if set(map(type, keys)) <= {str, int} else map(_key, keys), items[1::2], strict=True))
-
-
-def _key(value: Any) -> Any:
-    """A dict key or set member, refused where hashing it would never end (shared tuples) or overrun C's stack (deep ones)."""
-    if isinstance(value, LazyTensor):
-        raise UnsupportedError("a tensor stands as a key, where no name tells it")
-    if type(value) in (tuple, frozenset):
-        level, parts = [value], 0
-        for _ in range(16):
-            parts += sum(map(len, level))
-            level = [item for held in level for item in held if type(item) in (tuple, frozenset)]
-            if not level:
-                return value
-            if parts > 10_000:
-                break
-        raise ValueError("a key of too many parts")
-    return value
-
-
-def _c_string(line: bytes) -> bytes:
-    """Text as C reads it: up to the first NUL."""
-    return line.partition(b"\0")[0]
-
-
 def _built(target: Global | Inert) -> str:
     """BUILD on a class changes the class itself, for the whole process; on an object of it, the object."""
     return f"a change to {target.dotted} itself" if isinstance(target, Global) else target.dotted
@@ -515,34 +567,33 @@ def _kind(value: Any) -> str:
     return value.dotted if isinstance(value, (Global, Inert)) else type(value).__name__
 
 
-def _push(value: Callable[[], Any]) -> Callable[[Machine], None]:
-    return lambda m: m.stack.append(value())
-
-
 _OPS: dict[bytes, Callable[[Machine], None]] = {
-    b"(": lambda m: m.marks.append(len(m.stack)),
+    b"(": Machine.op_mark,
     b"0": Machine.op_pop, b"1": lambda m: (m._pop_mark(), None)[1], b"2": lambda m: m.stack.append(m._top()),
-    b"F": Machine.op_float, b"G": Machine.op_binfloat, b"I": Machine.op_int, b"J": lambda m: m._signed(m._take(4)), b"K": lambda m: m.stack.append(m._byte()),
-    b"L": Machine.op_long, b"M": lambda m: m.stack.append(m._uint(2)),
+    b"F": lambda m: m.stack.append(float_line(m._line())), b"G": lambda m: m.stack.extend(_DOUBLE(m._take(8))), b"I": lambda m: m.stack.append(int_line(m._line())),
+    b"J": lambda m: m._signed(m._take(4)), b"K": lambda m: m.stack.append(m._byte()),
+    b"L": lambda m: m.stack.append(int(c_string(m._line().removesuffix(b"L")), 0)), b"M": lambda m: m.stack.append(m._uint(2)),
     b"\x8a": lambda m: m._signed(m._sized(1)), b"\x8b": lambda m: m._signed(m._sized(4, signed=True)),
-    b"N": _push(lambda: None), b"\x88": _push(lambda: True), b"\x89": _push(lambda: False),
-    b"S": Machine.op_string, b"T": lambda m: m.stack.append(_text(m._sized(4, signed=True))), b"U": lambda m: m.stack.append(_text(m._sized(1))),
-    b"V": Machine.op_unicode, b"X": Machine.op_binunicode,
-    b"\x8c": lambda m: m.stack.append(m._sized(1).decode("utf-8", "surrogatepass")),
+    b"N": lambda m: m.stack.append(None), b"\x88": lambda m: m.stack.append(True), b"\x89": lambda m: m.stack.append(False),
+    b"S": lambda m: m.stack.append(string_line(m._line())),
+    b"T": lambda m: m.stack.append(text_of(m._sized(4, signed=True))), b"U": lambda m: m.stack.append(text_of(m._sized(1))),
+    b"V": lambda m: m.stack.append(m._line().decode("raw-unicode-escape")), b"X": Machine.op_binunicode,
+    b"\x8c": Machine.op_short_binunicode,
     b"\x8d": lambda m: m.stack.append(m._sized(8).decode("utf-8", "surrogatepass")),
     b"B": lambda m: m.stack.append(m._sized(4)), b"C": lambda m: m.stack.append(m._sized(1)), b"\x8e": lambda m: m.stack.append(m._sized(8)),
     b"\x96": lambda m: m.stack.append(bytearray(m._sized(8))),
-    b"P": Machine.op_persid, b"Q": Machine.op_binpersid, b"R": Machine.op_reduce, b"b": Machine.op_build,
+    b"P": lambda m: m._persistent(m._line().decode("ascii")), b"Q": lambda m: m._persistent(m._pop()),
+    b"R": lambda m: m._call(False), b"b": Machine.op_build,
     b"c": Machine.op_global, b"\x93": Machine.op_stack_global, b"i": Machine.op_inst, b"o": Machine.op_obj,
-    b"\x81": Machine.op_newobj, b"\x92": Machine.op_newobj_ex,
+    b"\x81": lambda m: m._call(True), b"\x92": Machine.op_newobj_ex,
     b"\x82": lambda m: m._extension(1), b"\x83": lambda m: m._extension(2), b"\x84": lambda m: m._extension(4),
-    b"a": Machine.op_append, b"e": Machine.op_appends, b"d": Machine.op_dict, b"}": _push(dict), b"s": Machine.op_setitem, b"u": Machine.op_setitems,
-    b"l": lambda m: m.stack.append(m._pop_mark()), b"]": _push(list),
-    b"t": lambda m: m.stack.append(tuple(m._pop_mark())), b")": _push(tuple),
+    b"a": Machine.op_append, b"e": Machine.op_appends, b"d": lambda m: m.stack.append(pairs_of(m._pop_mark())), b"}": lambda m: m.stack.append({}), b"s": Machine.op_setitem, b"u": Machine.op_setitems,
+    b"l": lambda m: m.stack.append(m._pop_mark()), b"]": lambda m: m.stack.append([]),
+    b"t": lambda m: m.stack.append(tuple(m._pop_mark())), b")": lambda m: m.stack.append(()),
     b"\x85": lambda m: m._tuple(1), b"\x86": lambda m: m._tuple(2), b"\x87": lambda m: m._tuple(3),
-    b"\x8f": _push(set), b"\x90": Machine.op_additems, b"\x91": lambda m: m.stack.append(frozenset(map(_key, m._pop_mark()))),
-    b"g": lambda m: m._get(int(_c_string(m._line()))), b"h": Machine.op_binget, b"j": Machine.op_long_binget,
-    b"p": Machine.op_put, b"q": lambda m: m._put(m._byte()), b"r": lambda m: m._put(m._uint(4)), b"\x94": Machine.op_memoize,
+    b"\x8f": lambda m: m.stack.append(set()), b"\x90": Machine.op_additems, b"\x91": lambda m: m.stack.append(frozenset(map(checked_key, m._pop_mark()))),
+    b"g": lambda m: m._get(int(c_string(m._line()))), b"h": Machine.op_binget, b"j": Machine.op_long_binget,
+    b"p": Machine.op_put, b"q": lambda m: m._put(m._byte()), b"r": lambda m: m._put(m._uint(4)), b"\x94": lambda m: m._put(len(m.memo) + m.unwritten),
     b"\x80": Machine.op_proto, b"\x95": Machine.op_frame, b"\x97": Machine.op_no_buffer, b"\x98": Machine.op_readonly_buffer,
 }  # fmt: skip
 _TABLE = [_OPS.get(bytes([code]), Machine.op_unknown) for code in range(256)]

@@ -501,6 +501,7 @@ def unpickle(
     start: int = 0,
     plain: Names = (),
     machine: type[Machine] = Machine,
+    entries: Callable[[Machine, int], bool] | None = None,
 ) -> Unpickled:
     """Read one pickle of a torch file symbolically.
 
@@ -508,10 +509,11 @@ def unpickle(
         record: its name in the container, for messages.
         plain: globals that are plain in this container, besides those that always are.
         machine: what runs it, where a container spells opcodes in its own way.
+        entries: carries out at once what a container holds very many of.
     Raises:
         FormatError: the C unpickler would refuse it; `.partial` holds what was listed until there.
     """
-    run = machine(data, persistent=objects.persistent, construct=objects.construct, torch=objects, start=start)
+    run = machine(data, persistent=objects.persistent, construct=objects.construct, torch=objects, entries=entries, start=start)
     try:
         tree = run.run()
     except FormatError as error:

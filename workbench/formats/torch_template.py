@@ -45,7 +45,7 @@ def carry_out_one(vm: Machine, start: int) -> bool:
     name_put, head, length, key, key_put, key_ref, place, numel, pid, offset, shape, shape_put, strides, strides_put, *rest = found.groups()
     grad, hooks, hooks_put, args_put, put = rest
     known = vm.heads.get((head, place, hooks)) or _head(vm, head, place, hooks)
-    text = key.decode("ascii") if key else memo.get(_memo_index(key_ref))
+    text = key.decode("ascii") if key else memo.get(memo_index(key_ref))
     if known is None or type(text) is not str or (key and int.from_bytes(length, "little") != len(key)):
         return False
     written = _indices([p for p in (name_put, key_put, pid, shape_put, strides_put, hooks_put, args_put, put) if p])
@@ -56,7 +56,7 @@ def carry_out_one(vm: Machine, start: int) -> bool:
         memo[written[0]] = vm.stack[-1]
     if key_put:
         memo[written[1 if name_put else 0]] = text
-    vm.skipped = True
+    vm.unwritten += len(written) - bool(name_put) - bool(key_put) - 1
     tensor = torch.template_tensor(*known, text, *_view(numel, offset, shape, strides), grad == b"\x88")
     memo[written[-1]] = tensor
     vm.stack.append(tensor)
@@ -109,7 +109,7 @@ def _carry_out_alike(vm: Machine, start: int, pattern: Any) -> bool:
         [i + base for i in range(first, first + count * each, each) for base in some]
         for some in (bases[:-1], [b + 1 for b in bases[:-1]], [b - 1 for b in bases[1:]])
     ]
-    return _carried_out(vm, names, keys, forms * count, written, first + count * each - 1, start + count * step)
+    return _carried_out(vm, names, keys, forms * count, written, count * each, first + count * each - 1, start + count * step)
 
 
 def _carry_out_mixed(vm: Machine, start: int, pattern: Any) -> bool:
@@ -130,26 +130,33 @@ def _carry_out_mixed(vm: Machine, start: int, pattern: Any) -> bool:
     if not apart or len(set(written)) != len(written) or not lengths_agree:
         return False
     forms = _forms(vm, list(zip(heads, numels, views, strides, hooks, strict=True)))
-    return forms is not None and _carried_out(vm, names, keys, forms, (names_at, keys_at, put), max(written), end)
+    return forms is not None and _carried_out(vm, names, keys, forms, (names_at, keys_at, put), len(written), max(written), end)
 
 
 def _carried_out(
-    vm: Machine, names: Sequence[bytes], keys: Sequence[bytes], forms: list[Any], written: Sequence[Sequence[int]], highest: int, end: int
+    vm: Machine,
+    names: Sequence[bytes],
+    keys: Sequence[bytes],
+    forms: list[Any],
+    written: Sequence[Sequence[int]],
+    count: int,
+    highest: int,
+    end: int,
 ) -> bool:
-    """Put a run's names and tensors on the stack; `written` are the memo places of the names, keys and tensors."""
+    """Put a run's names and tensors on the stack; `written` are the memo places of the names, keys and tensors, among `count` of all parts."""
     vm.singly = end
     try:
         told = [name.decode("utf-8", "surrogatepass") for name in names]
     except UnicodeDecodeError:  # told at its own byte, when the opcodes are run singly
         return False
-    numbers = b"\n".join(keys).decode("ascii").split("\n")
-    tensors = vm.torch.run(numbers, forms)
+    texts = b"\n".join(keys).decode("ascii").split("\n")
+    tensors = vm.torch.run(texts, forms)
     if tensors is None:
         return False
-    vm.waiting += zip(written, (told, numbers, tensors), strict=True)
+    vm.waiting += zip(written, (told, texts, tensors), strict=True)
     vm.highest = max(vm.highest, highest)
     vm.stack.extend(chain.from_iterable(zip(told, tensors, strict=True)))
-    vm.skipped = True
+    vm.unwritten += count
     vm.pos = end
     return True
 
@@ -176,14 +183,14 @@ def _form(vm: Machine, head: bytes, numel: bytes, offset_shape: bytes, strides: 
 def _head(vm: Machine, head: bytes, place: bytes, hooks: bytes) -> tuple[Global, str] | None:
     """What the template's memo references stand for, if it is what torch means: (storage class, where it was saved)."""
     memo = vm.memo
-    func, word, cls = (memo.get(_memo_index(spelled)) for spelled in _REFS.findall(head))
-    where = memo.get(_memo_index(place))
+    func, word, cls = (memo.get(memo_index(spelled)) for spelled in REFS.findall(head))
+    where = memo.get(memo_index(place))
     if (
         func != _REBUILD
         or word != "storage"
         or type(cls) is not Global
         or type(where) is not str
-        or memo.get(_memo_index(hooks)) != _ORDERED_DICT
+        or memo.get(memo_index(hooks)) != _ORDERED_DICT
     ):
         return None
     vm.called(_REBUILD.dotted)
@@ -191,11 +198,11 @@ def _head(vm: Machine, head: bytes, place: bytes, hooks: bytes) -> tuple[Global,
     return cls, where
 
 
-_I = rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}))"  # pickle spells a count by the shortest of these
-_G = rb"(?:h.|j....)"
+INTEGER = rb"(?:K.|M..|J....|\x8a(?:\x05.{5}|\x06.{6}))"  # pickle spells a count by the shortest of these
+GET = rb"(?:h.|j....)"
 
 
-_SIZES = rb"\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t" % ((_I,) * 4)
+_SIZES = rb"\)|%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,}t" % ((INTEGER,) * 4)
 _SHORT, _LONG = rb"q(.)", rb"r(....)"
 
 
@@ -206,11 +213,11 @@ def _one_tensor(first: int) -> re.Pattern[bytes] | None:
     if put is None:
         return None
     start = put if first in b"qr" else b"()"
-    key = rb"(?:X(....)([0-9]+)%b|(%b))" % (put, _G)
-    storage = rb"%b(%b)(%b)N?t%bQ(%b)" % (key, _G, _I, put, _I)
+    key = rb"(?:X(....)([0-9]+)%b|(%b))" % (put, GET)
+    storage = rb"%b(%b)(%b)N?t%bQ(%b)" % (key, GET, INTEGER, put, INTEGER)
     sizes = rb"(%b)(?:(?<!\))%b)?" % (_SIZES, put)
-    hooks = rb"([\x88\x89])(%b)\)R%b" % (_G, put)
-    return re.compile(start + rb"(%b\(\(%b%b)" % (_G, _G, _G) + storage + sizes + sizes + hooks + b"t" + put + b"R" + put, re.DOTALL)
+    hooks = rb"([\x88\x89])(%b)\)R%b" % (GET, put)
+    return re.compile(start + rb"(%b\(\(%b%b)" % (GET, GET, GET) + storage + sizes + sizes + hooks + b"t" + put + b"R" + put, re.DOTALL)
 
 
 @cache
@@ -220,11 +227,11 @@ def _named_tensor(first: int) -> re.Pattern[bytes] | None:
     if put is None:
         return None
     key = rb"X(....)([0-9]+)%b" % put
-    storage = rb"%b(%b%b)N?t%bQ(%b" % (key, _G, _I, put, _I)
+    storage = rb"%b(%b%b)N?t%bQ(%b" % (key, GET, INTEGER, put, INTEGER)
     sizes = rb"(?:%b))(?:(?<!\))%b)?(%b)(?:(?<!\))%b)?" % (_SIZES, put, _SIZES, put)
     write = put.translate(None, b"()")
-    hooks = rb"([\x88\x89]%b\)R)(%bt%bR%b)" % (_G, write, write, write)
-    tensor = rb"X(....)(.{0,1024}?)%b(%b\(\(%b%b)" % (put, _G, _G, _G) + storage + sizes + hooks
+    hooks = rb"([\x88\x89]%b\)R)(%bt%bR%b)" % (GET, write, write, write)
+    tensor = rb"X(....)(.{0,1024}?)%b(%b\(\(%b%b)" % (put, GET, GET, GET) + storage + sizes + hooks
     return re.compile(tensor + rb"|(.+)", re.DOTALL)
 
 
@@ -233,8 +240,8 @@ _PROBED = 32  # tensors that tell whether a run repeats
 _MOST = 1 << 17  # bytes of one run; Python's own pickler puts 1,000 items into a dict at once
 
 
-_REFS = re.compile(_G, re.DOTALL)
-_COUNTS = re.compile(_I, re.DOTALL)
+REFS = re.compile(GET, re.DOTALL)
+_COUNTS = re.compile(INTEGER, re.DOTALL)
 
 
 def _parted(place_numel: bytes, offset_shape: bytes) -> tuple[bytes, bytes, bytes, bytes]:
@@ -248,12 +255,12 @@ def _parted(place_numel: bytes, offset_shape: bytes) -> tuple[bytes, bytes, byte
 @lru_cache(maxsize=4096)
 def _view(numel: bytes, offset: bytes, shape: bytes, strides: bytes) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
     """Elements of the storage, offset, shape and strides; a model has few of them and many tensors."""
-    return _number(numel), _number(offset), _numbers(shape), _numbers(strides)
+    return number(numel), number(offset), numbers(shape), numbers(strides)
 
 
-def _numbers(spelled: bytes) -> tuple[int, ...]:
+def numbers(spelled: bytes) -> tuple[int, ...]:
     """The counts of a tuple, spelled from its first item to its closing opcode."""
-    return tuple(map(_number, _COUNTS.findall(spelled, spelled[:1] == b"(")))
+    return tuple(map(number, _COUNTS.findall(spelled, spelled[:1] == b"(")))
 
 
 def _indices(puts: Sequence[bytes], width: int | None = None) -> Sequence[int]:
@@ -262,12 +269,18 @@ def _indices(puts: Sequence[bytes], width: int | None = None) -> Sequence[int]:
     return tuple(spelled) if (width or len(puts[0])) == 1 else struct.unpack(f"<{len(spelled) // 4}I", spelled)
 
 
-def _memo_index(spelled: bytes) -> int:
+def memo_index(spelled: bytes) -> int:
     """The index of a memo opcode, of either width."""
     return spelled[1] if len(spelled) == 2 else int.from_bytes(spelled[1:], "little")
 
 
-def _number(spelled: bytes) -> int:
+def memo_indices(spelled: Sequence[bytes]) -> list[int]:
+    """The indices of many."""
+    joined = b"".join(spelled)
+    return [index for (index,) in struct.iter_unpack("<xI", joined)] if len(joined) == 5 * len(spelled) else list(map(memo_index, spelled))
+
+
+def number(spelled: bytes) -> int:
     if len(spelled) <= 3 and spelled[0] != 0x8A:
         return int.from_bytes(spelled[1:], "little")
     return int.from_bytes(spelled[1 if spelled[0] == 0x4A else 2 :], "little", signed=True)
