@@ -167,13 +167,14 @@ def test_rates_fall_by_the_layer_and_every_parameter_is_in_one_group():
     [
         (Network(), ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "head"]),
         (nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ["0", "2"]),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)), ["0", "3", "5"]),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(Residual(), Residual()), nn.Linear(4, 2)), ["0", "1.0", "1.1", "2"]),
         (nn.ModuleList([nn.ModuleDict({"conv": nn.Sequential(Block(2), Residual())}) for _ in range(2)]), ["0", "1"]),
         (nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)}), ["first", "second"]),
         (nn.ModuleDict({"e": nn.ModuleList([Block(2), Block(2)]), "mid": nn.Linear(2, 2), "d": nn.ModuleList([Block(2), Block(2)])}), ["e.0", "e.1", "d.0", "d.1"]),
         (nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": nn.ModuleList([Block(2), Block(2)])}) for _ in range(2)])}), ["layers.0", "layers.1"]),
     ],
-    ids=["stages", "sequential", "nested stage", "unlike modules are no stage", "no containers", "encoder and decoder", "experts are no layers"],
+    ids=["stages", "sequential", "a norm goes with its convolution", "nested stage", "unlike modules are no stage", "no containers", "encoder and decoder", "experts are no layers"],
 )  # fmt: skip
 def test_layers_are_read_off_the_module_tree(model, expected):
     groups = wb.models.param_groups(model, 1.0, layer_decay=0.5)

@@ -146,8 +146,8 @@ def param_groups(
     """Groups for an optimizer, deepest layer last, with lr * layer_decay ** (layers above it).
 
     The layers are the numbered modules (ModuleList, Sequential) in the order in which the model registers them; what stands before them
-    is the stem, what stands behind them the head, and vectors in between (a last normalisation) go with the layer before. A model
-    without numbered modules has one layer for each child.
+    is the stem, what stands behind them the head, and vectors in between (a last normalisation) go with the layer before, as does a
+    numbered module of vectors alone (the BatchNorm behind a convolution). A model without numbered modules has one layer for each child.
 
     Args:
         weight_decay: of matrices; vectors (biases, normalisations) get none.
@@ -176,18 +176,19 @@ def param_groups(
 
 
 def _layers(model: nn.Module) -> list[tuple[str, list[str]]]:
-    """(name, its parameters) of each layer, in depth order."""
+    """(name, its parameters) of each layer, in depth order. One of vectors alone is the normalisation of the layer before it."""
     blocks = set(_blocks(model))
     own = dict(model.named_parameters())
     where = {n: next((".".join(p[:i]) for i in range(len(p)) if ".".join(p[:i]) in blocks), "") for n in own for p in [n.split(".")]}
     inside = [i for i, layer in enumerate(where.values()) if layer]
+    solid = {layer for name, layer in where.items() if own[name].ndim > 1}
     found: dict[str, list[str]] = {}
     last = "stem"
     for i, (name, layer) in enumerate(where.items()):
         if not inside:
             last = name.partition(".")[0] if "." in name else "(root)"
         elif layer:
-            last = layer
+            last = layer if layer in solid else last
         elif i > inside[-1] and (own[name].ndim > 1 or last == "head"):
             last = "head"
         found.setdefault(last, []).append(name)
@@ -352,7 +353,8 @@ def carry_optimizer(
     Raises:
         SelectionError: names and state do not fit, or state would be lost: a name with no successor, a value made by a formula.
         SpecMismatchError: a moment has another shape than its new parameter.
-    Cost: splits, merges and transposes copy; everything else is passed on.
+    Cost: splits, merges and transposes copy; everything else is passed on, as torch's own load_state_dict does: two optimizers that
+    both go on from the state of a live one would share its moments, so give each a copy, or what was saved.
     """
     groups, order = state["param_groups"], list(new)
     flat = [(i, key) for i, group in enumerate(groups) for key in group["params"]]
