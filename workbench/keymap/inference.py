@@ -1,28 +1,36 @@
 """match: infer how the tensors of one model are made from another's. What names and shapes cannot prove is ambiguous and is said.
 
-Each name is read as (context, indices, role): the container of a repeated block, its numbers, and what the tensor does in it, in
-the words of rules.py where they are known. Contexts are paired by how many of their roles and shapes agree; inside a pair of
-contexts, roles are joined, then fused and split (fusions.py), then what is left is paired where it is the only one of its shapes.
-The result is a KeyMap; loading is loading.py's.
+Each name is read (naming.py) as (context, indices, role): the container of a repeated block, its numbers, and what the tensor does in
+it, in the words of rules.py where they are known. Contexts are paired (containers.py) by how many of their roles and shapes agree;
+inside a pair of contexts, roles are joined, then fused and split (fusions.py) and mended (layouts.py). What lies in no container is
+paired by the end of its name, and what is left where it is the only one of its shapes. `Search.run` is that order. The result is a
+KeyMap; loading is loading.py's. Whatever is decided here for each of a hundred thousand names has to be cheap: what is the same for a
+container, a block or an end is decided once for it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-from workbench.checkpoint import Checkpoint, Finding
+from workbench.checkpoint import Finding
 from workbench.errors import SelectionError
 from workbench.formats import collector_paused
-from workbench.keymap.composites import canonical, composites, locked_raw
-from workbench.keymap.fusions import FUSIONS, Item, fused_from, fused_pairs, relaid
-from workbench.keymap.layouts import orient, stack, turn, unstack
-from workbench.keymap.maps import Ambiguous, KeyMap, Pair, Part, Regroup, Unmatched
+from workbench.keymap.composites import Spelling, canonical, composites, locked_raw
+from workbench.keymap.containers import Pairing, pairings
+from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
+from workbench.keymap.layouts import IN_OUT, SAME, Fit, fit, orient, stack, turn, unstack
+from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part, Unmatched
 from workbench.keymap.naming import (
+    Block,
     Indices,
+    Name,
     bare_name,
+    bare_names,
     domain,
     grouped,
     opposed,
@@ -30,7 +38,6 @@ from workbench.keymap.naming import (
     shown,
     strange_wrappers,
     tokens_of,
-    words_in,
     wrapper_rule,
 )
 from workbench.keymap.rules import is_known_role, is_single_role
@@ -40,6 +47,7 @@ from workbench.opening import open as open_checkpoint
 from workbench.tensors import LazyTensor
 
 Shape = tuple[int, ...]
+Words = dict[str, list[str]]  # name -> its words
 
 
 @collector_paused()
@@ -61,18 +69,14 @@ def match(source: Any, target: Any) -> KeyMap:
     if not wanted.shapes:
         raise SelectionError("the target names no tensors")
     section = ckpt.weights_section
-    sources = ckpt.weights
-    found = Search(dict(sources.items()), wanted).run()
-    used = {name for pair in found.pairs.values() for name in pair.sources}
+    tensors = dict(ckpt.weights.items())
+    found = Search(tensors, wanted).run()
+    used = {part.source for pair in found.pairs.values() for part in pair.parts}
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}
-    free = Counter(tensor.shape for name, tensor in sources.items() if name not in used)
-    bare = {bare_name(name): name for name in sources}
-    unmatched = [
-        _unmatched(t, wanted.shapes[t], sources, used, free, bare) for t in wanted.shapes if t not in found.pairs and t not in ambiguous
-    ]
+    unmatched = _unmatched([t for t in wanted.shapes if t not in found.pairs and t not in ambiguous], wanted.shapes, tensors, used)
     alike = [s for s in ckpt.sections() if s.kind in ("weights", "ema") and s.path != section.path]
-    needed = {bare_name(name): sources[name].shape for name in used}
+    needed = {bare_name(name): tensors[name].shape for name in used if name} if alike else {}
     same = [s for s in alike if needed and needed.items() <= {bare_name(n): t.shape for n, t in ckpt.section(s.path).items()}.items()]
     rivals = tuple(s.name for s in same if s in ckpt.rival_sections)
     if same and len(found.pairs) < len(wanted.shapes):  # stages that each count from 0: which of them comes first is not told
@@ -84,52 +88,13 @@ def match(source: Any, target: Any) -> KeyMap:
         Finding("another section", "info", message.format(s.name, section.name, section.reason)) for s in same if s.name not in rivals
     ]
     return KeyMap(
-        tuple(found.pairs[t] for t in order), tuple(unmatched), tuple(ambiguous.values()), tuple(n for n in sources if n not in used),
+        tuple(found.pairs[t] for t in order), unmatched, tuple(ambiguous.values()), tuple(n for n in tensors if n not in used),
         section.name, section.reason, rivals, tuple(others),
     )  # fmt: skip
 
 
-class _Fit(NamedTuple):
-    """How a shape becomes another: nothing, a reshape, or a transpose."""
-
-    kind: str
-    regroup: Regroup | None
-
-
-_SAME = _Fit("", None)
-_MOST_SHARING, _MOST_CONTAINERS = 64, 4096  # names with one end; pairs of containers
+_MOST_SHARING = 64  # names with one end
 _MOST_WORDS = 40  # of the end of a name
-_TOWERS = frozenset({"vision", "text", "audio"})
-
-
-# kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
-_IN_OUT = ("kernel", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
-
-
-@lru_cache(maxsize=1 << 14)
-def _fit(source: Shape, target: Shape, turned: bool = False) -> _Fit | None:
-    if turned and len(source) == len(target) > 1:
-        axes = (len(source) - 1, len(source) - 2, *range(len(source) - 2))
-        moved = tuple(source[axis] for axis in axes)
-        return _Fit("transposed", Regroup(source, axes, target)) if moved == target else None
-    if source == target:
-        return _SAME
-    bare = tuple(n for n in source if n != 1)
-    if bare == tuple(n for n in target if n != 1):
-        return _Fit("reshaped", Regroup(source, tuple(range(len(source))), target))
-    if len(bare) == 2 and bare[::-1] == target:
-        return _Fit("transposed", Regroup(bare, (1, 0), target))
-    return None
-
-
-class Pairing(NamedTuple):
-    """A container of the source in the place of one of the target, and which numbers stand for which."""
-
-    source: str
-    target: str
-    indices: dict[Indices, Indices]  # target's -> source's
-    reading: str
-    filled: int
 
 
 class Search:
@@ -137,48 +102,37 @@ class Search:
 
     def __init__(self, tensors: dict[str, LazyTensor], wanted: Target) -> None:
         self.wanted, self.tensors = wanted, tensors
-        self.items = {name: Item(name, t.shape, t.dtype.name, (Part(name),)) for name, t in tensors.items()}
+        self.items = {name: Item(name, t.spec.shape, t.spec.dtype.name, (Part(name),)) for name, t in tensors.items()}
         self.refused: dict[str, str] = {}
-        self._compose(tensors)
         self.pairs: dict[str, Pair] = {}
         self.ambiguous: dict[str, Ambiguous] = {}
         self.used: set[str] = set()
         told = canonical(wanted.shapes)
-        mine = canonical(self.items, [told[name].name if name in told else name for name in wanted.shapes])
-        roles = {spelling.role for spelling in mine.values()}
-        self.spelt = {name: mine[name].name if name in mine else name for name in self.items}
-        wants = {
-            name: told[name].also[0]
-            if name in told and told[name].also and told[name].role not in roles
-            else told[name].name
-            if name in told
-            else name
-            for name in wanted.shapes
-        }
-        for extra in strange_wrappers(self.spelt.values(), wants.values()):
-            self.spelt = {name: ".".join(part for part in spelt.split(".") if part != extra) for name, spelt in self.spelt.items()}
-        self.source_names, self.target_names = read_names(self.spelt), read_names(wants)
-        self.bare = {name: bare_name(spelt) for name, spelt in (self.spelt | wants).items()}
+        self._compose(told)
+        spelt, wants = self._spelt(told)
+        self.source_names, self.target_names = read_names(spelt), read_names(wants)
+        self.bare = {name: read.bare for names in (self.source_names, self.target_names) for name, read in names.items()}
         stack(self)
-        self.by_context: tuple[dict[str, dict[Indices, dict[str, list[str]]]], ...] = tuple(
-            map(grouped, (self.source_names, self.target_names))
-        )
-        self.running = {
-            told.context for names in (self.source_names, self.target_names) for told in names.values() if ".running." in told.role
-        }
+        self.by_context = grouped(self.source_names), grouped(self.target_names)
+        self.experts_in: dict[str, list[str]] = defaultdict(list)  # container of the target -> those of experts in it
+        for context in self.by_context[1]:
+            for dot in re.finditer(r"\.", context) if context.endswith(".experts.#") else ():
+                self.experts_in[context[: dot.start()]].append(context)
+        self.shapes = {name: item.shape for name, item in self.items.items()}, wanted.shapes
+        self.roles = {told.role for names in (self.source_names, self.target_names) for told in names.values()}
+        running = {role for role in self.roles if ".running." in role}
+        both = (self.source_names, self.target_names) if running else ()
+        self.running = {told.context for names in both for told in names.values() if told.role in running}
 
-    def _compose(self, tensors: dict[str, LazyTensor]) -> None:
+    def _compose(self, told: dict[str, Spelling]) -> None:
         """Put what parts make in the place of the parts, unless the target wants the parts; take out codes that no cast may read."""
-        found = composites(tensors)
-        told, mine = canonical(self.wanted.shapes), canonical(tensors)
-        own = {bare_name(told[name].name if name in told else name) for name in self.wanted.shapes}
-        for made in found:
-            spelt = {bare_name(mine[part].name if part in mine else part) for part in made.parts}
-            if any(
-                part in own or any(name.endswith(f".{part}") or part.endswith(f".{name}") for name in own)
-                for part in spelt
-                if part != bare_name(made.name)
-            ):
+        found = composites(self.tensors)
+        mine = canonical(self.tensors) if found else {}
+        spelt = [{bare_name(mine[p].name if p in mine else p) for p in made.parts} - {bare_name(made.name)} for made in found]
+        wants = {bare_name(told[t].name if t in told else t) for t in (self.wanted.shapes if found else ())}
+        asked = _asked(set().union(*spelt), wants)
+        for made, own in zip(found, spelt, strict=True):
+            if own & asked:
                 continue
             for part in made.parts:
                 self.items.pop(part, None)
@@ -188,18 +142,39 @@ class Search:
             else:
                 parts = tuple(Part(part) for part in made.parts)
                 self.items[made.name] = Item(made.name, made.shape, made.dtype, parts, made.formula, made.params, made.rule)
-        for name, why in locked_raw(tensors, found).items():
+        locked = locked_raw(self.tensors, found)
+        shapes = reversed(self.wanted.shapes) if locked else ()
+        wanted = {bare_name(t): self.wanted.dtypes.get(t) for t in shapes}  # of several the first
+        for name, why in locked.items():
             held = self.items.get(name)
-            wanted = next((self.wanted.dtypes.get(t) for t in self.wanted.shapes if bare_name(t) == bare_name(name)), None)
-            if held is not None and not held.formula and held.parts == (Part(name),) and held.dtype != wanted:
+            if held is not None and not held.formula and held.parts == (Part(name),) and held.dtype != wanted.get(bare_name(name)):
                 del self.items[name]
                 self.refused[name] = why
 
+    def _spelt(self, told: dict[str, Spelling]) -> tuple[dict[str, str], dict[str, str]]:
+        """How the names of both sides are to be read: in one spelling of what is published under several."""
+        shapes = self.wanted.shapes
+        mine = canonical(self.items, [told[name].name if name in told else name for name in shapes])
+        roles = {spelling.role for spelling in mine.values()}
+        spelt = {name: mine[name].name if name in mine else name for name in self.items}
+        wants = {name: name for name in shapes}
+        for name, spelling in told.items():
+            wants[name] = spelling.also[0] if spelling.also and spelling.role not in roles else spelling.name
+        for extra in strange_wrappers(spelt.values(), wants.values()):
+            spelt = {name: ".".join(part for part in text.split(".") if part != extra) for name, text in spelt.items()}
+        return spelt, wants
+
     def run(self) -> Search:
-        chosen = self._pairings()
-        for step in (self._join, self._join_fused, partial(unstack, self), partial(orient, self), partial(turn, self)):
+        chosen = pairings(self)
+        for step in (self._join, self._join_fused, partial(unstack, self)):
             for pairing in chosen:
                 step(pairing)
+        for mend in (orient, turn):
+            paired: dict[str, list[str]] = defaultdict(list)  # container -> names
+            for name in self.pairs:
+                paired[self.target_names[name].context].append(name)
+            for pairing in chosen:
+                mend(self, pairing, paired[pairing.target])
         self._singles()
         self._join_single_fusions()
         for pairing in chosen:
@@ -209,142 +184,58 @@ class Search:
         self._doubt_lonely()
         self._ties()
         self._name_candidates()
+        targets: dict[str, list[str]] = defaultdict(list)
+        for target in self.wanted.shapes if self.refused else ():
+            targets[bare_name(target)].append(target)
         for name, why in self.refused.items():
-            for target in self.wanted.shapes:
-                if target not in self.pairs and bare_name(target) == bare_name(name):
+            for target in targets[bare_name(name)]:
+                if target not in self.pairs:
                     self.ambiguous.setdefault(target, Ambiguous(target, (name,), why))
         return self
-
-    # containers
-
-    def _pairings(self) -> list[Pairing]:
-        """One container of the source for each of the target, where exactly one explains most of it."""
-        sources, targets = self.by_context
-        options: dict[str, list[tuple[tuple[int, ...], Pairing]]] = {}
-        many = len(sources) * len(targets) > _MOST_CONTAINERS  # no model: only equal ones are compared
-        for target, held in targets.items():
-            if target:
-                whole = sum(len(roles) for roles in held.values())
-                read = [
-                    p
-                    for source in ([target] if many else sources)
-                    if source and source in sources and (source == target or not opposed(source, target))
-                    for p in self._readings(source, target)
-                ]
-                scored = [(self._score(p), p) for p in read if p.source == target or p.filled >= whole]
-                options[target] = sorted((entry for entry in scored if entry[1].filled), key=lambda entry: entry[0], reverse=True)
-        chosen: list[Pairing] = []
-        for target, scored in sorted(options.items(), key=lambda entry: entry[1][0][0] if entry[1] else (0,), reverse=True):
-            taken = {p.source for p in chosen}
-            free = [entry for entry in scored if entry[1].source not in taken]
-            if not free:
-                continue
-            best = free[0]
-            rivals = [p for score, p in free[1:] if score == best[0]]
-            if best[1].source != target and not domain(target) & _TOWERS:  # a word that both towers share tells nothing
-                own = domain(best[1].source) & _TOWERS
-                rivals += [p for score, p in free[1:] if score[0] == best[0][0] and domain(p.source) & _TOWERS != own and p not in rivals]
-            rivals += [
-                p
-                for other, entries in options.items()
-                if other != target and other not in {c.target for c in chosen}
-                for score, p in entries[:1]
-                if p.source == best[1].source and score == best[0]
-            ]
-            if rivals:
-                self._doubt(target, [best[1], *rivals])
-                continue
-            chosen.append(best[1])
-        return chosen
-
-    def _doubt(self, context: str, readings: list[Pairing]) -> None:
-        names = ", ".join(sorted({shown(p.source) for p in readings}))
-        held = self.by_context[1][context]
-        for indices, roles in held.items():
-            for role, targets in roles.items():
-                for target in targets:
-                    candidates = [
-                        s for p in readings for s in self.by_context[0][p.source].get(p.indices.get(indices, ()), {}).get(role, [])
-                    ]
-                    if candidates:
-                        self.ambiguous[target] = Ambiguous(target, tuple(dict.fromkeys(candidates))[:8], f"{names} fit equally well")
-
-    def _score(self, p: Pairing) -> tuple[int, ...]:
-        same = p.source == p.target
-        return (p.filled, same, len(words_in(p.source) & words_in(p.target)), -len(self.by_context[0][p.source]))
-
-    def _readings(self, source: str, target: str) -> list[Pairing]:
-        """The ways in which the numbers of one container may stand for those of another."""
-        ours, theirs = self.by_context[0][source], self.by_context[1][target]
-        numbered: list[tuple[dict[Indices, Indices], str]] = []
-        depth = {len(i) for i in ours} | {len(i) for i in theirs}
-        if len(depth) == 1:
-            if theirs.keys() & ours.keys():
-                numbered.append(({i: i for i in theirs if i in ours}, "the same numbers"))
-            low = [tuple(min(column) for column in zip(*held, strict=True)) for held in (ours, theirs)]
-            shift = tuple(a - b for a, b in zip(*low, strict=True))
-            moved = {i: tuple(n + d for n, d in zip(i, shift, strict=True)) for i in theirs}
-            if any(shift) and all(i in ours for i in moved.values()):
-                numbered.append((moved, f"numbers moved by {', '.join(map(str, shift))}"))
-        if len(ours) == len(theirs) and set(ours) != set(theirs):
-            numbered.append((dict(zip(sorted(theirs), sorted(ours), strict=True)), "one after the other"))
-        read = [Pairing(source, target, indices, told, self._filled(ours, theirs, indices)) for indices, told in numbered]
-        return [max(read, key=lambda p: p.filled)] if read else []  # of equals the first, which is the simplest
-
-    def _filled(
-        self, ours: dict[Indices, dict[str, list[str]]], theirs: dict[Indices, dict[str, list[str]]], indices: dict[Indices, Indices]
-    ) -> int:
-        """How many tensors agree in role and shape; in shape alone where no role is shared. A role of another shape speaks against it."""
-        count = 0
-        for index, roles in theirs.items():
-            held = ours.get(indices.get(index, ()))
-            if held is None:
-                continue
-            for role, targets in roles.items():
-                if role in held:
-                    fit = self._fits(held[role][0], targets[0])
-                    count += 2 if fit is _SAME else 1 if fit else -2
-                elif (fused := fused_from(role)) and fused & held.keys():
-                    count += 1
-            if not held.keys() & roles.keys():
-                mine = Counter((role.rpartition(".")[0].rpartition(".")[2], self.items[names[0]].shape) for role, names in held.items())
-                other = Counter((role.rpartition(".")[0].rpartition(".")[2], self.wanted.shapes[names[0]]) for role, names in roles.items())
-                count += 2 * len(roles) * (mine == other)
-        return max(count, 0)
 
     # tensors in a pair of containers
 
     def _join(self, p: Pairing) -> None:
         ours, theirs = self.by_context[0][p.source], self.by_context[1][p.target]
         rule, confidence = self._rule(p)
+        reason = f"{p.reading}; the role and the shape agree"
         for index, roles in theirs.items():
             held = ours.get(p.indices.get(index, ()), {})
+            spelt: dict[str, list[str]] | None = None
             for role, targets in roles.items():
-                if role in held and len(targets) == len(held[role]) == 1 and self._same_kind(targets[0], held[role][0]):
-                    self._take(targets[0], held[role][0], rule, confidence, f"{p.reading}; the role and the shape agree")
-                elif role not in held and p.source == p.target:
-                    same = [
-                        n for names in held.values() for n in names if self._same_name(targets[0], n) and self._fits(n, targets[0]) is _SAME
-                    ]
+                if role in held:
+                    if len(targets) == len(held[role]) == 1 and self._same_kind(targets[0], held[role][0]):
+                        self._take(targets[0], held[role][0], rule, confidence, reason)
+                elif p.source == p.target:
+                    spelt = self._by_spelling(held) if spelt is None else spelt
+                    same = [n for n in spelt.get(self.bare[targets[0]], ()) if self._fits(n, targets[0]) is SAME]
                     if len(same) == 1:
                         self._take(targets[0], same[0], rule, confidence, p.reading)
 
+    def _by_spelling(self, held: Block) -> dict[str, list[str]]:
+        out: dict[str, list[str]] = defaultdict(list)
+        for names in held.values():
+            for name in names:
+                out[self.bare.get(name, "")].append(name)
+        return out
+
     def _same_kind(self, target: str, source: str) -> bool:
         """Whether the modules of two names may be of one kind: what fits beside them fits, and both or neither keep running statistics."""
-        ours, theirs = self.by_context[0], self.by_context[1]
         told, other = self.target_names[target], self.source_names[source]
-        if (told.role.endswith(".weight.") and not {told.context, other.context} & self.running) or not told.role or not other.role:
+        if told.role.endswith(".weight.") and told.context not in self.running and other.context not in self.running:
             return True
-        roles, held = theirs[told.context][told.indices], ours[other.context][other.indices]
-        if not told.context or not other.context:
+        if not told.role or not other.role or not told.context or not other.context:
             return True
-        unit = told.role.rstrip(".").rpartition(".")[0]
-        mine = other.role.rstrip(".").rpartition(".")[0]
+        held, roles = self.by_context[0][other.context][other.indices], self.by_context[1][told.context][told.indices]
+        unit, mine = (role.rstrip(".").rpartition(".")[0] for role in (told.role, other.role))
         if (f"{unit}.running.mean." in roles) != (f"{mine}.running.mean." in held):
             return False
-        return self._unit_fits(
-            told.role, roles, {f"{unit}{role[len(mine) :]}" if role.startswith(f"{mine}.") else role: names for role, names in held.items()}
-        )
+        matrix = f"{unit}.weight."
+        if matrix == told.role or matrix not in roles or not (own := held.get(f"{mine}.weight.") or held.get(matrix)):
+            return True
+        if self._same_name(target, source):  # other widths are another matter; a vector is no matrix
+            return len(self.wanted.shapes[roles[matrix][0]]) == len(self.items[own[0]].shape)
+        return self._fits(own[0], roles[matrix][0]) is not None  # vectors of one length are many
 
     def _same_name(self, target: str, source: str) -> bool:
         return self.bare[target] == self.bare.get(source)
@@ -354,53 +245,43 @@ class Search:
         one, other = (name.removesuffix("weight") + "bias" for name in (source, target))
         return one not in self.items or other not in self.wanted.shapes or self.items[one].shape == self.wanted.shapes[other]
 
-    def _unit_fits(self, role: str, roles: dict[str, list[str]], held: dict[str, list[str]]) -> bool:
-        """Whether the matrix beside a vector fits as well: vectors of one length are many."""
-        matrix = f"{role.rstrip('.').rpartition('.')[0]}.weight."
-        if matrix == role or matrix not in roles or matrix not in held:
-            return True
-        if self._same_name(roles[role][0], held[role][0]):  # other widths are another matter; a vector is no matrix
-            return len(self.wanted.shapes[roles[matrix][0]]) == len(self.items[held[matrix][0]].shape)
-        return self._fits(held[matrix][0], roles[matrix][0]) is not None
-
-    def _rule(self, p: Pairing) -> tuple[str, str]:
+    def _rule(self, p: Pairing) -> tuple[str, Confidence]:
         if p.source == p.target and p.reading == "the same numbers":
             return "same block", "certain"
         return f"{shown(p.source)} becomes {shown(p.target)}", "likely"
 
-    def _fits(self, source: str, target: str) -> _Fit | None:
-        turned = source.endswith(_IN_OUT) != target.endswith(_IN_OUT)
-        return _fit(self.items[source].shape, self.wanted.shapes[target], turned)
+    def _fits(self, source: str, target: str) -> Fit | None:
+        return fit(self.shapes[0][source], self.shapes[1][target], source.endswith(IN_OUT) != target.endswith(IN_OUT))
 
-    def _take(self, target: str, source: str, rule: str, confidence: Any, reason: str) -> bool:
-        item = self.items[source]
-        fit = self._fits(source, target)
-        if ".qkv." in self.target_names[target].role and fit is not None and not item.formula:
+    def _take(self, target: str, source: str, rule: str, confidence: Confidence, reason: str) -> None:
+        item, how = self.items[source], self._fits(source, target)
+        if ".qkv." in self.target_names[target].role and how is not None and not item.formula:
             regroup, why = relaid(source, target, self.items, self.wanted)
             if why:
                 self.ambiguous[target] = Ambiguous(target, (source,), why)
-                return False
-            fit = _Fit("rows regrouped", regroup) if regroup is not None else fit
-        if fit is not None and fit.kind == "transposed" and not self._bias_fits(target, source):
-            return False
-        if fit is None or target in self.pairs or source in self.used:
-            return False
-        if self._same_name(target, source) and fit is _SAME and not item.after:
+                return
+            how = Fit("rows regrouped", regroup) if regroup is not None else how
+        if how is None or target in self.pairs or source in self.used:
+            return
+        if how.kind == "transposed" and not self._bias_fits(target, source):
+            return
+        if how is SAME and self._same_name(target, source) and not item.after:
             confidence = "certain"
             rule, reason = ("same name", "name and shape agree") if target == source else wrapper_rule(source, target)
-        parts, regroup = item.parts, fit.regroup
+        parts, regroup = item.parts, how.regroup
         if item.after is not None:
             if regroup is not None:
-                return False
+                return
             regroup, rule = item.after, f"{rule}; {item.note}"
         elif item.formula:
             rule = f"{item.note}" if rule == "same name" else f"{rule}; {item.note}"
         elif regroup is not None:
             parts, regroup = (item.parts[0]._replace(regroup=regroup, shape=item.shape),), None
-            rule = f"{rule}, {fit.kind}"
+            rule = f"{rule}, {how.kind}"
         self.pairs[target] = Pair(target, parts, rule, confidence, reason, regroup, item.formula, item.params)
-        self.used.update((source, *self.pairs[target].sources))
-        return True
+        self.used.add(source)
+        if len(parts) > 1 or parts[0].source != source:
+            self.used.update(self.pairs[target].sources)
 
     def _join_fused(self, p: Pairing) -> None:
         ours, theirs = self.by_context[0][p.source], self.by_context[1][p.target]
@@ -408,7 +289,8 @@ class Search:
             held = ours.get(p.indices.get(index, ()), {})
             free = {role: names[0] for role, names in held.items() if len(names) == 1 and names[0] not in self.used}
             open_ = {role: names[0] for role, names in roles.items() if len(names) == 1 and names[0] not in self.pairs}
-            self._fuse(free, open_)
+            if free and open_:
+                self._fuse(free, open_)
 
     def _join_single_fusions(self) -> None:
         """Fusions of modules that lie in no block: of one path, or the only ones."""
@@ -439,112 +321,87 @@ class Search:
     # what lies in no container
 
     def _singles(self) -> None:
-        sources = [n for n in self.source_names if n not in self.used]
-        targets = [n for n in self.target_names if n not in self.pairs and n not in self.ambiguous]
-        ends: dict[str, list[str]] = defaultdict(list)
-        for name in sources:
-            tokens = tokens_of(self.source_names[name])
-            for cut in range(max(0, len(tokens) - _MOST_WORDS), len(tokens)):
-                ends[".".join(tokens[cut:])].append(name)
-        best: dict[str, tuple[int, list[str]]] = {}
-        for name in targets:
-            tokens = tokens_of(self.target_names[name])
-            for cut in range(max(0, len(tokens) - _MOST_WORDS), len(tokens)):
-                end = ".".join(tokens[cut:])
-                sharing = ends.get(end, ())
-                fits = [
-                    s
-                    for s in sharing
-                    if len(sharing) <= _MOST_SHARING and self._fits(s, name) and self._may_end(name, s, end, len(tokens) - cut)
-                ]
-                if fits:
-                    best[name] = (len(tokens) - cut, fits)
-                    break
-        claims: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        sources = {n: tokens_of(told) for n, told in self.source_names.items() if n not in self.used}
+        targets = {n: tokens_of(told) for n, told in self.target_names.items() if n not in self.pairs and n not in self.ambiguous}
+        found: dict[str, tuple[int, list[str]]] = {}  # target -> words of the longest end that sources share and fit, and those
+        for length, ours, theirs in _shared_ends(sources, targets, 0, list(sources), list(targets)):
+            if len(ours) <= _MOST_SHARING:
+                here = {n: targets[n] for n in theirs if n not in found}
+                found |= {name: (length, fits) for name, fits in self._sharing(length, {n: sources[n] for n in ours}, here) if fits}
+        best = {name: found[name] for name in targets if name in found}
+        longest: dict[str, int] = defaultdict(int)
+        claims: dict[tuple[str, int], tuple[set[str], ...]] = defaultdict(lambda: (set(), set(), set()))
+        bare = {name: spelt for names in (sources, targets) for name, spelt in zip(names, bare_names(names), strict=True)}
+
+        def claiming(name: str, source: str, length: int) -> set[str]:
+            near = 0 if bare[name] == bare[source] else 1 if domain(name) == domain(source) else 2
+            return claims[source, length][near]
+
         for name, (length, fits) in best.items():
             for source in fits:
-                claims[source].append((length, name))
+                claiming(name, source, length).add(name)
+                longest[source] = max(longest[source], length)
         for name, (length, fits) in sorted(best.items(), key=lambda entry: -entry[1][0]):
-            free = [s for s in fits if s not in self.used and max(claims[s])[0] <= length]
+            free = [s for s in fits if s not in self.used and longest[s] <= length]
             free = [s for s in free if self._same_name(name, s)] or [s for s in free if domain(name) and domain(s) == domain(name)] or free
-            wanting = [n for other, n in claims[free[0]] if other == length and n not in self.pairs] if len(free) == 1 else []
-            wanting = (
-                [n for n in wanting if bare_name(n) == bare_name(free[0])]
-                or [n for n in wanting if domain(n) == domain(free[0])]
-                or wanting
-            )
-            if wanting == [name]:
+            if len(free) == 1 and next(filter(None, claims[free[0], length])) == {name}:  # the nearest of those that want it
                 self._take(name, free[0], "the end of the name", "likely", "the longest end of the name and the shape agree")
-            elif free and name not in self.pairs:
-                self.ambiguous[name] = Ambiguous(
-                    name, tuple(free)[:8], "the end of the name and the shape agree, and so they do for others"
-                )
+                for source in fits if name in self.pairs else ():
+                    claiming(name, source, length).discard(name)
+            elif free:
+                why = "the end of the name and the shape agree, and so they do for others"
+                self.ambiguous[name] = Ambiguous(name, tuple(free[:8]), why)
 
-    def _may_end(self, target: str, source: str, end: str, length: int) -> bool:
-        """Whether two names that end alike may be one: one of them is that end, or the end is a known role outside of blocks."""
-        told, other = self.target_names[target], self.source_names[source]
-        if not self._same_kind(target, source):
-            return False
-        if length in (len(tokens_of(told)), len(tokens_of(other))):
-            return length > 1 or is_single_role(end) or len(tokens_of(told)) == len(tokens_of(other)) == 1
-        joined = any(
-            f"{before}_" in raw.lower()
-            for raw, names in ((target, told), (source, other))
-            for before in tokens_of(names)[-length - 1 : -length]
-        )
-        return not told.context and not other.context and is_single_role(end) and not joined and not opposed(target, source)
+    def _sharing(self, length: int, sources: Words, targets: Words) -> Iterator[tuple[str, list[str]]]:
+        """The sources that may be one with each target, of names that end in the same words: one of the two is that end, or the end is
+        a known role outside of blocks."""
+        single = is_single_role(".".join(next(iter(sources.values()))[-length:]))
+        wholes = [s for s, words in sources.items() if len(words) == length]
+        apart = {s for s in sources if single and self._stands_apart(s, self.source_names[s], sources[s], length)}
+        for name, words in targets.items():
+            if len(words) == length:
+                near = list(sources) if length > 1 or single else wholes
+            elif single and self._stands_apart(name, self.target_names[name], words, length):
+                near = [s for s in sources if len(sources[s]) == length or (s in apart and not opposed(name, s))]
+            else:
+                near = wholes if length > 1 or single else []
+            yield name, [s for s in near if self._fits(s, name) and self._same_kind(name, s)]
+
+    def _stands_apart(self, raw: str, told: Name, words: list[str], length: int) -> bool:
+        """Whether the end of a longer name is no part of a block, and not of a word that an underscore joins."""
+        return not told.context and not any(f"{before}_" in raw.lower() for before in words[-length - 1 : -length])
 
     def _rest(self, context: str, source_context: str, indices: dict[Indices, Indices] | None) -> None:
         """Modules left over on both sides that are the only ones of their shapes; only where they explain each other wholly."""
         ours, theirs = self.by_context[0].get(source_context, {}), self.by_context[1].get(context, {})
-        units: list[dict[str, set[Any]]] = []
-        for held, done, shapes in (
-            (ours, self.used, {n: i.shape for n, i in self.items.items()}),
-            (theirs, self.pairs, self.wanted.shapes),
-        ):
-            found: dict[str, set[Any]] = defaultdict(set)
-            for roles in held.values():
-                own: dict[str, set[Any]] = defaultdict(set)
-                for role, names in roles.items():
-                    if names[0] not in done and len(names) == 1 and not role.endswith(".num.batches.tracked."):
-                        unit, _, param = role.strip(".").rpartition(".")
-                        own[unit].add((param, shapes[names[0]]))
-                for unit, held_by in own.items():
-                    found[unit].add(frozenset(held_by))
-            units.append(found)
-        signs = [Counter(frozenset(signs) for signs in found.values()) for found in units]
-        if not signs[1] or signs[0] != signs[1] or max(signs[1].values()) > 1 or (not context and len(units[1]) < 2):
+        wanted = _units_left(theirs, self.pairs, self.shapes[1])
+        held = _units_left(ours, self.used, self.shapes[0]) if wanted else {}
+        signs = Counter(wanted.values())
+        if not wanted or Counter(held.values()) != signs or max(signs.values()) > 1 or (not context and len(wanted) < 2):
             return
-        of = {frozenset(signs_): unit for unit, signs_ in units[0].items()}
-        for unit, sign in units[1].items():
-            source_unit = of[frozenset(sign)]
+        of = {sign: unit for unit, sign in held.items()}
+        members: dict[str, list[tuple[str, str, Block]]] = defaultdict(list)  # unit -> name, parameter, the block of the source
+        for index, roles in theirs.items():
+            there = ours.get(indices.get(index, ()) if indices is not None else index, {})
+            for role, names in roles.items():
+                unit, _, param = role.strip(".").rpartition(".")
+                members[unit].append((names[0], param, there))
+        for unit, sign in wanted.items():
+            source_unit = of[sign]
             if is_known_role(unit) and is_known_role(source_unit):
                 continue
-            for index, roles in theirs.items():
-                there = ours.get(indices.get(index, ()) if indices is not None else index, {})
-                for role, names in roles.items():
-                    end, _, param = role.strip(".").rpartition(".")
-                    other = f".{source_unit}.{param}." if source_unit else f".{param}."
-                    if (
-                        end == unit
-                        and names[0] not in self.pairs
-                        and len(there.get(other, ())) == 1
-                        and not opposed(names[0], there[other][0])
-                    ):
-                        self._take(
-                            names[0],
-                            there[other][0],
-                            f"{source_unit or source_context} becomes {unit or context}",
-                            "likely",
-                            "the only ones of their shapes that are left",
-                        )
+            rule = f"{source_unit or source_context} becomes {unit or context}"
+            for name, param, there in members[unit]:
+                other = there.get(f".{source_unit}.{param}." if source_unit else f".{param}.", ())
+                if name not in self.pairs and len(other) == 1 and not opposed(name, other[0]):
+                    self._take(name, other[0], rule, "likely", "the only ones of their shapes that are left")
 
     def _doubt_lonely(self) -> None:
         """A transposed shape by itself proves nothing: it counts where a word or a layer kind says so, or where several agree."""
         turned = [
             p
             for p in self.pairs.values()
-            if p.rule.endswith(", transposed") and not p.source.endswith(_IN_OUT) and not p.target.endswith(_IN_OUT)
+            if p.rule.endswith(", transposed") and not p.source.endswith(IN_OUT) and not p.target.endswith(IN_OUT)
         ]
         if len({self.target_names[p.target].role for p in turned}) < 2:
             for pair in turned:
@@ -586,11 +443,60 @@ class Search:
         return one.source == other.source or (one.locked is None and other.locked is None and starts_alike(one, other))
 
 
-def _unmatched(target: str, shape: Shape, sources: Checkpoint, used: set[str], free: Counter[Shape], bare: dict[str, str]) -> Unmatched:
-    near = target if target in sources else bare.get(bare_name(target))
-    if near is not None and near not in used and sources[near].shape != shape:
-        return Unmatched(target, f"{list(sources[near].shape)} in the file and {list(shape)} in the model", near)
-    count = free[shape]
-    return Unmatched(
-        target, f"no name like it; {count} unused tensors have its shape" if count else "nothing in the file has this name or shape"
-    )
+def _unmatched(names: list[str], shapes: Mapping[str, Shape], sources: Mapping[str, LazyTensor], used: set[str]) -> tuple[Unmatched, ...]:
+    """The names that nothing fills, and what in the file comes nearest."""
+    bare = dict(zip(bare_names(sources), sources, strict=True)) if names else {}
+    free = Counter(tensor.shape for name, tensor in sources.items() if name not in used) if names else Counter()
+    out = []
+    for name, spelt in zip(names, bare_names(names), strict=True):
+        near, shape = name if name in sources else bare.get(spelt), shapes[name]
+        if near is not None and near not in used and sources[near].shape != shape:
+            out.append(Unmatched(name, f"{list(sources[near].shape)} in the file and {list(shape)} in the model", near))
+        else:
+            count = free[shape]
+            why = f"no name like it; {count} unused tensors have its shape" if count else "nothing in the file has this name or shape"
+            out.append(Unmatched(name, why))
+    return tuple(out)
+
+
+def _asked(parts: set[str], wanted: set[str]) -> set[str]:
+    """Those of the parts that are wanted by themselves, with more or fewer words before them."""
+    longest = max(map(len, parts), default=0)
+    ends = {end for name in wanted for end in _ends(name[-longest - 1 :]) if end in parts}
+    return {part for part in parts if part in wanted or part in ends or any(end in wanted for end in _ends(part))}
+
+
+def _ends(name: str) -> Iterator[str]:
+    return (name[dot.end() :] for dot in re.finditer(r"\.", name))
+
+
+def _shared_ends(
+    sources: Words, targets: Words, length: int, ours: list[str], theirs: list[str]
+) -> Iterator[tuple[int, list[str], list[str]]]:
+    """The ends that names of both sides have, a longer one before those that it ends in: its number of words, and the names."""
+    longer: tuple[dict[str, list[str]], dict[str, list[str]]] = (defaultdict(list), defaultdict(list))  # by the word before
+    for held, words, names in ((longer[0], sources, ours), (longer[1], targets, theirs)) if length < _MOST_WORDS else ():
+        for name in names:
+            if len(words[name]) > length:
+                held[words[name][-length - 1]].append(name)
+    for word in longer[1]:
+        if word in longer[0]:
+            yield from _shared_ends(sources, targets, length + 1, longer[0][word], longer[1][word])
+    if length:
+        yield length, ours, theirs
+
+
+def _units_left(
+    blocks: Mapping[Indices, Block], done: Container[str], shapes: Mapping[str, Shape]
+) -> dict[str, frozenset[frozenset[tuple[str, Shape]]]]:
+    """Modules that are not done -> their parameters and shapes, in each of the blocks."""
+    found: dict[str, set[frozenset[tuple[str, Shape]]]] = defaultdict(set)
+    for roles in blocks.values():
+        own: dict[str, set[tuple[str, Shape]]] = defaultdict(set)
+        for role, names in roles.items():
+            if names[0] not in done and len(names) == 1 and not role.endswith(".num.batches.tracked."):
+                unit, _, param = role.strip(".").rpartition(".")
+                own[unit].add((param, shapes[names[0]]))
+        for unit, held in own.items():
+            found[unit].add(frozenset(held))
+    return {unit: frozenset(signs) for unit, signs in found.items()}

@@ -1,14 +1,15 @@
-"""How whole blocks are laid out: matrices kept as [in, out], rows in rotary order, experts stacked or one by one.
+"""How a shape becomes another, and how whole blocks are laid out: matrices kept as [in, out], rows in rotary order, experts stacked or
+one by one.
 
-Each function looks at one search of inference.py and mends or withdraws what it has paired.
+Each of the functions on blocks looks at one search of inference.py and mends or withdraws what it has paired.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.keymap.fusions import Item
 from workbench.keymap.maps import Ambiguous, Pair, Part, Regroup
@@ -16,7 +17,40 @@ from workbench.keymap.naming import Indices, Name
 from workbench.keymap.rules import role_of, rotary_order, words_of
 
 if TYPE_CHECKING:
-    from workbench.keymap.inference import Pairing, Search
+    from workbench.keymap.containers import Pairing
+    from workbench.keymap.inference import Search
+
+Shape = tuple[int, ...]
+
+
+class Fit(NamedTuple):
+    """How a shape becomes another: nothing, a reshape, or a transpose."""
+
+    kind: str
+    regroup: Regroup | None
+
+
+SAME = Fit("", None)
+
+
+@lru_cache(maxsize=1 << 14)
+def fit(source: Shape, target: Shape, turned: bool = False) -> Fit | None:
+    if turned and len(source) == len(target) > 1:
+        axes = (len(source) - 1, len(source) - 2, *range(len(source) - 2))
+        moved = tuple(source[axis] for axis in axes)
+        return Fit("transposed", Regroup(source, axes, target)) if moved == target else None
+    if source == target:
+        return SAME
+    bare = tuple(n for n in source if n != 1)
+    if bare == tuple(n for n in target if n != 1):
+        return Fit("reshaped", Regroup(source, tuple(range(len(source))), target))
+    if len(bare) == 2 and bare[::-1] == target:
+        return Fit("transposed", Regroup(bare, (1, 0), target))
+    return None
+
+
+# kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
+IN_OUT = ("kernel", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
 
 
 def stack(search: Search) -> None:
@@ -47,19 +81,19 @@ def stack(search: Search) -> None:
             joined = (shape[0] * len(names), *shape[1:])
             after = Regroup(joined, tuple(range(len(joined))), full)
             search.items[name] = Item(name, full, search.items[names[0]].dtype, parts, note=f"{count} experts stacked", after=after)
-            search.source_names[name] = Name(name, whole[:cut], outer, f"{inner}.{word}.")
+            search.source_names[name] = Name(name, whole[:cut], outer, f"{inner}.{word}.", name)
 
 
 def unstack(search: Search, p: Pairing) -> None:
     """Experts that the target lists one by one, cut out of the one tensor that the source has of them."""
-    for context, held in search.by_context[1].items():
-        if not context.endswith(".experts.#") or not context.startswith(f"{p.target}."):
-            continue
+    for context in search.experts_in.get(p.target, ()):
+        held = search.by_context[1][context]
         inner = role_of(words_of(f"{context.removesuffix('.#')[len(p.target) :]}."), True).rstrip(".")
+        if not any(role.startswith(f"{inner}.") for block in search.by_context[0][p.source].values() for role in block):
+            continue
         totals = Counter(indices[:-1] for indices in held)
         for indices, roles in held.items():
-            ours = search.by_context[0][p.source].get(p.indices.get(indices[:-1], ()), {})
-            total = totals[indices[:-1]]
+            ours, total = search.by_context[0][p.source].get(p.indices.get(indices[:-1], ()), {}), totals[indices[:-1]]
             for role, targets in roles.items():
                 word = role.strip(".").removesuffix(".weight").removeprefix("mlp.")
                 for stored, half in ((word, 0), ("gateup", 0 if word == "gate" else 1)):
@@ -79,13 +113,13 @@ def unstack(search: Search, p: Pairing) -> None:
                     search.used.add(source)
 
 
-def orient(search: Search, p: Pairing) -> None:
+def orient(search: Search, p: Pairing, names: list[str]) -> None:
     """Square matrices among others that are transposed: transposed too where the target's layers are of one class, else unknown."""
-    mine = [pair for name, pair in search.pairs.items() if search.target_names[name].context == p.target and not pair.formula]
+    mine = [pair for name in names if not (pair := search.pairs[name]).formula]
     turned = {
         pair.target
         for pair in mine
-        if any(told is not None and told.axes == (1, 0) for told in (pair.regroup, *(part.regroup for part in pair.parts)))
+        if (1, 0) in [told.axes for told in (pair.regroup, *[part.regroup for part in pair.parts]) if told is not None]
     }
     classes = {search.wanted.kinds.get(name) for name in turned}
     for pair in [pair for pair in mine if turned and len(pair.parts) == 1]:
@@ -104,26 +138,20 @@ def orient(search: Search, p: Pairing) -> None:
             search.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, told)
 
 
-def turn(search: Search, p: Pairing) -> None:
+def turn(search: Search, p: Pairing, names: list[str]) -> None:
     """The row order of rotary embeddings: regrouped where both sides' conventions and the heads are known, left open where not."""
-    roles = {role for held in search.by_context[1][p.target].values() for role in held} | {
-        role for held in search.by_context[0][p.source].values() for role in held
-    }
-    if not any(".gate" in role for role in roles) or any(
-        ".emb.pos." in told.role for side in (search.source_names, search.target_names) for told in side.values()
-    ):
+    names = [name for name in names if search.target_names[name].role.startswith((".attn.q.", ".attn.k."))]
+    sides = [search.by_context[0][p.source].values(), search.by_context[1][p.target].values()]
+    gated = bool(names) and any(".gate" in role for blocks in sides for block in blocks for role in block)
+    if not gated or any(".emb.pos." in role for role in search.roles):
         return
-    orders = [
-        rotary_order(n.raw for n in names.values() if n.context == c)
-        for names, c in ((search.source_names, p.source), (search.target_names, p.target))
-    ]
-    for name, pair in list(search.pairs.items()):
-        told = search.target_names[name]
-        found = re.match(r"\.attn\.([qk])\.", told.role)
-        if told.context != p.target or found is None or orders[0] == orders[1] != "" or pair.confidence == "certain":
+    orders = [rotary_order(name for block in blocks for names in block.values() for name in names) for blocks in sides]
+    for name in names if not orders[0] == orders[1] != "" else ():
+        pair, told = search.pairs[name], search.target_names[name]
+        if pair.confidence == "certain":
             continue
         shape = search.wanted.shapes[name]
-        heads = search.wanted.heads(found[1])
+        heads = search.wanted.heads(told.role[len(".attn.")])
         if "" in orders or not heads or shape[0] % (2 * heads) or not pair.is_plain:
             del search.pairs[name]
             search.used.difference_update(pair.sources)

@@ -64,6 +64,14 @@ class Pair:
     formula: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
 
+    def __init__(
+        self, target: str, parts: tuple[Part, ...], rule: str, confidence: Confidence, reason: str,
+        regroup: Regroup | None = None, formula: str = "", params: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        own = self.__dict__  # twice as fast as what a frozen dataclass would do itself; a map has a hundred thousand of these
+        own["target"], own["parts"], own["rule"], own["confidence"], own["reason"] = target, parts, rule, confidence, reason
+        own["regroup"], own["formula"], own["params"] = regroup, formula, {} if params is None else params
+
     @property
     def source(self) -> str:
         """The first source, which is the only one of most pairs."""

@@ -1,4 +1,7 @@
-"""Names, read: in which container a tensor lies, with which numbers, and what it does there in the words of rules.py."""
+"""Names, read: in which container a tensor lies, with which numbers, and what it does there in the words of rules.py.
+
+A model has a hundred thousand names and few patterns of them: a pattern is read once, by way of a name whose numbers are masked.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ def bare_name(name: str) -> str:
     return ".".join([part for part in name.split(".") if part not in WRAPPERS]) if _WRAPPED.search(name) else name
 
 
+def bare_names(names: Collection[str]) -> list[str]:
+    """The same of many; a look at all of them together tells most often that there are no such segments."""
+    text = "\n".join(names)
+    return list(map(bare_name, names)) if any(part in text for part in WRAPPERS) else list(names)
+
+
 def wrapper_rule(source: str, target: str) -> tuple[str, str]:
     """What of the wrappers' segments goes and comes between two spellings of one name, and who writes them."""
     old, new = source.split("."), target.split(".")
@@ -33,12 +42,13 @@ def wrapper_rule(source: str, target: str) -> tuple[str, str]:
 
 
 class Name(NamedTuple):
-    """One name, read: the container it lies in, the numbers of the block, and its role there."""
+    """One name, read: the container it lies in, the numbers of the block, its role there, and how it is spelt without wrappers."""
 
     raw: str
     context: str
     indices: Indices
     role: str
+    bare: str
 
 
 _BLOCK_WORDS = "layers?|h|blocks?|blk|resblocks|stages?|experts|cells|trunk|res|denselayer|denseblock|transition|encoder\\.layer"
@@ -59,7 +69,7 @@ def _split(text: str) -> tuple[str, Indices, str]:
     while found is not None and (inner := _INNER.match(found[1])):  # `layer.0` of a block is a role in it
         found = re.match(rf"^({re.escape(inner[1])})(\..*)$", text)
     found = found or _ANY.match(text)
-    moved = re.search(r"\.@(\d+)\.$", text)  # a number that stood behind a parameter's name: LSTM layers
+    moved = "@" in text and re.search(r"\.@(\d+)\.$", text)  # a number that stood behind a parameter's name: LSTM layers
     if moved:
         head = text[: moved.start()]
         cut = head.find(".weight.") if ".weight." in head else head.find(".bias.")
@@ -69,64 +79,79 @@ def _split(text: str) -> tuple[str, Indices, str]:
     return _NUMBER.sub("#", found[1]).replace(":#", ".#"), tuple(map(int, _NUMBER.findall(found[1]))), found[2]
 
 
-_MASK = 10**9
+_MASK = 10**9  # no name's own: numbers that are read have nine digits at most
 _LONGEST = 500
 _COUNTED = frozenset({"layers", "experts", "blocks", "h", "resblocks", "stages"})
+_NUMBERS = re.compile(r"\.([0-9]{1,9})(?![^.])")
 
 
 def _placed(name: str) -> tuple[str, Indices, str]:
-    """`_split` of a name, by way of one that differs from it in a block's numbers alone: a model has few of those."""
+    """`_split` of a name, by way of one that differs from it in a block's numbers alone."""
     if len(name) > _LONGEST:  # nobody's convention
         return "", (), f".{name}."
-    parts, before, numbers = name.split("."), "", []
-    for at, part in enumerate(parts):
-        if before in _COUNTED and part.isascii() and part.isdecimal() and len(part) < 10:
-            numbers.append(int(part))
-            parts[at] = str(_MASK)
-        before = part
-    context, indices, rest = _split_masked(".".join(parts)) if numbers else ("", (), "")
-    if indices.count(_MASK) != len(numbers) or not numbers:  # none, or one that is no block's
-        return _split(words_of(normal(name)))
-    told = iter(numbers)
-    return context, tuple([next(told) if n == _MASK else n for n in indices]), rest
+    pieces = _NUMBERS.split(name)  # text, number, text, …
+    if masked := _counted(tuple(pieces[::2])):
+        numbers = tuple([int(pieces[at]) for at in masked])
+        for at in masked:
+            pieces[at] = str(_MASK)
+        context, indices, rest, count = _split_masked(tuple(pieces))
+        if count == len(numbers):  # each is an index
+            told = iter(numbers)
+            return context, numbers if len(indices) == len(numbers) else tuple([next(told) if n == _MASK else n for n in indices]), rest
+    return _split(words_of(normal(name)))
 
 
 @lru_cache(maxsize=1 << 14)
-def _split_masked(name: str) -> tuple[str, Indices, str]:
-    return _split(words_of(normal(name)))
+def _counted(texts: tuple[str, ...]) -> tuple[int, ...]:
+    """Which pieces of a name with these texts around its numbers are numbers that stand behind a word for blocks."""
+    return tuple(2 * at + 1 for at, text in enumerate(texts[:-1]) if text.rpartition(".")[2] in _COUNTED)
+
+
+@lru_cache(maxsize=1 << 14)
+def _split_masked(pieces: tuple[str, ...]) -> tuple[str, Indices, str, int]:
+    """... and how many of its indices are masked."""
+    name = pieces[0] + "".join(f".{number}{text}" for number, text in zip(pieces[1::2], pieces[2::2], strict=True))
+    context, indices, rest = _split(words_of(normal(name)))
+    return context, indices, rest, indices.count(_MASK)
 
 
 def read_names(names: Mapping[str, str]) -> dict[str, Name]:
     """Every name, read as it is spelt in `names`. A block's words may change the meaning of others in it."""
-    split = {name: _placed(bare_name(spelt)) for name, spelt in names.items()}
+    bares = bare_names(names.values())
+    placed = list(map(_placed, bares))
     inside: dict[str, set[str]] = defaultdict(set)
-    for context, _, rest in split.values():
+    for context, _, rest in placed:
         inside[context].add(rest)
-    dialects = {context: dialect(rests) for context, rests in inside.items()}
-    roles: dict[tuple[str, str], str] = {}
-    for context, rests in inside.items():
-        for rest in rests:
-            told = rest
-            for old, new in dialects.get(context, {}).items():
-                told = told.replace(old, new)
-            roles[context, rest] = role_of(told, bool(context))
-    taken = Counter((context, indices, roles[context, rest]) for context, indices, rest in split.values())
+    roles = {context: _roles(context, rests) for context, rests in inside.items()}
+    keys = [(context, indices, roles[context][rest]) for context, indices, rest in placed]
+    taken = {key for key, count in Counter(keys).items() if count > 1}
     return {  # two words of one role in one block: what they mean is not known, and they stay as they are
-        name: Name(name, context, indices, role if taken[context, indices, role := roles[context, rest]] == 1 else rest)
-        for name, (context, indices, rest) in split.items()
+        name: Name(name, *key, bare) if key not in taken else Name(name, *place, bare)
+        for name, key, place, bare in zip(names, keys, placed, bares, strict=True)
     }
+
+
+def _roles(context: str, rests: set[str]) -> dict[str, str]:
+    """What each of the words in a block means there."""
+    changes, out = dialect(rests), {}
+    for rest in rests:
+        told = rest
+        for old, new in changes.items():
+            told = told.replace(old, new)
+        out[rest] = role_of(told, bool(context))
+    return out
 
 
 def strange_wrappers(sources: Collection[str], targets: Collection[str]) -> list[str]:
     """Segments that no target has and without which most targets are there: wrappers that no table knows."""
-    some, wanted = list(sources)[:: max(1, len(sources) // 200)], {bare_name(name) for name in targets}
+    some, wanted = list(sources)[:: max(1, len(sources) // 200)], set(bare_names(targets))
     often = Counter(part for name in some for part in set(name.split(".")))
     out = []
     for part, count in often.most_common(12):
         if 10 * count < 7 * len(some) or 10 * sum(_without(name, part) in wanted for name in some) < 7 * len(some):
             continue
         bare = {_without(name, part) for name in sources}
-        if len(sources) == len(bare) and 10 * len(bare & wanted) >= 9 * len(wanted) > 10 * len(wanted & {bare_name(n) for n in sources}):
+        if len(sources) == len(bare) and 10 * len(bare & wanted) >= 9 * len(wanted) > 10 * len(wanted & set(bare_names(sources))):
             out.append(part)
     return out
 
@@ -153,11 +178,14 @@ def domain(name: str) -> frozenset[str]:
     return frozenset(_DOMAINS[word] for word in re.split(r"[._/#]", name.lower()) if word in _DOMAINS)
 
 
+_OPPOSED = ({"encoder", "decoder"}, {"vision", "text"}, {"audio", "text"}, {"audio", "vision"})
+
+
 def opposed(a: str, b: str) -> bool:
-    return any(
-        pair <= domain(a) | domain(b) and not pair & domain(a) & domain(b) and (pair & domain(a)) and (pair & domain(b))
-        for pair in ({"encoder", "decoder"}, {"vision", "text"}, {"audio", "text"}, {"audio", "vision"})
-    )
+    one, other = domain(a), domain(b)
+    if not one or not other:
+        return False
+    return any(pair <= one | other and not pair & one & other and pair & one and pair & other for pair in _OPPOSED)
 
 
 def words_in(context: str) -> set[str]:
@@ -175,8 +203,15 @@ def shown(context: str) -> str:
     return context.strip(".").replace("#", "*")
 
 
-def grouped(names: dict[str, Name]) -> dict[str, dict[Indices, dict[str, list[str]]]]:
-    out: dict[str, dict[Indices, dict[str, list[str]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for name in names.values():
-        out[name.context][name.indices][name.role].append(name.raw)
-    return {context: {i: dict(roles) for i, roles in held.items()} for context, held in out.items()}
+Block = dict[str, list[str]]  # role -> names
+
+
+def grouped(names: dict[str, Name]) -> dict[str, dict[Indices, Block]]:
+    """context -> indices -> role -> names."""
+    out: dict[str, dict[Indices, Block]] = {}
+    for raw, context, indices, role, _ in names.values():
+        held = out.setdefault(context, {})
+        if (block := held.get(indices)) is None:
+            block = held[indices] = {}
+        block.setdefault(role, []).append(raw)
+    return out

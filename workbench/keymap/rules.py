@@ -3,22 +3,24 @@ has never seen; a row only tells that two spellings mean one role.
 
 Names are compared in a normal form: wrapper segments taken out, lower case, words split at dots, slashes, underscores and capitals,
 a number that ends a word set off by a colon (``conv1`` -> ``conv:1``, ``ln_1`` -> ``ln:1``), a number by itself kept as ``.3.``.
-Each row is (role, spellings in the normal form as alternatives of a regular expression, who writes so). Rows are applied in order,
-each on what the rows above it made.
+Each row is (role, spellings in the normal form as alternatives of a regular expression, who writes so).
+
+The order of the rows matters: they are applied from the top, each on what the rows above it made. So a row that gives a word its one
+form stands above the rows that rely on it (``.layernorm`` is ``.norm`` in the first of WORDS, and ``.norm.gamma`` is ``.norm.weight``
+far below it), and a longer spelling above a shorter one that is a part of it (``.block.sparse.moe.input.linear.weight`` above
+``.block.sparse.moe``; in BLOCK ``.encoder.attn.norm`` above ``.encoder.attn``, or it would become ``.xattn.norm``). A new row goes
+below all whose outcome it reads and above all whose spellings are a part of its own; where nothing else decides, rows of one library
+stand together. A row may ask only for whole words and for numbers of one or two digits: see `_by_pattern`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache, partial
 
 WORDS: tuple[tuple[str, str, str], ...] = (
-    (
-        ".norm",
-        r"\.(?:layer\.norm|layernorm|layrnorm|ln|norm|batch\.norm|batchnorm|bn|normalization|rms\.norm|rmsnorm)",
-        "torch.nn, Keras, CLIP",
-    ),
+    (".norm", r"\.(?:layer\.norm|layernorm|layrnorm|ln|norm|batch\.norm|batchnorm|bn|normalization|rms\.norm|rmsnorm)", "torch.nn, Keras, CLIP"),
     (r".ffn.fc:1", r"\.ffn\.layers\.0\.0", "OpenMMLab"),
     (r".ffn.fc:2", r"\.ffn\.layers\.1", "OpenMMLab"),
     (".norm", r"\.n(?=:[123]\.)", "plain words"),
@@ -52,7 +54,7 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (r".weight.hh\2.@\1", r"\.weight\.hh\.l:(\d+)(\.reverse)?", "torch.nn.LSTM, GRU, RNN"),
     (r".bias.ih\2.@\1", r"\.bias\.ih\.l:(\d+)(\.reverse)?", "torch.nn.LSTM, GRU, RNN"),
     (r".bias.hh\2.@\1", r"\.bias\.hh\.l:(\d+)(\.reverse)?", "torch.nn.LSTM, GRU, RNN"),
-)
+)  # fmt: skip
 
 # words that mean another thing beside certain others in one block: (all of these there, none of these, what becomes what, who writes so)
 DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ...] = (
@@ -145,25 +147,72 @@ _SPLITS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[/_]")
 
 def normal(name: str) -> str:
     """The normal form of a name, with a dot at both ends."""
-    segments = []
-    for segment in re.split(r"[./]", name):
-        words = _SPLITS.sub(".", segment).lower().strip(".")
-        words = re.sub(r"\.{2,}", ".", words)
-        is_number = segment.isascii() and segment.isdigit() and len(segment) < 10
-        segments.append(str(int(segment)) if is_number else re.sub(r"(?<=[a-z])\.?0*([0-9]{1,9})(?=\.|$)", r":\1", words))
-    return f".{'.'.join(segments)}."
+    return f".{'.'.join(map(_normal_segment, name.replace('/', '.').split('.')))}."
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=1 << 14)
+def _normal_segment(segment: str) -> str:
+    if segment.isascii() and segment.isalpha() and segment.islower():
+        return segment
+    if segment.isascii() and segment.isdigit() and len(segment) < 10:
+        return str(int(segment))
+    words = re.sub(r"\.{2,}", ".", _SPLITS.sub(".", segment).lower().strip("."))
+    return re.sub(r"(?<=[a-z])\.?0*([0-9]{1,9})(?=\.|$)", r":\1", words)
+
+
 def words_of(text: str) -> str:
     """A normal form in the table's words, whatever stands around it."""
-    return _applied(WORDS, text)
+    return _by_pattern("words", text)
 
 
-@lru_cache(maxsize=65536)
 def role_of(words: str, block: bool) -> str:
     """The role that those words mean in a repeated block, or outside of one."""
-    return _applied(BLOCK if block else (*SINGLE, *BLOCK), words).replace(".mlp.mlp.", ".mlp.")
+    return _by_pattern("in a block" if block else "outside", words).replace(".mlp.mlp.", ".mlp.")
+
+
+_TABLES = {"words": (WORDS, "[.:]"), "in a block": (BLOCK, r"\."), "outside": ((*SINGLE, *BLOCK), r"\.")}  # and what ends a match
+_SPELLED = "\n".join(spelled for rows, _ in _TABLES.values() for _, spelled, _ in rows)
+_WITH, _WITHOUT = re.sub(r"[?:()]", "", _SPELLED), re.sub(r"\(\?:[^()|]*\)\?|[a-z]\?", "", _SPELLED)  # what may stand there or not
+_MENTIONED = frozenset(re.findall(r"[a-z]+", f"{_WITH}\n{_WITHOUT}"))
+_RUNS = re.compile(r"[a-z]{2,}|[0-9]{3,}")
+_MASKED = re.compile("zz|999")
+
+
+def _by_pattern(table: str, text: str) -> str:
+    """The text after a table's rows, by way of one with others in the place of words and long numbers that no row mentions."""
+    strange: list[str] = []
+
+    def masked(found: re.Match[str]) -> str:
+        word = found[0]
+        if word in _MENTIONED or word.endswith("attn"):  # some rows look behind for that
+            return word
+        strange.append(word)
+        return "999" if word.isdigit() else "zz"
+
+    told = _applied(table, _RUNS.sub(masked, text))
+    if not strange:
+        return told
+    words = iter(strange)
+    return _MASKED.sub(lambda _: next(words), told) if len(_MASKED.findall(told)) == len(strange) else _applied(table, text)
+
+
+@lru_cache(maxsize=1 << 14)
+def _applied(table: str, text: str) -> str:
+    for fill, pattern in _compiled(table):
+        text = pattern.sub(fill, text)
+    return text
+
+
+@cache
+def _compiled(table: str) -> list[tuple[Callable[[re.Match[str]], str], re.Pattern[str]]]:
+    rows, before = _TABLES[table]
+    return [(partial(_filled, role), re.compile(f"(?:{spelled})(?={before})")) for role, spelled, _ in rows]
+
+
+def _filled(role: str, found: re.Match[str]) -> str:
+    for number, group in enumerate((group for group in found.groups() if group is not None), 1):
+        role = role.replace(f"\\{number}", group)
+    return re.sub(r"\\\d", "", role)
 
 
 _KNOWN = re.compile(r"(?:^|\.)(?:x?attn|mlp|norm\.(?:attn|mlp|cross|last|pre)|emb\.\w+|ls(?::\d)?|shortcut|head|cls|patch)(?:\.|$)")
@@ -207,20 +256,3 @@ def dialect(words: set[str]) -> dict[str, str]:
         if all(word in told for word in present) and not any(word in told for word in absent):
             out |= {old: new for old, new in change.items() if old not in out}
     return out
-
-
-def _applied(rows: tuple[tuple[str, str, str], ...], text: str) -> str:
-    for role, spelled, _ in rows:
-        text = _compiled(spelled, "[.:]" if rows is WORDS else r"\.").sub(partial(_filled, role), text)
-    return text
-
-
-@lru_cache(maxsize=256)
-def _compiled(spelled: str, before: str) -> re.Pattern[str]:
-    return re.compile(f"(?:{spelled})(?={before})")
-
-
-def _filled(role: str, found: re.Match[str]) -> str:
-    for number, group in enumerate((group for group in found.groups() if group is not None), 1):
-        role = role.replace(f"\\{number}", group)
-    return re.sub(r"\\\d", "", role)

@@ -25,21 +25,9 @@ class Target:
 
     def heads(self, word: str = "q") -> int:
         """How many heads the queries have, or the keys and values ("k"); 0 where that is not known."""
-        own = next(
-            (self.numbers[key] for key in ("num_attention_heads", "n_head", "n_heads", "num_heads", "nhead") if key in self.numbers), 0
-        )
-        return (
-            own
-            if word == "q"
-            else next(
-                (
-                    self.numbers[key]
-                    for key in ("num_key_value_heads", "n_kv_heads", "n_query_groups", "num_kv_heads")
-                    if key in self.numbers
-                ),
-                own,
-            )
-        )
+        names = ("num_attention_heads", "n_head", "n_heads", "num_heads", "nhead")
+        few = ("num_key_value_heads", "n_kv_heads", "n_query_groups", "num_kv_heads") if word == "k" else ()
+        return next((self.numbers[key] for key in (*few, *names) if key in self.numbers), 0)
 
 
 def read_target(target: Any) -> Target:
