@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import workbench as wb
 from workbench.errors import BudgetError, CancelledError, FileChangedError, SelectionError, WorkbenchError, WriteError
+from workbench.files import file_ref
 
 KILLS = int(os.environ.get("WORKBENCH_KILLS", "12"))
 EXTENSIONS = ["pt", "safetensors"]
@@ -344,3 +345,16 @@ def test_quantizing_256_mb_stays_within_64_mb(shape, big_folder):
     rows = slice(0, 2**20) if tensor.ndim == 1 else (slice(0, 4), slice(0, 2**20))
     scale = result["w_scale"] if tensor.ndim == 1 else result["w_scale"][:4]
     assert ((tensor[rows] - result["w"][rows] * scale).abs() <= scale * 0.5001).all()
+
+
+def test_a_file_kept_open_is_opened_once_and_proved_again_afterwards(tmp_path, monkeypatch):
+    path, opened, real = tmp_path / "a.pt", [], os.open
+    torch.save({"w": torch.ones(4)}, path)
+    tensor = wb.open(path)["w"]
+    monkeypatch.setattr(os, "open", lambda name, *rest: opened.append(name) or real(name, *rest))
+    with file_ref(path).kept_open():
+        assert tensor.load().tolist() == wb.open(path)["w"].load().tolist() == [1, 1, 1, 1]
+    assert opened.count(str(path)) == 3  # file_ref, kept_open and what wb.open proves, but nothing that was read
+    torch.save({"w": torch.ones(5)}, path)
+    with pytest.raises(FileChangedError):
+        tensor.load()

@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -78,6 +79,10 @@ class FileRef:
         Raises:
             FileChangedError: it is another one now.
         """
+        kept = _KEPT.get()
+        if kept is not None and kept[0] == self:
+            yield kept[1]
+            return
         if self.address is not None:
             with self.address.open(self) as source:
                 yield source
@@ -86,6 +91,22 @@ class FileRef:
             if _identity(fd) != self.identity:
                 raise FileChangedError("the file changed after it was opened", path=self.url, hint="open it again")
             yield _LocalSource(fd)
+
+    @contextmanager
+    def kept_open(self) -> Iterator[Source]:
+        """`open` once for all that this thread opens of it meanwhile: a listing that looks into each of very many records.
+
+        Not for a generator, out of which it would leak.
+        """
+        with self.open() as source:
+            token = _KEPT.set((self, source))
+            try:
+                yield source
+            finally:
+                _KEPT.reset(token)
+
+
+_KEPT: ContextVar[tuple[FileRef, Source] | None] = ContextVar("_KEPT", default=None)
 
 
 @dataclass(frozen=True)
@@ -268,6 +289,13 @@ class _Whole:
 
 def read_span(storage: Storage, start: int = 0, stop: int | None = None) -> bytes:
     stop = storage.nbytes if stop is None else min(stop, storage.nbytes)
+    if isinstance(storage, Span) and 0 <= start < stop <= start + _CHUNK:  # as below, in a third of the time
+        with storage.file.open() as source:
+            if storage.check is not None:
+                storage.check.prove(source.pread, storage.start)
+            data = source.pread(storage.start + start, stop - start)
+        if len(data) == stop - start:
+            return data
     buffer = bytearray(max(0, stop - start))
     if buffer:
         with storage.open() as reader:

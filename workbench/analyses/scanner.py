@@ -58,6 +58,9 @@ _SCRIPT_PICKLES = re.compile(
     r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
 )
 _STORAGE = re.compile(r"[^/\\:.][^/\\:]*/data/\d+")  # such as are neither code nor climb
+_FIRST = frozenset(
+    b"(])}NIJKLMFGSTUVXBCPc\x80\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96"
+)  # opcodes that need no value before them
 _CLIMBS = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 _PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
 _PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
@@ -252,7 +255,8 @@ class _Scan:
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
             self.carve(rest)
         elif front:
-            self.run_all(rest, sure=sure)
+            if sure or head[0] in _FIRST:
+                self.run_all(rest, sure=sure)
             if is_tar(head):
                 self.tar(rest, head)
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
@@ -272,7 +276,7 @@ class _Scan:
         if len(pickle_roots(names)) > 1:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
         whole = True
-        with piece.span.file.open() as source:
+        with piece.span.file.kept_open() as source:
             heads = index.first_bytes(source.pread) if not self.crc and kind != "torch-export" else ()
             quiet = {name for name, first in heads if first not in _MARKS and _STORAGE.fullmatch(name)}
             for name in (name for name in index.records if name not in quiet):
@@ -281,23 +285,26 @@ class _Scan:
                     storage = index.storage(name)
                     payload = storage if isinstance(storage, Span) else storage.span
                     record.prove(source.pread, payload.start)
+                    payload = payload._replace(check=None)  # once is enough
                     count = _HEAD if kind == "torch-export" else 16  # whose records torch may unpickle, as their config says
-                    head = source.pread(payload.start, min(count, record.size)) if payload is storage else read_span(storage, 0, count)
+                    stored = isinstance(storage, Span)
+                    head = source.pread(payload.start, min(count, record.size)) if stored else read_span(storage, 0, count)
                     if self.crc and record.crc and checksum(storage) != record.crc:  # torch writes 0 where it was told to count none
                         where = piece.inner(payload, name).place()
                         self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
                     may_run = _is_marked(head) or (kind == "torch-export" and _acts(head))
                     if may_run or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
-                        self.record(piece, index, name, head, kind)
+                        self.record(piece, index, name, head, kind, payload if stored else None)
                 except FormatError as error:
                     self.refuse(error, piece.inner(piece.span, name).place()._replace(position=None))
                     whole = False
         if not whole:
             self.carve(piece)
 
-    def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str) -> None:
-        storage, is_script, is_raw = index.storage(name), kind == "torchscript", _RAW_VALUES.search(name) is not None
-        found = storage if isinstance(storage, Span) else payload_span(index.file, read_record(index, name, _MOST_READ))
+    def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
+        """One record, whose bytes are `stored` where they lie as they are."""
+        is_script, is_raw = kind == "torchscript", _RAW_VALUES.search(name) is not None
+        found = stored or payload_span(index.file, read_record(index, name, _MOST_READ))
         assert found is not None
         inner, seen = piece.inner(found, name, is_script), len(self.pickles)
         if _CLIMBS.search(name):

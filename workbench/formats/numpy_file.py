@@ -69,7 +69,7 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     """
     arrays: dict[str, LazyTensor | Global] = {}
     findings: list[Finding] = []
-    with index.file.open() as source:
+    with index.file.kept_open() as source:
         for name in index.records:
             with located(record=name):
                 storage = index.storage(name)

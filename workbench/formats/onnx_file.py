@@ -25,14 +25,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES
-from workbench.errors import CorruptFileError, FormatError, UnsupportedError, WorkbenchError, located
+from workbench.errors import CorruptFileError, FormatError, MissingFileError, UnsupportedError, WorkbenchError, located
 from workbench.files import FileRef, Span
 from workbench.formats.packed import Packed
-from workbench.formats.protobuf_wire import Place, Wire, schema
+from workbench.formats.protobuf_wire import BYTES, VARINT, Place, Wire, read_varint, schema
 from workbench.formats.window import Window, require_shape
 from workbench.names import unique_name
 from workbench.strided import row_major
@@ -73,13 +74,23 @@ _FLOAT, _INT64, _STRING, _BOOL = 1, 7, 8, 9
 _FIXED = (1, 11, 14, 15)  # no varints, even in their typed fields
 _MANTISSA = {23: 1, 27: 3, 28: 2}  # bits, after a sign and an exponent
 _DATA = {4: "float_data", 5: "int32_data", 6: "string_data", 7: "int64_data", 9: "raw_data", 10: "double_data", 11: "uint64_data"}
+_DECODER = f"{__name__}:typed_values"
 _MAX_DEPTH = 32  # graphs in graphs; protobuf's own readers stop at 100 messages, three a graph
 _MAX_NAMES = 64 << 20  # characters of all names together
 _MAX_LIST = 1 << 20  # numbers of a Constant's list
 _SHOWN = 100
-_HEAD, _MAX_FORMS = 256, 4096  # bytes of a tensor looked at for one alike, and kinds of them
-# dims and type, then the key of a name, or those of packed floats and their length
-_NAME, _LEAD = b"\x42", re.compile(rb"(?:[\x08\x10][\x80-\xff]*[\0-\x7f])*(?:\x42|[\x22\x52][\0-\x7f])")
+_HEAD, _MAX_FORMS = 4096, 4096  # bytes of a tensor looked at, and dims and types of tensors that are kept at once
+# a tensor as most are spelled: dims and type; then its name, and raw data or the entries of external data; or typed data and its name. A text
+# may follow each. What lies between is told by the lengths, which are looked at afterwards.
+_V = rb"[\x80-\xff]{0,8}[\0-\x7f]"
+_OUTSIDE = rb"j.\n\x08location\x12..{0,100}?j.\n\x06offset\x12.\d{1,19}j.\n\x06length\x12.\d{1,19}p\x01"
+_EXTERNAL = re.compile(re.sub(rb"(\.\{.*?\?|\\d\{.*?\}|\.)", rb"(\1)", _OUTSIDE), re.DOTALL)
+_PLAIN = re.compile(
+    rb"((?:\x08%b){0,64}\x10[\0-\x7f])(?:((?:B[\0-\x7f].*?)?)(?:J(%b).*|(%b))|([\x22\x2a\x3a\x52\x5a])(%b).*(B[\0-\x7f][^B]*))"
+    % (_V, _V, _OUTSIDE, _V),
+    re.DOTALL,
+)
+_made: Any = tuple.__new__
 _MODEL_GRAPH = 7
 
 
@@ -87,13 +98,16 @@ def claims(file: FileRef) -> bool:
     """Whether a ModelProto begins here: an ir_version, other known fields, a graph; a cut file is claimed once its graph has begun."""
     began = False
     with file.open() as source, suppress(CorruptFileError, StopIteration):
-        wire = Wire(Window(source.pread, file.size))
-        for index, (number, kind, start, stop, _) in zip(range(_SHOWN), wire.fields(0, file.size, cut=True), strict=False):
-            if _MODEL.get(number, ("", None))[1] != kind or (number == 1) == bool(index):
+        wire, at = Wire(Window(source.pread, file.size)), 0
+        for index in range(_SHOWN):
+            if at >= file.size:
+                break
+            key, start, at, _ = wire.field(at, file.size, cut=True)
+            if _MODEL.get(key >> 3, ("", None))[1] != key & 7 or (key >> 3 == 1) == bool(index):
                 return False
-            if began := number == _MODEL_GRAPH:
-                inner, kind, *_ = next(wire.fields(start, min(stop, file.size), cut=True))
-                return _GRAPH.get(inner, ("", None))[1] == kind
+            if began := key >> 3 == _MODEL_GRAPH:
+                key, *_ = wire.field(start, min(at, file.size), cut=True)
+                return _GRAPH.get(key >> 3, ("", None))[1] == key & 7
     return began
 
 
@@ -126,7 +140,7 @@ class _Model:
         self._room = _MAX_NAMES
         self._operators: Counter[str] = Counter()
         self._files: dict[str, FileRef] = {}
-        self._forms: dict[bytes, tuple[Any, int, bytes, int, int]] = {}  # how a tensor's message begins -> one of these, and what is alike
+        self._forms: dict[bytes, tuple[int, TensorSpec, tuple[int, ...], int, int, int]] = {}
         self._graphs: deque[tuple[Place, str, int]] = deque()  # still to be walked: where, prefix of names, depth
         self._ends: dict[str, list[str]] = {"input": [], "output": []}
 
@@ -180,7 +194,12 @@ class _Model:
             raise UnsupportedError(f"graphs nest more than {_MAX_DEPTH} deep", offset=place[0])
         held = self.wire.message(place, _GRAPH)
         for item in held.get("initializer", []):
-            self._add(prefix, *self._tensor(item, prefix))
+            name, value = self._plain(*item) or self._tensor(item, prefix)
+            if prefix or name in self.tensors or len(name) > self._room:
+                self._add(prefix, name, value)
+            else:
+                self._room -= len(name)
+                self.tensors[name] = value
         for item in held.get("sparse_initializer", []):
             self._sparse(item, prefix, "")
         for key, told in self._ends.items() if not prefix else ():
@@ -248,35 +267,86 @@ class _Model:
         """(its own name, the tensor) of a TensorProto at `path` in the model; texts are told in a word."""
         told: str | None = path or None
         try:
-            head = self.wire.window.take(place[0], min(place[1] - place[0], _HEAD))
-            lead = found[0] if (found := _LEAD.match(head)) else b""
-            if lead in self._forms and (alike := self._alike(head, lead, place)) is not None:
-                return alike
-            left, held = self.wire.left, self.wire.message(place, _TENSOR)
+            if plain := self._plain(*place):
+                return plain
+            held = self.wire.message(place, _TENSOR)
             name = self.wire.text(held.get("name"))
             told = name or path
-            value = self._values(held, place)
-            if not held.get("data_location") and len(self._forms) < _MAX_FORMS and getattr(value, "offset", None) is not None:
-                (at, end), data, size = held.get("name", (0, 0)), value.offset - place[0], place[1] - place[0]
-                if at - place[0] == len(lead) + 1 and data + value.nbytes == size and data <= len(head):
-                    self._forms[lead] = value, 0, head[end - place[0] : data], value.nbytes, left - self.wire.left
-                elif data == len(lead) and at - place[0] == data + value.nbytes + 2 and end == place[1]:
-                    self._forms[lead] = value, value.nbytes + 1, b"", 0, left - self.wire.left
-            return name, value
+            return name, self._values(held, place)
         except Exception:  # a context of its own for each of very many would take a tenth of the time
             with located(tensor=told, offset=place[0]):
                 raise
 
-    def _alike(self, head: bytes, lead: bytes, place: Place) -> tuple[str, Any] | None:
-        """`_tensor` where one was read before whose message has the same bytes but for its name and data; these are as many."""
-        tensor, before, middle, behind, cost = self._forms[lead]  # bytes before the name, from there to the data, and of data after it
-        at = len(lead) + before
-        end = at + 1 + head[at] if at < len(head) and head[at] < 0x80 and head[at - 1 : at] == _NAME else len(head) + 1
-        if end + len(middle) + behind != place[1] - place[0] or not head.startswith(middle, end) or self.wire.left < cost:
+    def _plain(self, start: int, stop: int) -> tuple[str, LazyTensor] | None:
+        """`_tensor` of one that is spelled as most are, by one regular expression; None for any other, and for whatever is wrong."""
+        count = stop - start if stop - start < _HEAD else _HEAD
+        data, low = self.wire.window.view(start, count)
+        if not (found := _PLAIN.fullmatch(data, low, low + count)):
             return None
-        self.wire.left -= cost
-        span = Span(self.file, place[0] + len(lead), before - 1) if before else Span(self.file, place[1] - behind, behind)
-        return head[at + 1 : end].decode(), LazyTensor(tensor.spec, Stored(span, 0, tensor.source.strides))
+        lead, before, raw, outside, key, run, after = found.groups()
+        if not (form := self._forms.get(lead) or self._led(lead)) or self.wire.left <= 0:
+            return None
+        code, spec, strides, needed, wanted, typed = form
+        text, name, doc = before or after, b"", b""
+        if text:
+            name = text[2:]
+            if (length := text[1]) != len(name):
+                name, doc = name[:length], name[length:] or b"?"
+        storage: Any = None
+        if outside:
+            storage = self._declared(outside, needed)
+        else:
+            size = raw or run
+            length = size[0] if len(size) == 1 else read_varint(size, 0, 0)[0]
+            at = start - low + found.end(3 if raw else 6)
+            if raw and at + length != stop:
+                doc += data[at + length - start + low : low + count] or b"?"
+            elif run and (at + length != start - low + found.start(7) or key[0] != typed):
+                return None
+            if raw and at + length == stop:
+                count = stop - start  # the rest of the message is known without being seen
+            if length == needed and (raw or not wanted):
+                storage = _made(Span, (self.file, at, length, None))
+            elif run and wanted <= length <= 10 * wanted:
+                body, nbytes = _made(Span, (self.file, start, stop - start, None)), spec.nbytes
+                storage = _made(Packed, (body, nbytes, _TYPES[code][0], stop - start, nbytes, _DECODER, (code, typed >> 3)))
+        if storage is None or count < stop - start or (doc and not _is_doc(doc)):
+            return None
+        self.wire.left -= 1
+        try:
+            return name.decode(), LazyTensor(spec, _made(Stored, (storage, 0, strides, "little")))
+        except UnicodeDecodeError:
+            return None
+
+    def _led(self, lead: bytes) -> tuple[int, TensorSpec, tuple[int, ...], int, int, int] | None:
+        """What dims and type say: type, spec, strides, bytes, numbers in a typed field that is decoded, its key. None for what is unusual."""
+        dims, at = lead[1:-2:2], 0  # where each has one byte
+        shape = tuple(dims)
+        if not lead.isascii():
+            many: list[int] = []
+            while lead[at] == 8:
+                value, at = read_varint(lead, at + 1, 0)
+                many.append(value)
+            shape = tuple(many)
+        numel = math.prod(shape)
+        _, dtype, bits, field = _TYPES.get(lead[-1], ("", "", 0, 0))
+        if bits < 8 or not numel or numel >> 63:
+            return None
+        if len(self._forms) >= _MAX_FORMS:
+            self._forms.clear()
+        spec, strides = TensorSpec(DTYPES[dtype], shape), _strides(shape[1:]) if shape else ()
+        form = (lead[-1], spec, strides, numel * bits // 8, 0 if lead[-1] in _FIXED else numel, field << 3 | BYTES)
+        self._forms[lead] = form
+        return form
+
+    def _declared(self, entries: bytes, needed: int) -> Span | None:
+        """The span that entries of external data tell, where their lengths are right, the file is a known one, and the data lies in it."""
+        first, one, location, second, two, offset, third, three, length = _EXTERNAL.fullmatch(entries).groups()  # type: ignore[union-attr]
+        lengths = one[0] == len(location) == first[0] - 12 and two[0] == len(offset) == second[0] - 10
+        file = self._files.get(location.decode("utf-8", "replace"))
+        if not (lengths and three[0] == len(length) == third[0] - 10) or file is None:
+            return None
+        return Span(file, int(offset), needed) if int(length) == needed and int(offset) + needed <= file.size else None
 
     def _values(self, held: dict[str, Any], place: Place) -> Any:
         shape = tuple(self.wire.numbers(held.get("dims", []), 64))
@@ -316,7 +386,7 @@ class _Model:
         if code in _FIXED and len(items) < 2:
             return _stored(code, shape, Span(self.file, items[0][0] if items else place[0], spec.nbytes))
         body = Span(self.file, place[0], place[1] - place[0])
-        storage = Packed(body, spec.nbytes, packing, body.nbytes, max(spec.nbytes, 1), f"{__name__}:typed_values", (code, field))
+        storage = Packed(body, spec.nbytes, packing, body.nbytes, max(spec.nbytes, 1), _DECODER, (code, field))
         return LazyTensor(spec, Stored(storage, 0, strides))
 
     def _external(self, code: int, shape: tuple[int, ...], needed: int, entries: list[Place], at: int) -> LazyTensor:
@@ -343,6 +413,8 @@ class _Model:
             parts = location.replace("\\", "/").split("/")
             if "\0" in location or ".." in parts or (len(parts) > 1 and (parts[0] or "C:")[1:] == ":"):
                 raise UnsupportedError("the path leads out of the model's own folder")
+            if self.file.address is None and len(parts) == 1 and not os.path.lexists(os.path.join(self.file.folder.url, location)):
+                raise MissingFileError("there is no such file")  # as would be found next, much more slowly where very many are missing
             file = self.file.folder.file(location)
             if file.address is None and os.stat(file.url).st_nlink > 1:
                 raise UnsupportedError("this is a hard link, and may be a file from elsewhere")
@@ -357,6 +429,21 @@ class _Model:
         dims = [message(dim, _DIM) for dim in message(tensor.get("shape", (0, 0)), _SHAPE).get("dim", [])[:_SHOWN]]
         sizes = ", ".join(str(dim.get("dim_value") or text(dim.get("dim_param")) or "?") for dim in dims)
         return text(value.get("name")), f"{text(value.get('name'))}: {_TYPES.get(tensor.get('elem_type', 0), ('', '?'))[1]} [{sizes}]"
+
+
+def _is_doc(field: bytes) -> bool:
+    """Whether this is one doc_string."""
+    try:
+        size, at = read_varint(field, 1, 0)
+    except CorruptFileError:
+        return False
+    return field[:1] == b"b" and at + size == len(field)
+
+
+@lru_cache(maxsize=4096)
+def _strides(inner: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of any shape that is `inner` but for its first size."""
+    return row_major((1, *inner))
 
 
 @lru_cache(maxsize=4096)
@@ -407,11 +494,18 @@ def typed_values(stored: bytes, code: int, field: int) -> Any:
     """The numbers that field `field` of one message holds, packed or not, in as many runs as there are."""
     import numpy as np
 
-    fields = Wire(Window(lambda at, count: stored[at : at + count], len(stored))).fields(0, len(stored))
-    raw = b"".join(stored[start:stop] for number, _, start, stop, _ in fields if number == field)
+    wire = Wire(Window(lambda at, count: stored[at : at + count], len(stored)))
+    own = (5 if _TYPES[code][3] == 4 else 1) if code in _FIXED else VARINT
+    items = wire.message((0, len(stored)), {field: ("values", own, True)}).get("values", [])
     if code in _FIXED:
-        return raw
-    values = np.concatenate([np.empty(0, np.uint64), *_varints(np.frombuffer(raw, np.uint8))])
+        return b"".join(stored[start:stop] for start, stop in items)
+    runs: list[Any] = [np.empty(0, np.uint64)]
+    for kind, group in groupby(items, type):
+        if kind is int:
+            runs.append(np.array([*group], np.uint64))
+        else:
+            runs += _varints(np.frombuffer(b"".join(stored[start:stop] for start, stop in group), np.uint8))
+    values = np.concatenate(runs)
     bits = _TYPES[code][2]
     if bits == 6:
         return _widened(code)[values & np.uint64(63)].data

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from workbench.errors import CorruptFileError, UnsupportedError
 from workbench.files import Reader, Span
@@ -20,8 +19,7 @@ _STEP = 1 << 20  # bytes of values decoded at once
 _MAX_BLOCK = 64 << 20  # what cannot be decoded piece by piece is held whole, up to here
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """`span` seen as `nbytes` bytes of values. `packing` is what the file calls this way of storing (Q4_K, INT4)."""
 
     span: Span

@@ -14,7 +14,6 @@ Source: protobuf.dev, "Encoding".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from workbench.errors import CorruptFileError, UnsupportedError
@@ -44,51 +43,72 @@ class Wire:
         self.window = window
         self.left = _MAX_FIELDS
 
-    def fields(self, at: int, end: int, cut: bool = False) -> Iterator[tuple[int, int, int, int, int]]:
-        """(number, type, start and stop of the payload, value of a varint) of each field from `at` to `end`; past it too where `cut`."""
-        data, base, safe = b"", at, -1  # `data` lies at `base`; up to `safe`, a key and a length are whole in it
-        while at < end:
-            if (low := at - base) > safe:
-                data, base, low = self.window.take(at, min(_PIECE, end - at)), at, 0
-                safe = len(data) - (20 if at + len(data) < end else 2)  # ten bytes each at most
-            if low <= safe and 7 < (key := data[low]) < 0x80 and not key & 5 and (value := data[low + 1]) < 0x80:
-                number, kind = key >> 3, key & 7  # a byte each, as most are
-                start, stop = (at + 2, at + 2 + value) if kind else (at + 1, at + 2)
-            else:
-                key, low = _varint(data, low, at)
-                number, kind, value = key >> 3, key & 7, _WIDTH.get(key & 7, 0)
-                start = base + low
-                if not number or key >> 32 or kind not in (VARINT, BYTES, *_WIDTH):
-                    raise CorruptFileError(f"a field of number {number} and type {kind} is not allowed here", offset=at)
-                if kind in (VARINT, BYTES):
-                    value, low = _varint(data, low, at)
-                    start = start if kind == VARINT else base + low
-                stop = base + low if kind == VARINT else start + value
-            self.left -= 1
-            if self.left < 0:
-                raise UnsupportedError(f"more than {_MAX_FIELDS} fields are not walked", offset=at)
-            if stop > end and not cut:
-                raise CorruptFileError(f"field {number} has {stop - start} bytes and {end - start} are left: the file is cut", offset=at)
-            yield number, kind, start, stop, value
-            at = stop
+    def field(self, at: int, end: int, cut: bool = False) -> tuple[int, int, int, int]:
+        """(key, start and stop of the payload, value of a varint) of the field at `at`; past `end` too where `cut`."""
+        data = self.window.take(at, min(20, end - at))  # ten bytes each at most
+        key, low = read_varint(data, 0, at)
+        number, kind, value, start = key >> 3, key & 7, _WIDTH.get(key & 7, 0), at + low
+        if not number or key >> 32 or kind not in (VARINT, BYTES, *_WIDTH):
+            raise CorruptFileError(f"a field of number {number} and type {kind} is not allowed here", offset=at)
+        if kind in (VARINT, BYTES):
+            value, low = read_varint(data, low, at)
+            start = start if kind == VARINT else at + low
+        stop = at + low if kind == VARINT else start + value
+        if stop > end and not cut:
+            raise CorruptFileError(f"field {number} has {stop - start} bytes and {end - start} are left: the file is cut", offset=at)
+        return key, start, stop, value
 
     def message(self, place: Place, known: Schema) -> dict[str, Any]:
-        """The known fields of the message at `place`: numbers, places of anything else, lists of these where repeated."""
+        """The known fields of the message at `place`: numbers, places of anything else, lists of these where repeated.
+
+        Most keys and lengths have one byte or two, and are read where they lie; at any other, and at what is wrong, `field` is asked.
+        """
         out: dict[str, Any] = {}
-        self.left -= 1
-        for number, kind, start, stop, value in self.fields(*place):
-            if number not in known:
-                continue
-            name, wanted, repeated = known[number]
-            item = value if kind == VARINT else (start, stop)
-            if kind != wanted and not (repeated and kind == BYTES):
-                raise CorruptFileError(f"the field {name} is of type {kind}; {wanted} is expected", offset=start)
-            if repeated:
-                out.setdefault(name, []).append(item)
-            elif name in out:
-                raise CorruptFileError(f"the field {name} stands twice: which of the two counts is ambiguous", offset=start)
-            else:
-                out[name] = item
+        at, end = place
+        left = self.left - 1
+        while at < end:
+            data, low = self.window.view(at, min(end - at, _PIECE))
+            base = at - low
+            safe = end - base if end - base <= len(data) else len(data) - 20
+            while low < safe:
+                try:
+                    if (key := data[low]) >= 0x80:
+                        low += 1
+                        key += (data[low] << 7) - 0x80
+                    if (value := data[low + 1]) < 0x80:
+                        low += 2
+                    else:
+                        low += 3
+                        value += (data[low - 1] << 7) - 0x80
+                    plain = 7 < key < 0x4000 and value < 0x4000
+                except IndexError:
+                    plain = False
+                item: Any = value
+                start, kind = base + low, key & 7
+                if kind == BYTES:
+                    low += value
+                    item = (start, base + low)
+                if not plain or (kind != BYTES and kind != VARINT) or (low > safe and base + low > end):
+                    key, start, low, value = self.field(at, end)
+                    low, kind = low - base, key & 7
+                    item = value if kind == VARINT else (start, base + low)
+                if (left := left - 1) < 0:
+                    raise UnsupportedError(f"more than {_MAX_FIELDS} fields are not walked", offset=at)
+                at = base + low
+                if key >> 3 not in known:
+                    continue
+                name, wanted, repeated = known[key >> 3]
+                if kind != wanted and not (repeated and kind == BYTES):
+                    raise CorruptFileError(f"the field {name} is of type {kind}; {wanted} is expected", offset=start)
+                if not repeated:
+                    if name in out:
+                        raise CorruptFileError(f"the field {name} stands twice: which of the two counts is ambiguous", offset=start)
+                    out[name] = item
+                elif name in out:
+                    out[name].append(item)
+                else:
+                    out[name] = [item]
+        self.left = left
         return out
 
     def numbers(self, items: list[Any], limit: int) -> list[int]:
@@ -102,8 +122,10 @@ class Wire:
                 out.append(item)
                 continue
             data, at = self.window.take(start, stop - start), 0
-            while at < len(data):
-                value, at = _varint(data, at, start)
+            if data.isascii():  # a byte each
+                out += data
+            while at < len(data) and not data.isascii():
+                value, at = read_varint(data, at, start)
                 out.append(value)
         return [value - (value >> 63 << 64) for value in out]
 
@@ -116,7 +138,7 @@ class Wire:
         return self.window.take(start, stop - start).decode("utf-8")
 
 
-def _varint(data: bytes, low: int, start: int) -> tuple[int, int]:
+def read_varint(data: bytes, low: int, start: int) -> tuple[int, int]:
     """(value, where it ends) of the number at `low`; `start` is where `data` lies in the file."""
     value = 0
     for at in range(low, min(low + 10, len(data))):
