@@ -25,7 +25,7 @@ def _commands() -> list[str]:
 
 
 def test_the_code_runs_as_it_stands(tmp_path: Path) -> None:
-    (code,) = _blocks("python")
+    code = "\n".join(_blocks("python"))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)}
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -37,6 +37,9 @@ def test_the_code_runs_as_it_stands(tmp_path: Path) -> None:
         'strip "module."',
         "read back equal",
         "agree within rounding",
+        "attn.qkv put together",
+        "torch.cat([source[",
+        "8 of 10 tensors hold the file's values",
     ):
         assert word in done.stdout
 
