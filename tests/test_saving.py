@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from memory import peak_over_base
 from safetensors.torch import load_file, save_file
 
 import workbench as wb
@@ -291,30 +292,11 @@ def test_what_is_saved_depends_on_the_tensors_and_not_on_the_clock(source, tmp_p
 
 # memory
 
-MEASURED = """
-import sys, threading, torch, workbench as wb
-torch.set_num_threads(1)
+SMALL = """
 path, out, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-def held():
-    told = dict(line.split(":") for line in open("/proc/self/status") if line.startswith(("RssAnon", "RssShmem")))
-    return sum(int(value.split()[0]) for value in told.values()) / 1000
-
 wb.save(wb.ops.quantize_int8(wb.open({"w": torch.ones(64, 64), "v": torch.ones(100)}), names="*"), out)
-peak, done = [held()], threading.Event()
-before = peak[0]
-
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], held())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-wb.save(wb.ops.quantize_int8(wb.open(path), names="*"), out, max_ram_mb=budget)
-done.set()
-watcher.join()
-print(peak[0] - before)
 """
+QUANTIZED = 'wb.save(wb.ops.quantize_int8(wb.open(path), names="*"), out, max_ram_mb=budget)'
 
 
 @pytest.fixture(scope="module")
@@ -332,15 +314,7 @@ def test_quantizing_256_mb_stays_within_64_mb(shape, big_folder):
     tensor = {"[n]": base, "[1, n]": base[None], "square": base.view(2**13, 2**13), "transposed": base.view(2**13, 2**13).t()}[shape]
     torch.save({"w": tensor}, big_folder / "big.pt")
     del base
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(big_folder / "big.pt"), str(big_folder / "out.pt"), "64"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) <= 64
+    assert peak_over_base(SMALL, QUANTIZED, big_folder / "big.pt", big_folder / "out.pt", 64) <= 64
     result = torch.load(big_folder / "out.pt", weights_only=True, mmap=True)
     rows = slice(0, 2**20) if tensor.ndim == 1 else (slice(0, 4), slice(0, 2**20))
     scale = result["w_scale"] if tensor.ndim == 1 else result["w_scale"][:4]

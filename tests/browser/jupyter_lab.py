@@ -31,6 +31,17 @@ FLAGS = [
     "--disable-sync",
     "--disable-dev-shm-usage",
 ]
+# how many milliseconds pass from a text in the filter of a page's only frame to another count of rows
+KEYSTROKE = """async (text) => {
+  const input = document.querySelector('.wb-filter');
+  const count = document.querySelector('.wb-shown');
+  const before = count.textContent;
+  const start = performance.now();
+  input.value = text;
+  input.dispatchEvent(new Event('input', { bubbles: true }));
+  while (count.textContent === before) await new Promise(requestAnimationFrame);
+  return performance.now() - start;
+}"""
 _FOLDERS = (
     "JUPYTER_CONFIG_DIR",
     "JUPYTER_DATA_DIR",

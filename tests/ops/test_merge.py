@@ -2,13 +2,12 @@
 
 import copy
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from memory import peak_over_base
 from strategies import same
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -266,32 +265,14 @@ def test_trained_biases_in_an_adapter_replace_those_of_the_base():
 
 # memory
 
-MEASURED = """
-import sys, threading, torch, workbench as wb
-torch.set_num_threads(1)
+SMALL = """
 folder = sys.argv[1]
-
-def held():
-    told = dict(line.split(":") for line in open("/proc/self/status") if line.startswith(("RssAnon", "RssShmem")))
-    return sum(int(value.split()[0]) for value in told.values()) / 1000
-
-small = [wb.open({"w": torch.ones(64, 64)}), wb.open({"w": torch.zeros(64, 64)})]
-wb.save(wb.ops.average(small), folder + "/out.safetensors")
-peak, done = [held()], threading.Event()
-before = peak[0]
-
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], held())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
+wb.save(wb.ops.average([wb.open({"w": torch.ones(64, 64)}), wb.open({"w": torch.zeros(64, 64)})]), folder + "/out.safetensors")
+"""
+MERGED = """
 a, b = (wb.open(f"{folder}/{n}.pt") for n in "ab")
 adapter = {"v.lora_A.weight": torch.ones(4, 2**12), "v.lora_B.weight": torch.arange(2.0**12)[:, None].expand(-1, 4)}
 wb.save(wb.ops.merge_lora(wb.ops.average([a, b]), wb.open(adapter)), folder + "/out.safetensors")
-done.set()
-watcher.join()
-print(peak[0] - before)
 """
 
 
@@ -306,9 +287,7 @@ def test_merging_two_files_of_256_mib_holds_a_block_of_each(tmp_path):
         torch.save(state, tmp_path / f"{name}.pt")
     del state
     try:
-        done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode == 0, done.stderr
-        assert float(done.stdout) <= 64
+        assert peak_over_base(SMALL, MERGED, tmp_path) <= 64
         result = wb.open(tmp_path / "out.safetensors")
         assert result["w"].read(n - 5, n).tolist() == [97.5] * 5
         assert result["v.weight"].load()[:, 7].tolist() == [4.0 * row for row in range(2**12)]
