@@ -240,3 +240,12 @@ def floats(*shape: int) -> Tensor:
 
 
 __all__ = [name for name in dir() if not name.startswith("_")]
+
+
+def equal(value, want, tol):
+    """Whether a value is the one wanted: bit for bit, or within `tol` of the largest."""
+    if value.shape != want.shape:
+        return False
+    if tol == 0 or not want.is_floating_point():
+        return torch.equal(value.to(want.dtype), want)
+    return torch.allclose(value.double(), want.double(), rtol=0, atol=tol * float(want.double().abs().max().clamp_min(1e-12)))

@@ -91,6 +91,9 @@ def composites(sources: Tensors, config: Config | None = None) -> list[Composite
     found: list[Composite | None]
     found = [_parametrized(plain, pieces, sources) for plain, pieces in _families(sources).items()]
     found += [_adapted(module, adapters, file) for module, adapters in _adapters(sources).items()]
+    found += [
+        _tuned(module + leaf, beside, file) for module, beside in _tuners(_beside_bases(sources)).items() for leaf in ("weight", "bias")
+    ]
     for name, tensor in sources.items():
         if name.endswith(_ENDS) or tensor.dtype.name in _CODES:
             finders = (_scaled,) if tensor.dtype.name in _SCALED else _QUANTIZED
@@ -130,15 +133,20 @@ def canonical(names: Collection[str], others: Collection[str] = ()) -> dict[str,
             held = f"{plain}_{piece}" if piece in ("orig", "mask") else ".".join(filter(None, (module, "parametrizations", leaf, piece)))
             out[name] = Spelling(held, f"parametrization: {piece}", (plain,) if piece == "orig" else ())
     adapters = _adapters(names)
-    marked = bool(adapters) or any("lora" in name or "modules_to_save." in name or "base_layer." in name for name in names)
-    if not marked and not all("base_model.model." in name for name in names):
+    marked = bool(adapters) or any(
+        word in name for name in names for word in ("lora", "modules_to_save.", "base_layer.", "prompt_encoder.")
+    )
+    if not marked and not all("base_model." in name for name in names):
         return out
+    beside = _beside_bases(names)
+    tuners, named = _tuners(beside), _adapter_name(beside)
     flat: dict[str, set[str]] = defaultdict(set)
     for other in others:
         if other.endswith(".lora_A.weight"):
             flat[other.removesuffix(".lora_A.weight").replace(".", "_")].add(other)
     for name in names:
         spelt, role, also = out.get(name, Spelling(name))
+        spelt = named.sub(r"\1", spelt) if named is not None else spelt
         for word, pattern, new in _SPELLINGS:
             if word in spelt:
                 spelt = pattern.sub(new, spelt, count=1)
@@ -152,7 +160,7 @@ def canonical(names: Collection[str], others: Collection[str] = ()) -> dict[str,
         elif leaf in ("weight", "bias") and (module.endswith("base_layer") or (module + dot) in adapters):
             module = (module + dot).removesuffix("base_layer.")
             plain = spelt[: -len(leaf)].removesuffix("base_layer.") + leaf
-            if any(f"B.{leaf}" in pieces for pieces in adapters.get(module, {}).values()):
+            if module in tuners or any(f"B.{leaf}" in pieces for pieces in adapters.get(module, {}).values()):
                 spelt, role, also = plain[: -len(leaf)] + f"base_layer.{leaf}", "base of an adapter", (plain,)
             else:
                 spelt = plain
@@ -168,6 +176,7 @@ _SPELLINGS = [
     for word, pattern, new in (
         ("base_model.model.", r"(^|\.)base_model\.model\.", r"\1"),
         ("modules_to_save.", r"(^|\.)modules_to_save\.[^.]+\.", r"\1"),
+        ("prompt_encoder.", r"(^|\.)prompt_encoder\.[^.]+\.embedding\.weight$", r"\1prompt_embeddings"),
         (".processor.", r"\.processor\.(to_[qkv])_lora\.", r".\1.lora."),  # diffusers, before it used peft
         (".processor.", r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
         ("down.weight", r"\.lora(?:_linear_layer\.|\.|_)down\.weight$", ".lora_A.weight"),
@@ -258,6 +267,43 @@ def _adapters(names: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
         elif "lora_magnitude_vector" in name:
             out[name[: name.rindex("lora_magnitude_vector")]]["magnitude"]["magnitude"] = name
     return out
+
+
+def _beside_bases(names: Collection[str]) -> dict[str, list[str]]:
+    """module -> what peft, or whoever wraps a layer as `base_layer`, put beside that."""
+    out: dict[str, list[str]] = {name[: -len(end)]: [] for end in _BASES for name in names if name.endswith(f".{end}")}
+    for name in names if out else ():
+        for dot in re.finditer(r"\.", name):
+            if name[: dot.end()] in out and not name.startswith("base_layer.", dot.end()):
+                out[name[: dot.end()]].append(name)
+    return out
+
+
+_BASES = ("base_layer.weight", "base_layer.bias")
+
+
+def _tuners(beside: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Those of them that are no LoRA: what they do to the base, its bias included, only their own code tells."""
+    return {module: found for module, found in beside.items() if found and not any("lora_" in name for name in found)}
+
+
+def _tuned(plain: str, beside: list[str], file: _File) -> Composite | None:
+    module, _, leaf = plain.rpartition(".")
+    base = file.sources.get(f"{module}.base_layer.{leaf}")
+    if base is None:
+        return None
+    doubt = f"{beside[0]!r} stands beside its base_layer, and how an adapter changes that is told by its config and code"
+    parts = (f"{module}.base_layer.{leaf}", *beside)
+    return _group(plain.rpartition("base_model.model.")[2], base.shape, base.dtype.name, parts, "adapter")._replace(doubt=doubt)
+
+
+def _adapter_name(beside: Mapping[str, list[str]]) -> re.Pattern[str] | None:
+    """What takes the adapter's name out, which its file leaves out, where all that an adapter put there has the same one."""
+    put = [name[len(module) :].split(".") for module, found in beside.items() for name in found]
+    if len(given := {segments[1] for segments in put if len(segments) > 1}) != 1:
+        return None
+    words = "|".join(sorted({re.escape(segments[0]) for segments in put}))
+    return re.compile(rf"(?<=\.)({words})\.{re.escape(given.pop())}(?=\.|$)")
 
 
 def _adapted(module: str, adapters: Mapping[str, Mapping[str, str]], file: _File) -> Composite | None:

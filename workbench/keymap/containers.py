@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.keymap.fusions import fused_from
 from workbench.keymap.layouts import IN_OUT, SAME, fit
 from workbench.keymap.maps import Ambiguous
 from workbench.keymap.naming import Block, Indices, domain, opposed, shown, words_in
+from workbench.keymap.rules import role_of
 
 if TYPE_CHECKING:
     from workbench.keymap.inference import Search
@@ -35,8 +36,51 @@ class Pairing(NamedTuple):
     filled: int
 
 
+SAME_NUMBERS = "the same numbers"
 _MOST_CONTAINERS = 4096  # pairs of them
 _TOWERS = frozenset({"vision", "text", "audio"})
+
+
+def number_first(search: Search) -> bool:
+    """Read `patch_embeddings.0.proj` and `norm.0` as parts of a block 0, where the other side has `stages.0.patch_embeddings.proj`.
+
+    Returns whether any name is read so.
+    """
+    found = False
+    many = sum(map(len, search.by_context)) > _MOST_CONTAINERS  # no model
+    for side, names in enumerate((search.source_names, search.target_names)):
+        theirs = search.by_context[1 - side]
+        holding: dict[str, list[str]] = defaultdict(list)  # role -> containers of the other side
+        for context, blocks in theirs.items() if not many else ():
+            for role in next(iter(blocks.values())) if context else ():
+                holding[role].append(context)
+        for context, blocks in search.by_context[side].items() if holding else ():
+            roles, words = next(iter(blocks.values())), context.split(".")[1:-1]
+            if context in theirs or not context.endswith(".#") or all(role in holding for role in roles):
+                continue
+            for cut in range(len(words)):
+                inner, outer = "".join(f".{word}" for word in words[cut:]), "".join(f".{word}" for word in words[:cut])
+                there = holding.get(role_of(f"{inner}{next(iter(roles))}", True), ())
+                if sum(_inside(blocks, theirs[other], inner, search.shapes[side], search.shapes[1 - side]) for other in there) == 1:
+                    for role, name in [(role, name) for block in blocks.values() for role, held in block.items() for name in held]:
+                        names[name] = names[name]._replace(context=f"{outer}.#", role=role_of(f"{inner}{role}", True))
+                    found = True
+                    break
+    return found
+
+
+def _inside(
+    ours: dict[Indices, Block], theirs: dict[Indices, Block], inner: str, shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]
+) -> bool:
+    """Whether each block of one is a part of the other's, one after the other, with these words before its roles."""
+    if len(ours) != len(theirs) or len(ours) < 2:
+        return False
+    for mine, other in zip(sorted(ours), sorted(theirs), strict=True):
+        for role, names in ours[mine].items():
+            there = theirs[other].get(role_of(f"{inner}{role}", True), ())
+            if len(there) != 1 or wanted[there[0]] != shapes[names[0]]:
+                return False
+    return True
 
 
 def pairings(search: Search) -> list[Pairing]:
@@ -82,11 +126,21 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
                 if key not in compared:
                     compared[key] = _compared(ours[source], theirs[target])
                 p = Pairing(source, target, *read) if (read := compared[key]) else None
-                if p is not None and p.filled and (source == target or p.filled >= whole):
+                if p is not None and p.filled and (source == target or 2 * p.filled >= whole):
                     shared = len(words_in(source) & words_in(target))
                     scored.append(((p.filled, source == target, shared, -len(sources[source])), p))
         options[target] = sorted(scored, key=lambda entry: entry[0], reverse=True)
+    often = Counter(p.source for scored in options.values() for _, p in scored)
+    for target, held in targets.items():
+        whole, alone = sum(map(len, held.values())), len(options[target]) == 1
+        options[target] = [(score, p) for score, p in options[target] if _explains(p, whole, len(held), alone and often[p.source] == 1)]
     return options
+
+
+def _explains(p: Pairing, whole: int, blocks: int, alone: bool) -> bool:
+    """Whether half of the tensors agree; less is enough, in all blocks, for two of one word that agree with no other container at all."""
+    alike = alone and p.source.split(".")[-2] == p.target.split(".")[-2] and len(p.indices) == blocks > 1
+    return p.source == p.target or p.filled >= whole or alike
 
 
 def _doubt(search: Search, context: str, readings: list[Pairing]) -> None:
@@ -121,14 +175,15 @@ def _compared(ours: Layout, theirs: Layout) -> tuple[dict[Indices, Indices], str
     depth = {len(i) for i in ours} | {len(i) for i in theirs}
     if len(depth) == 1:
         if theirs.keys() & ours.keys():
-            numbered.append(({i: i for i in theirs if i in ours}, "the same numbers"))
+            numbered.append(({i: i for i in theirs if i in ours}, SAME_NUMBERS))
         low = [tuple(min(column) for column in zip(*held, strict=True)) for held in (ours, theirs)]
         shift = tuple(a - b for a, b in zip(*low, strict=True))
         moved = {i: tuple(n + d for n, d in zip(i, shift, strict=True)) for i in theirs} if any(shift) else {}
         if moved and all(i in ours for i in moved.values()):
             numbered.append((moved, f"numbers moved by {', '.join(map(str, shift))}"))
-    if len(ours) == len(theirs) and ours.keys() != theirs.keys():
-        numbered.append((dict(zip(sorted(theirs), sorted(ours), strict=True)), "one after the other"))
+    if ours.keys() != theirs.keys():
+        alike = sorted(ours) if len(ours) == len(theirs) else _alike(ours, theirs)
+        numbered += [(dict(zip(sorted(theirs), alike, strict=True)), "one after the other")] if len(alike) == len(theirs) else []
     read = [
         (indices, told, max(0, sum(_agreement(ours[mine], theirs[i]) for i, mine in indices.items() if mine in ours)))
         for indices, told in numbered
@@ -136,11 +191,21 @@ def _compared(ours: Layout, theirs: Layout) -> tuple[dict[Indices, Indices], str
     return max(read, key=lambda entry: entry[2]) if read else None  # of equals the first, which is the simplest
 
 
+def _alike(ours: Layout, theirs: Layout) -> list[Indices]:
+    """The numbers that hold what the other's blocks hold, in order: an embedding and a head may be counted among the blocks."""
+    forms = set(theirs.values())
+    fits = {form for form in set(ours.values()) if any(_agreement(form, other) > 0 for other in forms)}
+    found = sorted(index for index, form in ours.items() if form in fits)
+    gaps = any(len(one) == 1 and one[0] + 1 != other[0] for one, other in pairwise(found))  # layers of two kinds: which go is not told
+    return [] if gaps else found
+
+
 @lru_cache(maxsize=1 << 14)
 def _agreement(ours: Form, theirs: Form) -> int:
-    """How many tensors agree in role and shape; in shape alone where no role is shared. A role of another shape speaks against it."""
+    """How many tensors agree in role and shape, and in shape alone where no other role is shared; one of another shape speaks against it."""
     held = {role: (shape, in_out) for role, shape, in_out in ours}
     count = shared = 0
+    wanted_roles = {role for role, _, _ in theirs}
     for role, wanted, in_out in theirs:
         if role in held:
             shape, other = held[role]
@@ -149,7 +214,8 @@ def _agreement(ours: Form, theirs: Form) -> int:
             shared += 1
         elif fused_from(role) & held.keys():
             count += 1
-    if not shared:
-        mine, others = (Counter((role.rpartition(".")[0].rpartition(".")[2], shape) for role, shape, _ in form) for form in (ours, theirs))
-        count += 2 * len(theirs) * (mine == others)
+    if count >= 0 and shared < len(theirs):  # what is left may be one with the other's under its own words
+        rest = [[(role, shape) for role, shape, _ in form if role not in known] for form, known in ((ours, wanted_roles), (theirs, held))]
+        mine, others = (Counter((role.rpartition(".")[0].rpartition(".")[2], shape) for role, shape in form) for form in rest)
+        count += (1 if shared else 2) * len(rest[1]) * (mine == others)
     return count

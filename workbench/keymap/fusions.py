@@ -2,17 +2,18 @@
 
     blocks     [q; k; v]                   torch.nn.MultiheadAttention, timm, GPT-2, Phi-3, litgpt
     per head   [q0; k0; v0; q1; k1; v1 …]  GPT-NeoX, BLOOM, Megatron `query_key_value`, where keys have as many heads as queries
-    per group  [q… q; k; v] for each head of the keys   InternLM2 `wqkv`
+    per group  [q… q; k; v] for each head of the keys   InternLM2 `wqkv`, Megatron Core `linear_qkv`
 
-Which of them a file holds is told by its word, never by shapes; what is not known is ambiguous.
+Which of them a file holds is told by its word and those beside it (conventions.LAYOUTS), never by shapes; what is not known is ambiguous.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from workbench.keymap.conventions import EQUAL, IN_OUT, LAYOUTS, UNKNOWN
 from workbench.keymap.maps import Ambiguous, Pair, Part, Regroup
 from workbench.keymap.targets import Target
 
@@ -42,6 +43,7 @@ FUSIONS = (
     Fusion(".xattn.qkv.", (".xattn.q.", ".xattn.k.", ".xattn.v.")),
     Fusion(".attn.kv.", (".attn.k.", ".attn.v.")),
     Fusion(".mlp.gateup.", (".mlp.gate.", ".mlp.up.")),
+    Fusion(".mlp.upgate.", (".mlp.up.", ".mlp.gate.")),
     Fusion(".experts.gateup.", (".experts.gate.", ".experts.up.")),
 )
 
@@ -58,19 +60,19 @@ def fused_pairs(
             yield from _put_together([held.get(part, "") for part in parts], wanted[whole], fusion, items, target)
 
 
-def layout_of(name: str) -> str:
-    """How a fused matrix of this name lays its rows: "per head", "per group" or "blocks"."""
-    if "query_key_value" in name:
-        return "per head"
-    if re.search(r"(?:^|\.)wqkv\.", name):  # gpt-fast writes blocks under the same word
-        return "per group" if "model.layers." in name else "an unknown order"
-    return "interleaved" if "gate_up_proj_blocks" in name else "blocks"
+def layout_of(name: str, names: Container[str], fewer: bool = False) -> str:
+    """How a fused matrix of this name lays its rows, by its word and those beside it, and whether its keys are fewer than its queries."""
+    module = ".".join(name.split(".")[:-3])
+    for word, beside, layout, _ in LAYOUTS:
+        if re.search(word, name) and (not beside or any(f"{module}.{other}.weight" in names for other in beside)):
+            return "blocks" if fewer and layout == EQUAL else layout
+    return "blocks"
 
 
 def relaid(source: str, name: str, items: Mapping[str, Item], target: Target) -> tuple[Regroup | None, str]:
     """What a fused matrix needs where the target's lays its rows in another way, and why it cannot be said."""
-    old, new, shape = layout_of(source), layout_of(name), items[source].shape
-    if old == new:
+    old, new, shape = layout_of(source, items), layout_of(name, target.shapes), items[source].shape
+    if old == new and (old not in (UNKNOWN, EQUAL) or source.split(".")[-2:] == name.split(".")[-2:]):
         return None, ""
     heads = target.heads("q")
     if (old, new) != ("per head", "blocks") and (old, new) != ("blocks", "per head"):
@@ -86,7 +88,7 @@ def relaid(source: str, name: str, items: Mapping[str, Item], target: Target) ->
 
 def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[str, Item], target: Target) -> Iterator[Pair | Ambiguous]:
     shape, known = items[source].shape, [target.shapes[name] for name in names if name]
-    if items[source].formula or not shape or not all(known):
+    if items[source].formula or not shape or not all(known) or any(name.endswith(IN_OUT) for name in names):
         return
     total = max(shape) if len(shape) == 2 else shape[0]
     sizes = [target.shapes[name][0] if name else 0 for name in names]
@@ -96,23 +98,24 @@ def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[s
             sizes[i] = (total - sum(sizes)) // len(missing)
     turn = None
     rows = shape[0]
-    if len(shape) == 2 and rows != sum(sizes) and shape[1] == sum(sizes) and known[0][1:] == shape[:1]:
+    if len(shape) == 2 and (rows != sum(sizes) or source.endswith(IN_OUT)) and shape[1] == sum(sizes) and known[0][1:] == shape[:1]:
         turn, rows, shape = Regroup(shape, (1, 0), shape[::-1]), shape[1], shape[::-1]
     if rows != sum(sizes) or min(sizes) <= 0 or any(s[1:] != shape[1:] for s in known):
         return
-    layout = layout_of(source) if len(fusion.parts) == 3 else "blocks"
+    layout = layout_of(source, items, sizes[0] > sizes[1]) if len(fusion.parts) == 3 else "blocks"
     rule = f"{fusion.whole.strip('.')} taken apart"
     heads, groups = target.heads("q"), target.heads("k")
     if layout == "per head" and len(set(sizes)) > 1:
-        layout = "blocks" if sizes[1] == sizes[2] and heads and sizes[0] == heads * sizes[1] else "unknown"
-    layout = "unknown" if layout == "an unknown order" else layout
+        layout = "blocks" if sizes[1] == sizes[2] and heads and sizes[0] == heads * sizes[1] else UNKNOWN
+    matrix = items.get(f"{source.rpartition('.')[0]}.weight", items[source])
+    layout = UNKNOWN if len(matrix.shape) == 3 else layout  # a convolution's: guided diffusion had two orders under one name
     if layout in ("per head", "per group") and (turn is not None or not heads or sizes[0] % heads):
-        layout = "unknown"
+        layout = UNKNOWN
     if layout == "per group" and (not groups or sizes[1] * heads != sizes[0] * groups):
-        layout = "unknown"
+        layout = UNKNOWN
     at = 0
     for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        if name and layout == "unknown":
+        if name and layout in (UNKNOWN, EQUAL):
             yield Ambiguous(
                 name, (source,), f"{source!r} may hold its rows in blocks, by heads or by groups, and the heads or the order are not known"
             )
@@ -138,6 +141,9 @@ def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[s
     held = [items[name] for name in names if name]
     if any(item.formula or not item.shape for item in held) or not shape:
         return
+    turns = {i.name: Regroup(i.shape, (1, 0), i.shape[::-1]) for i in held if len(i.shape) == 2 and i.name.endswith(IN_OUT)}
+    items = {i.name: i._replace(shape=turns[i.name].shape) if i.name in turns else i for i in held}
+    held = list(items.values())
     turned = len(shape) == 2 and held[0].shape[1:] != shape[1:] and shape[0] == held[0].shape[-1]
     full = shape[::-1] if turned else shape
     sizes = [items[name].shape[0] if name else 0 for name in names]
@@ -146,13 +152,14 @@ def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[s
         sizes[empty[0]] = full[0] - sum(sizes)
     if sum(sizes) != full[0] or min(sizes) <= 0 or any(item.shape[1:] != full[1:] for item in held):
         return
-    layout, heads = (layout_of(whole) if len(fusion.parts) == 3 else "blocks"), target.heads("q")
+    layout, heads = (layout_of(whole, target.shapes, sizes[0] > sizes[1]) if len(fusion.parts) == 3 else "blocks"), target.heads("q")
     if layout == "per head" and (len(set(sizes)) > 1 or not heads or turned):
-        layout = "unknown"
+        layout = UNKNOWN
     if layout not in ("blocks", "per head"):
         yield Ambiguous(whole, tuple(name for name in names if name), f"the order of the rows of {whole!r} is not known")
         return
-    parts = tuple(Part(name, None, (0, size), items[name].shape if name else ()) for name, size in zip(names, sizes, strict=True))
+    own = {name: turns[name].view if name in turns else item.shape for name, item in items.items()} | {"": ()}
+    parts = tuple(Part(name, turns.get(name), (0, size), own[name]) for name, size in zip(names, sizes, strict=True))
     after = Regroup(full, (1, 0), shape) if turned else None
     if layout == "per head":
         after = Regroup((3, heads, sizes[0] // heads, *full[1:]), (1, 0, 2, *range(3, 2 + len(full))), full)
@@ -167,8 +174,9 @@ def fused_from(role: str) -> set[str]:
             return {role.replace(f"attn.{word}.", "attn.qkv."), role.replace(f"attn.{word}.", "attn.kv.")}
     if "attn.qkv." in role:
         return {role.replace("attn.qkv.", "attn.q.")}
-    if ".gateup." in role:
-        return {role.replace(".gateup.", ".gate.")}
+    for whole in (".gateup.", ".upgate."):
+        if whole in role:
+            return {role.replace(whole, ".gate.")}
     if ".mlp.gate." in role or ".mlp.up." in role:
-        return {role.replace(".mlp.gate.", ".mlp.gateup.").replace(".mlp.up.", ".mlp.gateup.")}
+        return {role.replace(".mlp.gate.", whole).replace(".mlp.up.", whole) for whole in (".mlp.gateup.", ".mlp.upgate.")}
     return set()

@@ -11,8 +11,8 @@ container, a block or an end is decided once for it.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,18 +21,20 @@ from workbench.checkpoint import Finding
 from workbench.errors import SelectionError
 from workbench.formats import collector_paused
 from workbench.keymap.composites import Spelling, canonical, composites, locked_raw
-from workbench.keymap.containers import Pairing, pairings
+from workbench.keymap.containers import SAME_NUMBERS, Pairing, number_first, pairings
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
 from workbench.keymap.layouts import IN_OUT, SAME, Fit, fit, orient, stack, turn, unstack
-from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part, Unmatched
+from workbench.keymap.leftovers import follow, nearest, rest, set_aside, settle_swapped
+from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part
 from workbench.keymap.naming import (
     Block,
-    Indices,
     Name,
     bare_name,
     bare_names,
     domain,
     grouped,
+    in_head,
+    moved_parts,
     opposed,
     read_names,
     shown,
@@ -40,7 +42,7 @@ from workbench.keymap.naming import (
     tokens_of,
     wrapper_rule,
 )
-from workbench.keymap.rules import is_known_role, is_single_role
+from workbench.keymap.rules import is_single_role
 from workbench.keymap.targets import Target, read_target
 from workbench.keymap.values import starts_alike
 from workbench.opening import open as open_checkpoint
@@ -74,7 +76,7 @@ def match(source: Any, target: Any) -> KeyMap:
     used = {part.source for pair in found.pairs.values() for part in pair.parts}
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}
-    unmatched = _unmatched([t for t in wanted.shapes if t not in found.pairs and t not in ambiguous], wanted.shapes, tensors, used)
+    unmatched = nearest(found, [t for t in wanted.shapes if t not in found.pairs and t not in ambiguous], used)
     alike = [s for s in ckpt.sections() if s.kind in ("weights", "ema") and s.path != section.path]
     needed = {bare_name(name): tensors[name].shape for name in used if name} if alike else {}
     same = [s for s in alike if needed and needed.items() <= {bare_name(n): t.shape for n, t in ckpt.section(s.path).items()}.items()]
@@ -107,18 +109,20 @@ class Search:
         self.pairs: dict[str, Pair] = {}
         self.ambiguous: dict[str, Ambiguous] = {}
         self.used: set[str] = set()
+        self.sides: set[tuple[bool, str, Shape]] = set()  # in a head or not, last word, shape: what is free outside of blocks
         told = canonical(wanted.shapes)
         self._compose(told)
         spelt, wants = self._spelt(told)
         self.source_names, self.target_names = read_names(spelt), read_names(wants)
         self.bare = {name: read.bare for names in (self.source_names, self.target_names) for name, read in names.items()}
-        stack(self)
+        self.shapes = {name: item.shape for name, item in self.items.items()}, wanted.shapes
         self.by_context = grouped(self.source_names), grouped(self.target_names)
+        if number_first(self) | stack(self):
+            self.by_context = grouped(self.source_names), grouped(self.target_names)
         self.experts_in: dict[str, list[str]] = defaultdict(list)  # container of the target -> those of experts in it
         for context in self.by_context[1]:
             for dot in re.finditer(r"\.", context) if context.endswith(".experts.#") else ():
                 self.experts_in[context[: dot.start()]].append(context)
-        self.shapes = {name: item.shape for name, item in self.items.items()}, wanted.shapes
         self.roles = {told.role for names in (self.source_names, self.target_names) for told in names.values()}
         running = {role for role in self.roles if ".running." in role}
         both = (self.source_names, self.target_names) if running else ()
@@ -131,8 +135,10 @@ class Search:
         spelt = [{bare_name(mine[p].name if p in mine else p) for p in made.parts} - {bare_name(made.name)} for made in found]
         wants = {bare_name(told[t].name if t in told else t) for t in (self.wanted.shapes if found else ())}
         asked = _asked(set().union(*spelt), wants)
+        pieces = {(spelling.role, self.wanted.shapes[t]) for t, spelling in told.items()}
         for made, own in zip(found, spelt, strict=True):
-            if own & asked:
+            kept = all(p in mine and (mine[p].role, self.tensors[p].shape) in pieces for p in made.parts)
+            if own & asked or kept:
                 continue
             for part in made.parts:
                 self.items.pop(part, None)
@@ -160,13 +166,14 @@ class Search:
         wants = {name: name for name in shapes}
         for name, spelling in told.items():
             wants[name] = spelling.also[0] if spelling.also and spelling.role not in roles else spelling.name
-        for extra in strange_wrappers(spelt.values(), wants.values()):
+        self.strange = strange_wrappers(spelt.values(), wants.values())
+        for extra in self.strange:
             spelt = {name: ".".join(part for part in text.split(".") if part != extra) for name, text in spelt.items()}
         return spelt, wants
 
     def run(self) -> Search:
         chosen = pairings(self)
-        for step in (self._join, self._join_fused, partial(unstack, self)):
+        for step in (self._join, self._join_fused, partial(unstack, self), partial(rest, self)):
             for pairing in chosen:
                 step(pairing)
         for mend in (orient, turn):
@@ -175,14 +182,15 @@ class Search:
                 paired[self.target_names[name].context].append(name)
             for pairing in chosen:
                 mend(self, pairing, paired[pairing.target])
-        self._singles()
+        set_aside(self, chosen)
+        follow(self, chosen)
+        self._singles({p.target for p in chosen if p.reading != SAME_NUMBERS})
         self._join_single_fusions()
-        for pairing in chosen:
-            self._rest(pairing.target, pairing.source, pairing.indices)
         if not self.pairs:  # beside other pairs, what is left may be another head
-            self._rest("", "", None)
+            rest(self, Pairing("", "", {(): ()}, "", 0))
         self._doubt_lonely()
         self._ties()
+        settle_swapped(self)
         self._name_candidates()
         targets: dict[str, list[str]] = defaultdict(list)
         for target in self.wanted.shapes if self.refused else ():
@@ -202,15 +210,18 @@ class Search:
         for index, roles in theirs.items():
             held = ours.get(p.indices.get(index, ()), {})
             spelt: dict[str, list[str]] | None = None
+            moved = () if held.keys() == roles.keys() else moved_parts(frozenset(held), frozenset(roles))
             for role, targets in roles.items():
+                if role in moved:
+                    continue
                 if role in held:
-                    if len(targets) == len(held[role]) == 1 and self._same_kind(targets[0], held[role][0]):
-                        self._take(targets[0], held[role][0], rule, confidence, reason)
+                    if len(targets) == len(held[role]) == 1 and self.same_kind(targets[0], held[role][0]):
+                        self.take(targets[0], held[role][0], rule, confidence, reason)
                 elif p.source == p.target:
                     spelt = self._by_spelling(held) if spelt is None else spelt
-                    same = [n for n in spelt.get(self.bare[targets[0]], ()) if self._fits(n, targets[0]) is SAME]
+                    same = [n for n in spelt.get(self.bare[targets[0]], ()) if self.fits(n, targets[0]) is SAME]
                     if len(same) == 1:
-                        self._take(targets[0], same[0], rule, confidence, p.reading)
+                        self.take(targets[0], same[0], rule, confidence, p.reading)
 
     def _by_spelling(self, held: Block) -> dict[str, list[str]]:
         out: dict[str, list[str]] = defaultdict(list)
@@ -219,13 +230,15 @@ class Search:
                 out[self.bare.get(name, "")].append(name)
         return out
 
-    def _same_kind(self, target: str, source: str) -> bool:
+    def same_kind(self, target: str, source: str) -> bool:
         """Whether the modules of two names may be of one kind: what fits beside them fits, and both or neither keep running statistics."""
         told, other = self.target_names[target], self.source_names[source]
         if told.role.endswith(".weight.") and told.context not in self.running and other.context not in self.running:
             return True
         if not told.role or not other.role or not told.context or not other.context:
-            return True
+            one, matrix = (name.removesuffix("bias") + "weight" if name.endswith("bias") else "" for name in (source, target))
+            beside = one in self.items and matrix in self.wanted.shapes and not self._same_name(target, source)
+            return not beside or self.fits(one, matrix) is not None
         held, roles = self.by_context[0][other.context][other.indices], self.by_context[1][told.context][told.indices]
         unit, mine = (role.rstrip(".").rpartition(".")[0] for role in (told.role, other.role))
         if (f"{unit}.running.mean." in roles) != (f"{mine}.running.mean." in held):
@@ -235,7 +248,7 @@ class Search:
             return True
         if self._same_name(target, source):  # other widths are another matter; a vector is no matrix
             return len(self.wanted.shapes[roles[matrix][0]]) == len(self.items[own[0]].shape)
-        return self._fits(own[0], roles[matrix][0]) is not None  # vectors of one length are many
+        return self.fits(own[0], roles[matrix][0]) is not None  # vectors of one length are many
 
     def _same_name(self, target: str, source: str) -> bool:
         return self.bare[target] == self.bare.get(source)
@@ -246,15 +259,15 @@ class Search:
         return one not in self.items or other not in self.wanted.shapes or self.items[one].shape == self.wanted.shapes[other]
 
     def _rule(self, p: Pairing) -> tuple[str, Confidence]:
-        if p.source == p.target and p.reading == "the same numbers":
+        if p.source == p.target and p.reading == SAME_NUMBERS:
             return "same block", "certain"
         return f"{shown(p.source)} becomes {shown(p.target)}", "likely"
 
-    def _fits(self, source: str, target: str) -> Fit | None:
+    def fits(self, source: str, target: str) -> Fit | None:
         return fit(self.shapes[0][source], self.shapes[1][target], source.endswith(IN_OUT) != target.endswith(IN_OUT))
 
-    def _take(self, target: str, source: str, rule: str, confidence: Confidence, reason: str) -> None:
-        item, how = self.items[source], self._fits(source, target)
+    def take(self, target: str, source: str, rule: str, confidence: Confidence, reason: str) -> None:
+        item, how = self.items[source], self.fits(source, target)
         if ".qkv." in self.target_names[target].role and how is not None and not item.formula:
             regroup, why = relaid(source, target, self.items, self.wanted)
             if why:
@@ -267,7 +280,7 @@ class Search:
             return
         if how is SAME and self._same_name(target, source) and not item.after:
             confidence = "certain"
-            rule, reason = ("same name", "name and shape agree") if target == source else wrapper_rule(source, target)
+            rule, reason = ("same name", "name and shape agree") if target == source else wrapper_rule(source, target, self.strange)
         parts, regroup = item.parts, how.regroup
         if item.after is not None:
             if regroup is not None:
@@ -320,9 +333,15 @@ class Search:
 
     # what lies in no container
 
-    def _singles(self) -> None:
+    def _singles(self, moved: Container[str]) -> None:
+        """Names outside of blocks, by how they end. Those in a block only where the whole name is one, and its numbers are not `moved`."""
         sources = {n: tokens_of(told) for n, told in self.source_names.items() if n not in self.used}
         targets = {n: tokens_of(told) for n, told in self.target_names.items() if n not in self.pairs and n not in self.ambiguous}
+        alike = {self.bare.get(n) for n in sources} & {self.bare[n] for n in targets if self.target_names[n].context not in moved}
+        for words, names in ((sources, self.source_names), (targets, self.target_names)):
+            for name in [n for n in words if names[n].context and self.bare.get(n) not in alike]:
+                del words[name]
+        self.sides = {(in_head(self.bare.get(n, "")), n.rpartition(".")[2], self.items[n].shape) for n in sources}
         found: dict[str, tuple[int, list[str]]] = {}  # target -> words of the longest end that sources share and fit, and those
         for length, ours, theirs in _shared_ends(sources, targets, 0, list(sources), list(targets)):
             if len(ours) <= _MOST_SHARING:
@@ -345,7 +364,7 @@ class Search:
             free = [s for s in fits if s not in self.used and longest[s] <= length]
             free = [s for s in free if self._same_name(name, s)] or [s for s in free if domain(name) and domain(s) == domain(name)] or free
             if len(free) == 1 and next(filter(None, claims[free[0], length])) == {name}:  # the nearest of those that want it
-                self._take(name, free[0], "the end of the name", "likely", "the longest end of the name and the shape agree")
+                self.take(name, free[0], "the end of the name", "likely", "the longest end of the name and the shape agree")
                 for source in fits if name in self.pairs else ():
                     claiming(name, source, length).discard(name)
             elif free:
@@ -365,36 +384,18 @@ class Search:
                 near = [s for s in sources if len(sources[s]) == length or (s in apart and not opposed(name, s))]
             else:
                 near = wholes if length > 1 or single else []
-            yield name, [s for s in near if self._fits(s, name) and self._same_kind(name, s)]
+            yield name, [s for s in near if self.fits(s, name) and self.same_kind(name, s) and not self._crosses(s, name)]
+
+    def _crosses(self, source: str, target: str) -> bool:
+        """Whether just one of two modules is a part of a head, while the file has another that may be the right one."""
+        inside = in_head(self.bare[target])
+        return (
+            inside != in_head(self.bare.get(source, "")) and (inside, target.rpartition(".")[2], self.wanted.shapes[target]) in self.sides
+        )
 
     def _stands_apart(self, raw: str, told: Name, words: list[str], length: int) -> bool:
         """Whether the end of a longer name is no part of a block, and not of a word that an underscore joins."""
         return not told.context and not any(f"{before}_" in raw.lower() for before in words[-length - 1 : -length])
-
-    def _rest(self, context: str, source_context: str, indices: dict[Indices, Indices] | None) -> None:
-        """Modules left over on both sides that are the only ones of their shapes; only where they explain each other wholly."""
-        ours, theirs = self.by_context[0].get(source_context, {}), self.by_context[1].get(context, {})
-        wanted = _units_left(theirs, self.pairs, self.shapes[1])
-        held = _units_left(ours, self.used, self.shapes[0]) if wanted else {}
-        signs = Counter(wanted.values())
-        if not wanted or Counter(held.values()) != signs or max(signs.values()) > 1 or (not context and len(wanted) < 2):
-            return
-        of = {sign: unit for unit, sign in held.items()}
-        members: dict[str, list[tuple[str, str, Block]]] = defaultdict(list)  # unit -> name, parameter, the block of the source
-        for index, roles in theirs.items():
-            there = ours.get(indices.get(index, ()) if indices is not None else index, {})
-            for role, names in roles.items():
-                unit, _, param = role.strip(".").rpartition(".")
-                members[unit].append((names[0], param, there))
-        for unit, sign in wanted.items():
-            source_unit = of[sign]
-            if is_known_role(unit) and is_known_role(source_unit):
-                continue
-            rule = f"{source_unit or source_context} becomes {unit or context}"
-            for name, param, there in members[unit]:
-                other = there.get(f".{source_unit}.{param}." if source_unit else f".{param}.", ())
-                if name not in self.pairs and len(other) == 1 and not opposed(name, other[0]):
-                    self._take(name, other[0], rule, "likely", "the only ones of their shapes that are left")
 
     def _doubt_lonely(self) -> None:
         """A transposed shape by itself proves nothing: it counts where a word or a layer kind says so, or where several agree."""
@@ -423,7 +424,7 @@ class Search:
                 self.ambiguous[name] = Ambiguous(name, tuple(found[:8]), "only the end of the name and the shape agree")
 
     def _ties(self) -> None:
-        for name, kept in self.wanted.ties.items():
+        for name, kept in sorted(self.wanted.ties.items(), key=lambda tie: tie[0] not in self.pairs):  # to `kept` first, then from it
             if name in self.pairs and kept in self.pairs and not self._agree(self.pairs[name], self.pairs[kept]):
                 for one, other in ((name, kept), (kept, name)):
                     why = f"one tensor with {other!r} in the model, and the file has two of different values"
@@ -441,22 +442,6 @@ class Search:
             return a.parts == b.parts
         one, other = self.tensors[a.source], self.tensors[b.source]
         return one.source == other.source or (one.locked is None and other.locked is None and starts_alike(one, other))
-
-
-def _unmatched(names: list[str], shapes: Mapping[str, Shape], sources: Mapping[str, LazyTensor], used: set[str]) -> tuple[Unmatched, ...]:
-    """The names that nothing fills, and what in the file comes nearest."""
-    bare = dict(zip(bare_names(sources), sources, strict=True)) if names else {}
-    free = Counter(tensor.shape for name, tensor in sources.items() if name not in used) if names else Counter()
-    out = []
-    for name, spelt in zip(names, bare_names(names), strict=True):
-        near, shape = name if name in sources else bare.get(spelt), shapes[name]
-        if near is not None and near not in used and sources[near].shape != shape:
-            out.append(Unmatched(name, f"{list(sources[near].shape)} in the file and {list(shape)} in the model", near))
-        else:
-            count = free[shape]
-            why = f"no name like it; {count} unused tensors have its shape" if count else "nothing in the file has this name or shape"
-            out.append(Unmatched(name, why))
-    return tuple(out)
 
 
 def _asked(parts: set[str], wanted: set[str]) -> set[str]:
@@ -484,19 +469,3 @@ def _shared_ends(
             yield from _shared_ends(sources, targets, length + 1, longer[0][word], longer[1][word])
     if length:
         yield length, ours, theirs
-
-
-def _units_left(
-    blocks: Mapping[Indices, Block], done: Container[str], shapes: Mapping[str, Shape]
-) -> dict[str, frozenset[frozenset[tuple[str, Shape]]]]:
-    """Modules that are not done -> their parameters and shapes, in each of the blocks."""
-    found: dict[str, set[frozenset[tuple[str, Shape]]]] = defaultdict(set)
-    for roles in blocks.values():
-        own: dict[str, set[tuple[str, Shape]]] = defaultdict(set)
-        for role, names in roles.items():
-            if names[0] not in done and len(names) == 1 and not role.endswith(".num.batches.tracked."):
-                unit, _, param = role.strip(".").rpartition(".")
-                own[unit].add((param, shapes[names[0]]))
-        for unit, held in own.items():
-            found[unit].add(frozenset(held))
-    return {unit: frozenset(signs) for unit, signs in found.items()}

@@ -6,6 +6,7 @@ Each of the functions on blocks looks at one search of inference.py and mends or
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import lru_cache
@@ -53,10 +54,10 @@ def fit(source: Shape, target: Shape, turned: bool = False) -> Fit | None:
 IN_OUT = ("kernel", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
 
 
-def stack(search: Search) -> None:
-    """Experts that the source lists one by one, as the one tensor that the target may want of them."""
+def stack(search: Search) -> bool:
+    """Experts that the source lists one by one, as the one tensor that the target may want of them; whether there are such."""
     if not any(".experts." in told.role for told in search.target_names.values()):
-        return
+        return False
     lists: dict[tuple[str, Indices, str], dict[int, str]] = defaultdict(dict)
     for name, told in search.source_names.items():
         if told.context.endswith(".experts.#"):
@@ -81,7 +82,9 @@ def stack(search: Search) -> None:
             joined = (shape[0] * len(names), *shape[1:])
             after = Regroup(joined, tuple(range(len(joined))), full)
             search.items[name] = Item(name, full, search.items[names[0]].dtype, parts, note=f"{count} experts stacked", after=after)
+            search.shapes[0][name] = full
             search.source_names[name] = Name(name, whole[:cut], outer, f"{inner}.{word}.", name)
+    return bool(stacks)
 
 
 def unstack(search: Search, p: Pairing) -> None:
@@ -114,28 +117,39 @@ def unstack(search: Search, p: Pairing) -> None:
 
 
 def orient(search: Search, p: Pairing, names: list[str]) -> None:
-    """Square matrices among others that are transposed: transposed too where the target's layers are of one class, else unknown."""
+    """What the matrices of a container tell of each other: a square one is transposed like the oblong ones, and those are so all or none."""
     mine = [pair for name in names if not (pair := search.pairs[name]).formula]
+    shapes, kinds = search.wanted.shapes, search.wanted.kinds
     turned = {
         pair.target
         for pair in mine
         if (1, 0) in [told.axes for told in (pair.regroup, *[part.regroup for part in pair.parts]) if told is not None]
     }
-    classes = {search.wanted.kinds.get(name) for name in turned}
-    for pair in [pair for pair in mine if turned and len(pair.parts) == 1]:
-        shape = search.wanted.shapes[pair.target]
+    straight = {t for pair in mine if len(shapes[t := pair.target]) == 2 and shapes[t][0] != shapes[t][1] and t not in turned}
+    for pair in [pair for pair in mine if straight and pair.rule.endswith(", transposed")]:
+        if not pair.source.endswith(IN_OUT) and not pair.target.endswith(IN_OUT) and kinds.get(pair.target) != "Conv1D":
+            _withdraw(search, pair, "only transposed it would fit, and other matrices of the block fit as they are")
+            turned.discard(pair.target)
+    classes, others = {kinds.get(name) for name in turned}, {kinds.get(name) for name in straight}
+    for pair in [pair for pair in mine if turned and len(pair.parts) == 1 and pair.target in search.pairs]:
+        shape, kind = shapes[pair.target], kinds.get(pair.target)
         if len(shape) != 2 or shape[0] != shape[1] or pair.target in turned or pair.parts[0].regroup is not None:
             continue
-        kind = search.wanted.kinds.get(pair.target)
-        if kind is not None and kind in classes:
+        if kind is not None and (kind in classes or not straight):
             part = pair.parts[0]._replace(regroup=Regroup(shape, (1, 0), shape), shape=shape)
-            told = "the other matrices of its layer kind are transposed, and a square one is too"
+            told = f"the other matrices of its {'layer kind' if kind in classes else 'block'} are transposed, and a square one is too"
             search.pairs[pair.target] = replace(pair, parts=(part,), rule=f"{p_rule(pair)}, transposed", confidence="likely", reason=told)
-        elif kind is None:
-            del search.pairs[pair.target]
-            search.used.discard(pair.source)
-            told = "other matrices of the block are transposed, and nothing tells whether this square one is"
-            search.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, told)
+        elif kind is None or kind not in others:
+            _withdraw(search, pair, "other matrices of the block are transposed, and nothing tells whether this square one is")
+
+
+def _withdraw(search: Search, pair: Pair, why: str) -> None:
+    del search.pairs[pair.target]
+    search.used.difference_update(pair.sources)
+    search.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, why)
+
+
+_POSITIONS = re.compile(r"\.emb\.pos\.|\.relative\.|\.relpos\.")  # of a model that turns no rows
 
 
 def turn(search: Search, p: Pairing, names: list[str]) -> None:
@@ -143,7 +157,7 @@ def turn(search: Search, p: Pairing, names: list[str]) -> None:
     names = [name for name in names if search.target_names[name].role.startswith((".attn.q.", ".attn.k."))]
     sides = [search.by_context[0][p.source].values(), search.by_context[1][p.target].values()]
     gated = bool(names) and any(".gate" in role for blocks in sides for block in blocks for role in block)
-    if not gated or any(".emb.pos." in role for role in search.roles):
+    if not gated or any(_POSITIONS.search(role) for role in search.roles):
         return
     orders = [rotary_order(name for block in blocks for names in block.values() for name in names) for blocks in sides]
     for name in names if not orders[0] == orders[1] != "" else ():

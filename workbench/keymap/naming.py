@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 from workbench.keymap.rules import dialect, normal, role_of, words_of
@@ -30,15 +31,22 @@ def bare_names(names: Collection[str]) -> list[str]:
     return list(map(bare_name, names)) if any(part in text for part in WRAPPERS) else list(names)
 
 
-def wrapper_rule(source: str, target: str) -> tuple[str, str]:
-    """What of the wrappers' segments goes and comes between two spellings of one name, and who writes them."""
+def wrapper_rule(source: str, target: str, strange: Collection[str] = ()) -> tuple[str, str]:
+    """What of the wrappers' segments goes and comes between two spellings of one name, and who writes them (or that nobody known does)."""
     old, new = source.split("."), target.split(".")
-    stripped, added = ([p for p in mine if p in WRAPPERS and p not in other] for mine, other in ((old, new), (new, old)))
-    words = [f'strip "{part}."' for part in dict.fromkeys(stripped)] + [f'add "{part}."' for part in dict.fromkeys(added)]
-    owners = dict.fromkeys(WRAPPERS[part] for part in (*stripped, *added))
+    words: dict[str, None] = {}
+    parts: dict[str, None] = {}
+    for verb, mine, other in (("strip", old, new), ("add", new, old)):
+        here = {part for part in mine if part not in other and (part in WRAPPERS or part in strange)}
+        words |= dict.fromkeys(f'{verb} "{".".join(run)}."' for gone, run in groupby(mine, here.__contains__) if gone)
+        parts |= dict.fromkeys(part for part in mine if part in here)
     if not words:
         return "another spelling", "two published spellings of one name, or wrapper names that stand elsewhere"
-    return ", ".join(words), f"written by {'; '.join(owners)}"
+    known = dict.fromkeys(WRAPPERS[part] for part in parts if part in WRAPPERS)
+    unknown = ", ".join(repr(part) for part in parts if part not in WRAPPERS)
+    told = [f"written by {'; '.join(known)}"] if known else []
+    told += [f"{unknown} is in no name of the model, and without it the names are the model's"] if unknown else []
+    return ", ".join(words), "; ".join(told)
 
 
 class Name(NamedTuple):
@@ -79,6 +87,7 @@ def _split(text: str) -> tuple[str, Indices, str]:
     return _NUMBER.sub("#", found[1]).replace(":#", ".#"), tuple(map(int, _NUMBER.findall(found[1]))), found[2]
 
 
+_TWICE = re.compile(r"\.([a-z]+)\.\1(?=\.)")
 _MASK = 10**9  # no name's own: numbers that are read have nine digits at most
 _LONGEST = 500
 _COUNTED = frozenset({"layers", "experts", "blocks", "h", "resblocks", "stages"})
@@ -104,7 +113,9 @@ def _placed(name: str) -> tuple[str, Indices, str]:
 @lru_cache(maxsize=1 << 14)
 def _counted(texts: tuple[str, ...]) -> tuple[int, ...]:
     """Which pieces of a name with these texts around its numbers are numbers that stand behind a word for blocks."""
-    return tuple(2 * at + 1 for at, text in enumerate(texts[:-1]) if text.rpartition(".")[2] in _COUNTED)
+    return tuple(
+        2 * at + 1 for at, text in enumerate(texts[:-1]) if text.rpartition(".")[2] in _COUNTED and not text.endswith("ffn.layers")
+    )
 
 
 @lru_cache(maxsize=1 << 14)
@@ -120,9 +131,13 @@ def read_names(names: Mapping[str, str]) -> dict[str, Name]:
     bares = bare_names(names.values())
     placed = list(map(_placed, bares))
     inside: dict[str, set[str]] = defaultdict(set)
+    beside: dict[str, set[str]] = defaultdict(set)  # what stands in containers of their own below
     for context, _, rest in placed:
         inside[context].add(rest)
-    roles = {context: _roles(context, rests) for context, rests in inside.items()}
+    for context in [context for context in inside if context.endswith(".experts.#")]:
+        for outer in {context[: at.end()] for at in re.finditer("#", context[:-1])} & inside.keys():
+            beside[outer].add(".experts.")
+    roles = {context: _roles(context, rests, beside[context]) for context, rests in inside.items()}
     keys = [(context, indices, roles[context][rest]) for context, indices, rest in placed]
     taken = {key for key, count in Counter(keys).items() if count > 1}
     return {  # two words of one role in one block: what they mean is not known, and they stay as they are
@@ -131,15 +146,22 @@ def read_names(names: Mapping[str, str]) -> dict[str, Name]:
     }
 
 
-def _roles(context: str, rests: set[str]) -> dict[str, str]:
-    """What each of the words in a block means there."""
-    changes, out = dialect(rests), {}
+def outside(told: Name) -> Name:
+    """The name as it is read outside of blocks, whatever number it has."""
+    return Name(told.raw, "", (), role_of(words_of(normal(told.bare)), False), told.bare)
+
+
+def _roles(context: str, rests: set[str], beside: set[str]) -> dict[str, str]:
+    """What each of the words in a block means there. A word that is said twice tells no more than once, unless both are there."""
+    changes, out = dialect(rests | beside), {}
     for rest in rests:
         told = rest
         for old, new in changes.items():
             told = told.replace(old, new)
         out[rest] = role_of(told, bool(context))
-    return out
+    once = {rest: _TWICE.sub(r".\1", role) for rest, role in out.items()}
+    often = Counter(once.values())
+    return {rest: once[rest] if often[once[rest]] == 1 else role for rest, role in out.items()}
 
 
 def strange_wrappers(sources: Collection[str], targets: Collection[str]) -> list[str]:
@@ -166,10 +188,14 @@ _DOMAINS = {
     "visual": "vision",
     "vision": "vision",
     "image": "vision",
+    "img": "vision",
     "text": "text",
+    "txt": "text",
     "language": "text",
     "audio": "audio",
     "speech": "audio",
+    "fwd": "forward",
+    "bwd": "backward",
 }
 
 
@@ -178,7 +204,16 @@ def domain(name: str) -> frozenset[str]:
     return frozenset(_DOMAINS[word] for word in re.split(r"[._/#]", name.lower()) if word in _DOMAINS)
 
 
-_OPPOSED = ({"encoder", "decoder"}, {"vision", "text"}, {"audio", "text"}, {"audio", "vision"})
+_HEADS = frozenset({"head", "heads", "classifier", "predictions"})
+
+
+@lru_cache(maxsize=1 << 14)
+def in_head(name: str) -> bool:
+    """Whether a tensor's module stands in a head of the model; one that is the head itself does not."""
+    return not _HEADS.isdisjoint(re.split(r"[._]", ".".join(name.lower().split(".")[:-2])))
+
+
+_OPPOSED = ({"encoder", "decoder"}, {"forward", "backward"}, {"vision", "text"}, {"audio", "text"}, {"audio", "vision"})
 
 
 def opposed(a: str, b: str) -> bool:
@@ -201,6 +236,20 @@ def tokens_of(name: Name) -> list[str]:
 
 def shown(context: str) -> str:
     return context.strip(".").replace("#", "*")
+
+
+_PART = re.compile(r"(.*?[.:])(\d+)(?=\.)")
+
+
+@lru_cache(maxsize=1 << 10)
+def moved_parts(ours: frozenset[str], theirs: frozenset[str]) -> frozenset[str]:
+    """The roles in two blocks' numbered parts that count otherwise: as many parts, with other numbers."""
+    parts: tuple[dict[str, set[str]], ...] = (defaultdict(set), defaultdict(set))
+    found = [(side, role, part) for side, roles in enumerate((ours, theirs)) for role in roles if (part := _PART.match(role))]
+    for side, _, part in found:
+        parts[side][part[1]].add(part[2])
+    moved = {word for word, numbers in parts[1].items() if numbers != parts[0][word] and len(numbers) == len(parts[0][word])}
+    return frozenset(role for side, role, part in found if side and part[1] in moved)
 
 
 Block = dict[str, list[str]]  # role -> names

@@ -72,7 +72,7 @@ def _of_module(model: Any) -> Target:
     ties = {name: kept for name in state if name in own and (kept := first.setdefault(id(own[name]), name)) != name}
     kinds = {}
     for path, module in model.named_modules():
-        for name in (*module._parameters, *module._buffers):
+        for name, _ in (*module._parameters.items(), *module._buffers.items()):  # of a scripted module too
             kinds[f"{path}.{name}" if path else name] = type(module).__name__
     config = getattr(model, "config", None) or getattr(model, "cfg", None)
     told: dict[str, Any] = config.to_dict() if config is not None and hasattr(config, "to_dict") else getattr(config, "__dict__", {})

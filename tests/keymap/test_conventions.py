@@ -1,0 +1,175 @@
+"""The conventions of keymap/conventions.py, each from the family that writes so to all others: one block's tensors under every spelling.
+
+A spelling is a line of words in the order of the roles; a word with a fused matrix says which roles it holds (``qkv=attn.qkv``).
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import workbench as wb
+
+WIDTH, INNER = 8, 12
+ENCODERS = {
+    "BERT": ("layer", "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense output.dense attention.output.LayerNorm output.LayerNorm"),
+    "BART": ("layers", "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2 self_attn_layer_norm final_layer_norm"),
+    "wav2vec 2.0": ("layers", "attention.q_proj attention.k_proj attention.v_proj attention.out_proj feed_forward.intermediate_dense feed_forward.output_dense layer_norm final_layer_norm"),
+    "ESPnet": ("encoders", "self_attn.linear_q self_attn.linear_k self_attn.linear_v self_attn.linear_out feed_forward.w_1 feed_forward.w_2 norm1 norm2"),
+    "WeNet": ("encoders", "self_attn.linear_q self_attn.linear_k self_attn.linear_v self_attn.linear_out feed_forward.w_1 feed_forward.w_2 norm_mha norm_ff"),
+    "Annotated Transformer": ("layers", "self_attn.linears.0 self_attn.linears.1 self_attn.linears.2 self_attn.linears.3 feed_forward.w_1 feed_forward.w_2 sublayer.0.norm sublayer.1.norm"),
+    "attention-is-all-you-need": ("layer_stack", "slf_attn.w_qs slf_attn.w_ks slf_attn.w_vs slf_attn.fc pos_ffn.w_1 pos_ffn.w_2 slf_attn.layer_norm pos_ffn.layer_norm"),
+    "ALBERT": ("albert_layers", "attention.query attention.key attention.value attention.dense ffn ffn_output attention.LayerNorm full_layer_layer_norm"),
+    "GPT-J": ("h", "attn.q_proj attn.k_proj attn.v_proj attn.out_proj mlp.fc_in mlp.fc_out ln_1 ln_2"),
+    "llama.cpp": ("blk", "attn_q attn_k attn_v attn_output ffn_up ffn_down attn_norm ffn_norm"),
+    "Bark": ("layers", "attn.q_proj attn.k_proj attn.v_proj attn.out_proj mlp.in_proj mlp.out_proj layernorm_1 layernorm_2"),
+    "plain": ("blocks", "mha.W_q mha.W_k mha.W_v mha.W_o ff.0 ff.2 pre_attn_norm pre_mlp_norm"),
+    "timm": ("blocks", "qkv=attn.qkv attn.proj mlp.fc1 mlp.fc2 norm1 norm2"),
+    "flash-attn": ("layers", "qkv=mixer.Wqkv mixer.out_proj mlp.fc1 mlp.fc2 norm1 norm2"),
+    "vit-pytorch": ("layers", "qkv=attn.to_qkv attn.to_out net.1 net.4 attn.norm net.0"),
+    "Transformer-XL": ("layers", "qkv=dec_attn.qkv_net dec_attn.o_net pos_ff.CoreNet.0 pos_ff.CoreNet.3 dec_attn.layer_norm pos_ff.layer_norm"),
+}  # fmt: skip
+DECODERS = {
+    "BART": ("layers", "self_attn.q_proj self_attn.k_proj self_attn.out_proj encoder_attn.q_proj encoder_attn.k_proj encoder_attn.out_proj fc1 fc2 self_attn_layer_norm encoder_attn_layer_norm final_layer_norm"),
+    "BERT": ("layer", "attention.self.query attention.self.key attention.output.dense crossattention.self.query crossattention.self.key crossattention.output.dense intermediate.dense output.dense attention.output.LayerNorm crossattention.output.LayerNorm output.LayerNorm"),
+    "ESPnet": ("decoders", "self_attn.linear_q self_attn.linear_k self_attn.linear_out src_attn.linear_q src_attn.linear_k src_attn.linear_out feed_forward.w_1 feed_forward.w_2 norm1 norm2 norm3"),
+    "ParlAI": ("layers", "self_attention.q_lin self_attention.k_lin self_attention.out_lin encoder_attention.q_lin encoder_attention.k_lin encoder_attention.out_lin ffn.lin1 ffn.lin2 norm1 norm2 norm3"),
+    "T5": ("block", "layer.0.SelfAttention.q layer.0.SelfAttention.k layer.0.SelfAttention.o layer.1.EncDecAttention.q layer.1.EncDecAttention.k layer.1.EncDecAttention.o layer.2.DenseReluDense.wi layer.2.DenseReluDense.wo layer.0.layer_norm layer.1.layer_norm layer.2.layer_norm"),
+    "T5X": ("layers", "self_attention.query self_attention.key self_attention.out encoder_decoder_attention.query encoder_decoder_attention.key encoder_decoder_attention.out mlp.wi mlp.wo pre_self_attention_layer_norm pre_cross_attention_layer_norm pre_mlp_layer_norm"),
+    "Megatron": ("layers", "self_attention.query self_attention.key self_attention.dense inter_attention.query inter_attention.key inter_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h input_layernorm post_attention_layernorm post_inter_attention_layernorm"),
+    "plain": ("blocks", "self_attn.to_q self_attn.to_k self_attn.to_out cross_attn.to_q cross_attn.to_k cross_attn.to_out ff.0 ff.2 norm_self_attn norm_cross_attn norm_ff"),
+}  # fmt: skip
+GATED = {
+    "transformers": ("layers", "mlp.gate_proj mlp.up_proj mlp.down_proj"),
+    "Phi-3": ("layers", "gate+up=mlp.gate_up_proj mlp.down_proj"),
+    "GTE": ("layer", "up+gate=mlp.up_gate_proj mlp.down_proj"),
+    "OLMo": ("blocks", "up+gate=ff_proj ff_out"),
+    "EXAONE": ("h", "mlp.c_fc_0 mlp.c_fc_1 mlp.c_proj"),
+    "lit-llama": ("h", "mlp.c_fc1 mlp.c_fc2 mlp.c_proj"),
+    "timm": ("blocks", "mlp.fc1_g mlp.fc1_x mlp.fc2"),
+    "DINOv2": ("blocks", "gate+up=mlp.w12 mlp.w3"),
+}  # fmt: skip
+ROLES = {
+    "encoders": ["q", "k", "v", "o", "up", "down", "norm.attn", "norm.mlp"],
+    "decoders": ["q", "k", "o", "xq", "xk", "xo", "up", "down", "norm.attn", "norm.cross", "norm.mlp"],
+    "gated": ["gate", "up", "down"],
+}
+FAMILIES = {"encoders": ENCODERS, "decoders": DECODERS, "gated": GATED}
+
+
+def shape_of(role):
+    return {"up": (INNER, WIDTH), "gate": (INNER, WIDTH), "down": (WIDTH, INNER)}.get(role, (WIDTH,) if "norm" in role else (WIDTH, WIDTH))
+
+
+def tensors(roles):
+    torch.manual_seed(0)
+    return [{r: {"weight": torch.randn(shape_of(r)), "bias": torch.randn(shape_of(r)[0])} for r in roles} for _ in range(2)]
+
+
+def spelt(spelling, blocks):
+    container, words = spelling
+    out = {}
+    for number, block in enumerate(blocks):
+        left = iter(block)
+        for word in words.split():
+            told, _, path = word.rpartition("=")
+            parts = {"": 1, "qkv": 3}.get(told, 2)
+            roles = list(itertools.islice(left, parts))
+            for end in ("weight", "bias"):
+                values = [block[role][end] for role in (reversed(roles) if told.startswith("up") else roles)]
+                out[f"{container}.{number}.{path}.{end}"] = torch.cat(values)
+    return out
+
+
+def filled(source, wanted):
+    keymap = wb.match(source, {name: tuple(value.shape) for name, value in wanted.items()})
+    return {name: tensor.load() for name, tensor in keymap.apply(source).items()}
+
+
+@pytest.mark.parametrize(("kind", "family"), [(kind, family) for kind in FAMILIES for family in FAMILIES[kind]])
+def test_a_family_is_read_into_and_out_of_all_others(kind, family):
+    blocks = tensors(ROLES[kind])
+    source = spelt(FAMILIES[kind][family], blocks)
+    for other, spelling in FAMILIES[kind].items():
+        wanted = spelt(spelling, blocks)
+        values = filled(source, wanted)
+        assert not [name for name in values if not torch.equal(values[name], wanted[name])], other
+        orders = {word.partition("=")[0] for word in (FAMILIES[kind][family][1] + " " + spelling[1]).split() if "+" in word}
+        assert values.keys() == wanted.keys() or len(orders) == 2, other  # [up; gate] and [gate; up] are not said to be one
+
+
+def test_flax_kernels_turn_before_they_are_put_together():
+    torch.manual_seed(0)
+    source = {f"layers_{i}/attention/{word}/kernel": torch.randn(WIDTH, WIDTH) for i in range(2) for word in ("query", "key", "value")}
+    wanted = {
+        f"blocks.{i}.attn.qkv.weight": torch.cat([source[f"layers_{i}/attention/{w}/kernel"].T for w in ("query", "key", "value")])
+        for i in range(2)
+    }
+    values = filled(source, wanted)
+    assert all(torch.equal(values[name], wanted[name]) for name in wanted)
+
+
+def test_one_scale_and_shift_become_weight_and_bias_beside_another_gamma():
+    source = {f"stages.{i}.{n}": torch.randn(WIDTH) for i in range(2) for n in ("grn.gamma", "grn.beta", "gamma")}
+    words = {"grn.gamma": "grn.weight", "grn.beta": "grn.bias", "gamma": "layer_scale"}
+    wanted = {f"stages.{i}.{words[n]}": source[f"stages.{i}.{n}"] for i in range(2) for n in words}
+    values = filled(source, wanted)
+    assert all(torch.equal(values[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("block", "word", "known"),
+    [
+        ("decoder.layers.{}.", "self_attn.qkv_proj fc1 self_attn_layer_norm", False),  # metaseq: k, v, q
+        ("transformer.h.{}.", "attn.qkv_proj mlp.fc_in ln_1", False),  # CodeGen: shards
+        ("transformer.layers.{}.", "attention.query_key_value mlp.dense_h_to_4h input_layernorm", False),  # GLM, ChatGLM
+        ("model.layers.{}.", "self_attn.qkv_proj mlp.gate_up_proj input_layernorm", True),
+        ("model.layers.{}.", "self_attn.W_pack mlp.gate_proj input_layernorm", True),
+    ],
+)
+def test_a_fused_matrix_is_taken_apart_only_where_its_order_is_told(block, word, known):
+    fused, inner, norm = word.split()
+    source = {}
+    for i in range(2):
+        place = block.format(i)
+        source |= {f"{place}{fused}.weight": torch.randn(3 * WIDTH, WIDTH), f"{place}{inner}.weight": torch.randn(INNER, WIDTH)}
+        source[f"{place}{norm}.weight"] = torch.randn(WIDTH)
+    wanted = {f"layers.{i}.self_attn.{w}_proj.weight": (WIDTH, WIDTH) for i in range(2) for w in "qkv"}
+    keymap = wb.match(source, wanted | {f"layers.{i}.{norm}.weight": (WIDTH,) for i in range(2)})
+    claimed = {pair.target for pair in keymap.pairs} & wanted.keys()
+    assert claimed == (wanted.keys() if known else set())
+    assert known or {a.target for a in keymap.ambiguous} >= wanted.keys()
+
+
+@pytest.mark.parametrize("piece", ["ia3_l.default", "hada_w1_a.default", "boft_R.default", "oft_R.default.weight", "delta"])
+def test_what_stands_beside_a_base_layer_makes_weight_and_bias_doubtful(piece):
+    source = {}
+    for i in range(2):
+        place = f"base_model.model.l.{i}.key."
+        source |= {f"{place}base_layer.weight": torch.randn(WIDTH, WIDTH), f"{place}base_layer.bias": torch.randn(WIDTH)}
+        source |= {f"{place}{piece}": torch.randn(WIDTH, 1), f"base_model.model.l.{i}.value.weight": torch.randn(WIDTH, INNER)}
+    wanted = {f"l.{i}.key.{end}": shape for i in range(2) for end, shape in (("weight", (WIDTH, WIDTH)), ("bias", (WIDTH,)))}
+    keymap = wb.match(source, wanted | {f"l.{i}.value.weight": (WIDTH, INNER) for i in range(2)})
+    assert {pair.target for pair in keymap.pairs} == {f"l.{i}.value.weight" for i in range(2)}
+    assert {a.target for a in keymap.ambiguous} == wanted.keys()
+    assert wb.match(source, {name: tuple(value.shape) for name, value in source.items()})
+    plain = {f"l.{i}.key.{end}": torch.randn(shape) for i in range(2) for end, shape in (("weight", (WIDTH, WIDTH)), ("bias", (WIDTH,)))}
+    back = wb.match(plain, {name: tuple(value.shape) for name, value in source.items()})
+    assert {pair.target for pair in back.pairs} == {name for name in source if "base_layer" in name}
+
+
+def test_an_adapter_file_leaves_the_adapters_name_out():
+    pieces = ("ia3_l", "hada_w1_a", "lora_E", "oft_R.weight", "vera_lambda_b")
+    source = {f"base_model.model.l.{i}.m{n}.{piece}": torch.randn(WIDTH, n + 1) for i in range(2) for n, piece in enumerate(pieces)}
+    source |= {"prompt_embeddings": torch.randn(4, WIDTH), "base_model.model.score.weight": torch.randn(3, WIDTH)}
+    named = {}
+    for name, value in source.items():
+        module, _, piece = name.partition(".oft_R") if ".oft_R" in name else (*name.rpartition(".")[:1], "", name.rpartition(".")[2])
+        if name.startswith("base_model.model.l."):
+            named[f"{module}.oft_R.style.weight" if ".oft_R" in name else f"{module}.{piece}.style"] = value
+            named[f"{module}.base_layer.weight"] = torch.randn(INNER, INNER)
+    named |= {"prompt_encoder.style.embedding.weight": source["prompt_embeddings"]}
+    named |= {"base_model.model.score.modules_to_save.style.weight": source["base_model.model.score.weight"]}
+    values = filled(source, named)
+    assert {name for name in named if "base_layer" not in name} == values.keys()
+    assert all(torch.equal(value, named[name]) for name, value in values.items())

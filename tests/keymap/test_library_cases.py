@@ -1,0 +1,83 @@
+"""match on real libraries' key mismatches, compared by value after `apply`: right, or told as unmatched or ambiguous; never wrong in silence.
+
+`UNSOLVED` are the cases that match does not fill wholly though an answer exists; one that gets better must leave the list. Both orders
+of names are run, for files are often sorted by name and nothing may lean on the order.
+"""
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from library_cases import LIBRARY
+from mismatch_kit import equal
+
+import workbench as wb
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, where they are imported and their modules built
+
+UNSOLVED = {
+    "mobilenet_v2_from_torchvision", "poolformer_from_sail", "segformer_from_nvidia", "swin_from_torchvision", "marian_npz_names",
+    "vit_from_jax", "siglip_from_timm", "beit_segmentation_from_hub", "olmo_hybrid_from_hub", "t5_from_t5x", "wav2vec2_from_fairseq",
+    "phi_from_mixformer", "albert_from_tensorflow", "albert_layer_into_torch_layer",
+}  # fmt: skip
+LEAST_SOLVED = 0.9
+
+
+def in_order(tree, order):
+    """The same nested dict with its names sorted, or shuffled always alike."""
+    if not isinstance(tree, dict):
+        return tree
+    names = list(tree)
+    if order == "sorted":
+        names.sort()
+    else:
+        random.Random(len(names)).shuffle(names)
+    return {name: in_order(tree[name], order) for name in names}
+
+
+@cache
+def built(number):
+    return LIBRARY[number].build()
+
+
+@cache
+def outcome(number, order):
+    """What was filled wrongly, what was claimed though nothing proves it, what was left, and what was neither filled nor told."""
+    case = built(number)
+    source = in_order(case.source, order)
+    target = case.target if isinstance(case.target, torch.nn.Module) else in_order(case.target, order)
+    keymap = wb.match(source, target)
+    values = {name: tensor.load() for name, tensor in keymap.apply(source).items()}
+    wrong = [n for n, v in values.items() if n not in case.expected or not equal(v, case.expected[n], case.tol)]
+    told = {u.target for u in keymap.unmatched} | {a.target for a in keymap.ambiguous}
+    wanted = set(target.state_dict() if isinstance(target, torch.nn.Module) else target)
+    return {
+        "wrong": {n: [p for p in keymap.pairs if p.target == n] for n in wrong},
+        "claimed": sorted(values.keys() & case.unprovable.keys() - set(wrong)),
+        "left": sorted(case.expected.keys() - values.keys() - case.unprovable.keys() - case.either.keys()),
+        "untold": sorted(wanted - values.keys() - told),
+    }
+
+
+@pytest.mark.parametrize("order", ["sorted", "shuffled"])
+@pytest.mark.parametrize("number", range(len(LIBRARY)), ids=[spec.name for spec in LIBRARY])
+def test_every_name_is_right_or_told(number, order):
+    found = outcome(number, order)
+    assert not found["wrong"]
+    assert not found["claimed"], "what cannot be known was claimed"
+    assert not found["untold"]
+    assert not found["left"] or LIBRARY[number].name in UNSOLVED, found["left"][:10]
+    assert found["left"] or LIBRARY[number].name not in UNSOLVED, "solved: take it off UNSOLVED"
+
+
+def test_at_least_nine_cases_of_ten_are_solved():
+    unsolved = {spec.name for number, spec in enumerate(LIBRARY) if any(outcome(number, "sorted").values())}
+    share = 1 - len(unsolved) / len(LIBRARY)
+    assert share >= LEAST_SOLVED, f"{share:.1%} of {len(LIBRARY)}: {', '.join(sorted(unsolved))}"
+
+
+def test_the_lists_name_cases():
+    names = {spec.name for spec in LIBRARY}
+    assert names >= UNSOLVED
+    assert len(names) >= 60

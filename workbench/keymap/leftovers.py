@@ -1,0 +1,240 @@
+"""What the words do not tell, by the place where it stands: modules that are left over in a pair of containers, and names beside them.
+
+Each of the functions looks at one search of inference.py and adds pairs. A claim needs one candidate on both sides, the same in all
+blocks; two roles that rules.py tells apart are never one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from workbench.keymap.fusions import relaid
+from workbench.keymap.maps import Unmatched
+from workbench.keymap.naming import Block, Indices, bare_names, opposed, outside
+from workbench.keymap.rules import normal, role_of, words_of
+from workbench.tensors import Derived
+
+if TYPE_CHECKING:
+    from workbench.keymap.containers import Pairing
+    from workbench.keymap.inference import Search
+
+Shape = tuple[int, ...]
+
+
+class Unit(NamedTuple):
+    """A module that is left over, in all blocks of its container: what it holds in each, and how its path in the block is spelt."""
+
+    role: str
+    names: dict[tuple[Indices, str], str]  # block and parameter -> name
+    sign: frozenset[tuple[Indices, str, Shape]]
+    place: str
+    word: str
+
+
+def rest(search: Search, p: Pairing) -> None:
+    """Pair the modules left over in two containers: those of one last word, then those that are the only ones of their shapes.
+
+    The only ones of their shapes need a word in common, or that all that is left on both sides is explained so.
+    """
+    theirs = search.by_context[1].get(p.target, {})
+    wanted = _units(theirs, search.pairs, search.shapes[1], search.bare)
+    ours = {index: search.by_context[0].get(p.source, {}).get(p.indices.get(index, ()), {}) for index in theirs} if wanted else {}
+    held = _units(ours, search.used, search.shapes[0], search.bare)
+    whole = Counter(unit.sign for unit in held) == Counter(unit.sign for unit in wanted)
+    if not p.target and (not whole or len(wanted) < 2):  # beside blocks, one more that is left may be another head
+        return
+    named = [
+        both
+        for both in _only(held, wanted, lambda unit: (unit.word, unit.sign))
+        if both[0].word and bool(both[0].place) == bool(both[1].place)
+    ]
+    ways = Counter(place for one, other in {(one.place, other.place) for one, other in named} for place in ((0, one), (1, other)))
+    for one, other in named:
+        if ways[0, one.place] == ways[1, other.place] == 1:
+            _pair(search, p, one, other, f"the same word under {one.place!r} and {other.place!r}, in all blocks")
+    for one, other in _only(_open(held, search.used), _open(wanted, search.pairs), lambda unit: unit.sign):
+        vectors = all(len(shape) < 2 for *_, shape in one.sign)  # are many, and of one length
+        if whole or len(_words(one.role) & _words(other.role)) > vectors:
+            _pair(search, p, one, other, "the only ones of their shapes that are left")
+
+
+def _units(
+    blocks: Mapping[Indices, Block], done: Container[str], shapes: Mapping[str, Shape], spelt: Mapping[str, str]
+) -> list[Unit]:  # fmt: skip
+    """The modules of which nothing is done in these blocks."""
+    found: dict[str, dict[tuple[Indices, str], str]] = defaultdict(dict)
+    for index, roles in blocks.items():
+        for role, names in roles.items():
+            if names[0] not in done and len(names) == 1:
+                unit, _, param = role.strip(".").replace("num.batches.tracked", _COUNT).rpartition(".")
+                found[unit][index, param] = names[0]
+    out = []
+    for role, held in found.items():
+        sign = frozenset((*key, shapes[name]) for key, name in held.items() if key[1] != _COUNT)
+        path = _NUMBERED.split(spelt.get(next(iter(held.values())), "").rpartition(".")[0])[-1]
+        place, _, word = path.rpartition(".")
+        out.append(Unit(role, held, sign, place, word))
+    return out
+
+
+_COUNT = "num_batches_tracked"  # a norm may be without
+_NUMBERED = re.compile(r"(?:^|.*\.)[^.]*\d+(?:\.|$)")
+
+
+def _open(units: Iterable[Unit], done: Container[str]) -> list[Unit]:
+    return [unit for unit in units if not any(name in done for name in unit.names.values())]
+
+
+def _only(held: Iterable[Unit], wanted: Iterable[Unit], key: Callable[[Unit], Hashable]) -> list[tuple[Unit, Unit]]:
+    """Those of the source and of the target that are the only ones of one key."""
+    sides: tuple[dict[Hashable, list[Unit]], ...] = (defaultdict(list), defaultdict(list))
+    for side, units in zip(sides, (held, wanted), strict=True):
+        for unit in units:
+            side[key(unit)].append(unit)
+    return [(ours[0], sides[1][told][0]) for told, ours in sides[0].items() if len(ours) == len(sides[1].get(told, ())) == 1]
+
+
+def _pair(search: Search, p: Pairing, one: Unit, other: Unit, reason: str) -> None:
+    if _apart(one, other):
+        return
+    rule = f"{one.role or p.source} becomes {other.role or p.target}"
+    for key, target in other.names.items():
+        source = one.names.get(key)
+        if source is None or target in search.pairs or opposed(target, source):
+            continue
+        fused = "qkv" in _words(one.role) and "qkv" not in _words(other.role)
+        if not fused or relaid(source, target, search.items, search.wanted) == (None, ""):
+            search.take(target, source, rule, "likely", reason)
+
+
+_SETTLED = re.compile(
+    r"(?:x?attn\.(?:q|k|v|o|qkv|kv)|mlp\.(?:up|gate|down|gateup|upgate|router)|norm\.\w+|emb\.\w+|ls(?::\d)?|shortcut\.\w+|head|cls|patch)$"
+)
+
+
+def _apart(one: Unit, other: Unit) -> bool:
+    """Whether rules.py knows two roles and tells them apart; a part of a role tells less than two words that both paths end in."""
+    roles = one.role, other.role
+    settled = [found[0] for text in roles if (found := _SETTLED.search(text))]
+    if len(set(settled)) == 2 and tuple(settled) == roles:
+        return True
+    paths = (f"{unit.place}.{unit.word}".split(".")[::-1] for unit in (one, other))
+    if any(_variants(*words) for words in zip(*paths, strict=False)):
+        return True
+    if one.word == other.word and one.place and one.place.split(".")[-1] == other.place.split(".")[-1]:
+        return False
+    families = [{"attn", "xattn", "mlp"} & _words(text) for text in roles]
+    return len(set(settled)) == 2 or (all(families) and not families[0] & families[1])
+
+
+def _variants(one: str, other: str) -> bool:
+    """Whether two words tell kinds of one thing apart (`local_attn`, `global_attn`), and none of them is short for the other."""
+    mine, theirs = (re.findall("[a-z]+", word.lower()) for word in (one, other))
+    left, right = [w for w in mine if w not in theirs], [w for w in theirs if w not in mine]
+    if not left or not right or len(left) == len(mine):
+        return False
+    short, long = sorted(("".join(left), "".join(right)), key=len)
+    return not long.startswith(short) and short not in ("".join(w[0] for w in words) for words in (left, right))
+
+
+def _words(role: str) -> set[str]:
+    return {word for word in re.split(r"[.:]", role) if word.isalpha()}
+
+
+_MOST_WAYS = 4  # that one prefix goes
+
+
+def set_aside(search: Search, chosen: Iterable[Pairing]) -> None:
+    """Read what lies in no repeated block as it is read outside of blocks: names with a number of their own, or one that blocks left over."""
+    for side, names in enumerate((search.source_names, search.target_names)):
+        paired = {p.target if side else p.source: p.indices.keys() if side else set(p.indices.values()) for p in chosen}
+        for context, blocks in search.by_context[side].items():
+            taken, often = paired.get(context, ()), Counter(role for roles in blocks.values() for role in roles) if context else {}
+            for role, held in [each for index, roles in blocks.items() if context and index not in taken for each in roles.items()]:
+                for name in held if taken or often[role] == 1 else ():
+                    names[name] = outside(names[name])
+
+
+def follow(search: Search, chosen: Iterable[Pairing]) -> None:
+    """Names beside a container go where it went: with `a.b.layers.*` in the place of `c.layers.*`, `a.b.norm` is in that of `c.norm`."""
+    ways: dict[tuple[str, ...], set[tuple[str, ...]]] = defaultdict(set)
+    for old, new in filter(None, map(_way, chosen)):
+        ways[old].add(new)
+    theirs = {search.bare[name] for name in search.target_names} if ways else set()
+    moved: dict[str, list[str]] = defaultdict(list)  # role in the target's place -> sources
+    for source, told in search.source_names.items() if ways else ():
+        if not told.context and source not in search.used and told.bare not in theirs:
+            words = _tokens(normal(told.bare))
+            for cut in range(len(words)):
+                for new in there if len(there := ways.get(words[:cut], ())) <= _MOST_WAYS else ():
+                    moved[role_of(words_of(f".{'.'.join((*new, *words[cut:]))}."), False)].append(source)
+    fits: dict[str, list[str]] = {}
+    for target, told in search.target_names.items() if moved else ():
+        if not told.context and target not in search.pairs and target not in search.ambiguous:
+            held = moved.get(told.role, ())
+            fits[target] = [s for s in held if not opposed(s, target) and search.fits(s, target) and search.same_kind(target, s)]
+    claims = Counter(source for held in fits.values() for source in held)
+    for target, held in fits.items():
+        if len(held) == 1 and claims[held[0]] == 1:
+            search.take(target, held[0], "beside its blocks", "likely", "its place beside the blocks is the one that it had in the file")
+
+
+def _way(p: Pairing) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """What stands before a container's own word on both sides, less what ends alike; nothing where that is one."""
+    depth = min(p.source.count("#"), p.target.count("#"))
+    paths = [_before(p.source, [*p.indices.values()], depth), _before(p.target, [*p.indices], depth)]
+    while paths[0] and paths[1] and paths[0][-1] == paths[1][-1]:
+        paths = [path[:-1] for path in paths]
+    return None if paths[0] == paths[1] else (paths[0], paths[1])
+
+
+def _before(context: str, indices: list[Indices], depth: int) -> tuple[str, ...]:
+    """The words before that of a block which is numbered `depth` times, inside of what is numbered besides."""
+    pieces = context.split("#")[:-depth]
+    return _tokens("".join(f"{piece}{n}" for piece, n in zip(pieces, (*indices[0], ""), strict=False)))[:-1]
+
+
+def _tokens(text: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[.:]", text) if word)
+
+
+_HEADS = ("head.weight.", "head.bias.")
+
+
+def settle_swapped(search: Search) -> None:
+    """A head that `swap_head` put in was meant for the model: where only one fits, no more than that is to be known."""
+    for name, pair in search.pairs.items():
+        if pair.confidence == "likely" and search.target_names[name].role.endswith(_HEADS) and pair.is_plain:
+            source = search.tensors[pair.source].source
+            if isinstance(source, Derived) and source.block.op.endswith(":new_rows"):
+                search.pairs[name] = replace(
+                    pair, confidence="certain", reason="the head that swap_head put in, and the only one that fits"
+                )
+
+
+def nearest(search: Search, names: list[str], used: Container[str]) -> tuple[Unmatched, ...]:
+    """Why nothing fills these names, and what in the file comes nearest."""
+    sources, shapes = search.tensors, search.wanted.shapes
+    free = {name: tensor.shape for name, tensor in sources.items() if name not in used} if names else {}
+    bare, often = dict(zip(bare_names(sources), sources, strict=True)) if names else {}, Counter(free.values())
+    heads = [name for name in free if name in search.source_names and search.source_names[name].role.endswith(_HEADS)]
+    out = []
+    for name, spelt in zip(names, bare_names(names), strict=True):
+        near, shape = name if name in sources else bare.get(spelt, ""), shapes[name]
+        mine = heads if name in search.target_names and search.target_names[name].role.endswith(_HEADS) else []
+        other = [s for s in mine if s.rpartition(".")[2] == name.rpartition(".")[2] and free[s][1:] == shape[1:] and free[s] != shape]
+        if near in free and free[near] != shape:
+            out.append(Unmatched(name, f"{list(free[near])} in the file and {list(shape)} in the model", near))
+        elif len(other) == 1 and shape:
+            module = other[0].rpartition(".")[0]
+            told = f"the file's head may be {module} {list(free[other[0]])}: wb.ops.swap_head(ckpt, {f'{module}.*'!r}, {shape[0]})"
+            out.append(Unmatched(name, told, other[0]))
+        else:
+            count = often[shape]
+            why = f"no name like it; {count} unused tensors have its shape" if count else "nothing in the file has this name or shape"
+            out.append(Unmatched(name, why))
+    return tuple(out)
