@@ -151,6 +151,16 @@ def _float8_value(name: str, code: int) -> float:
     return sign * math.ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits)
 
 
+def out_of_range(given: torch.Tensor, cast: torch.Tensor) -> torch.Tensor:
+    """Where a cast to a floating type changed real values beyond rounding: to inf or NaN, or (float8_e4m3fn has no inf) to its largest."""
+    import torch
+
+    info, values = torch.finfo(cast.dtype), given if given.dtype == torch.float64 else given.float()
+    limit = info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)  # half a step above the largest still rounds to it
+    finite = torch.isfinite(values)
+    return (finite != torch.isfinite(cast if cast.dtype == torch.float64 else cast.float())) | (finite & (values.abs() > limit))
+
+
 def flat(values: torch.Tensor) -> torch.Tensor:
     """The elements in logical order, one after another in memory; a view where they lie so already.
 

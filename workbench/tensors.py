@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -65,8 +65,10 @@ class Live:
 
     @property
     def storage_key(self) -> tuple[Any, ...]:
-        storage = self.tensor.untyped_storage()
-        return (str(self.tensor.device), storage.data_ptr() or id(self.tensor), storage.nbytes())
+        storage, place = self.tensor.untyped_storage(), 0
+        with suppress(RuntimeError):  # a subclass that wraps other tensors has no memory of its own
+            place = storage.data_ptr()
+        return (str(self.tensor.device), place or id(self.tensor), storage.nbytes())
 
     def _key(self) -> tuple[Any, ...]:
         if str(self.tensor.layout) != "torch.strided":

@@ -50,7 +50,7 @@ def proof(ckpt, model):
     """The same of the certificate's proving pass."""
     held, buffer = model.state_dict(), bytearray(loading._BLOCK_NBYTES)
     start = time.process_time(), time.perf_counter()
-    assert not any(loading._difference(ckpt[name], value, buffer) for name, value in held.items())
+    assert not any(loading.difference(ckpt[name], value, buffer) for name, value in held.items())
     return time.process_time() - start[0], time.perf_counter() - start[1]
 
 

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 from strategies import same
+from torch import nn
 
 import workbench as wb
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError
-from workbench.keymap.maps import KeyMap
+from workbench.keymap.maps import KeyMap, Pair, Part, Regroup
 
 
 class Net(torch.nn.Module):
@@ -199,3 +200,67 @@ def test_a_strided_or_transposed_parameter_takes_the_values():
     source = torch.randn(4, 4)
     assert wb.load_into(target, {"weight": source})
     assert torch.equal(target.weight, source)
+
+
+# what an attack found
+
+
+def joined(*shapes):
+    """q, k, v put together, by a map that tells their shapes or does not."""
+    parts = tuple(Part(name, None, None, shape) for name, shape in zip("qkv", shapes, strict=True))
+    return KeyMap((Pair("qkv", parts, "by hand", "certain", ""),))
+
+
+def test_the_inverse_of_an_inverse_is_the_map_itself():
+    source = {name: torch.randn(rows, 3) for name, rows in zip("qkv", (4, 2, 2), strict=True)}
+    keymap = joined((4, 3), (2, 3), (2, 3))
+    again = keymap.inverse().inverse()
+    assert torch.equal(again.apply(source)["qkv"].load(), keymap.apply(source)["qkv"].load())
+    back = again.inverse().apply(again.apply(source))
+    assert all(torch.equal(back[name].load(), source[name]) for name in "qkv")
+    with pytest.raises(SelectionError, match="how high"):
+        joined((), (), ()).inverse()
+
+
+def test_a_chain_of_maps_is_no_surer_than_its_links():
+    likely = KeyMap((Pair.plain("b", "a", "a guess", "likely", ""),), rivals=("ema",))
+    certain = KeyMap((Pair.plain("c", "b", "a rename", "certain", ""),))
+    for chain in (likely.then(certain), KeyMap((Pair.plain("a", "x", "", "certain", ""),)).then(likely)):
+        assert [pair.confidence for pair in chain.pairs] == ["likely"]
+        assert chain.rivals == ("ema",)
+
+
+def test_the_code_is_the_map_where_shapes_are_odd():
+    source = {"a": torch.randn(3, 4, 1), "b": torch.randn(2).bfloat16()}
+    keymap = KeyMap(
+        (
+            Pair("x", (Part("a", Regroup((3, 4), (1, 0), (4, 3))),), "", "certain", ""),
+            Pair("y", (Part("b"), Part("", None, (0, 3))), "", "certain", ""),
+        )
+    )
+    room = {"checkpoint": source}
+    exec(keymap.code(), room)
+    for name, tensor in keymap.apply(source).items():
+        assert same(room["state_dict"][name], tensor.load())
+
+
+def test_a_hook_leaves_what_the_map_does_not_know_and_tells_versions_under_the_new_names():
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            if local_metadata.get("version", 1) < 2:
+                state_dict[prefix + "weight"] = state_dict[prefix + "weight"].t()
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def model():
+        return nn.Sequential(Versioned(3, 3))
+
+    saved = nn.DataParallel(model()).state_dict()
+    keymap = wb.match(saved, model())
+    loaded = model()
+    loaded.register_load_state_dict_pre_hook(keymap)
+    loaded.load_state_dict(saved)
+    assert torch.equal(loaded[0].weight, saved["module.0.weight"])
+    with pytest.raises(RuntimeError, match=r"other\.weight"):
+        loaded.load_state_dict({**saved, "other.weight": torch.ones(1)})

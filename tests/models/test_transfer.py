@@ -10,7 +10,7 @@ from strategies import same
 from torch import nn
 
 import workbench as wb
-from workbench.errors import SelectionError, SpecMismatchError
+from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError
 from workbench.keymap.maps import KeyMap, Pair, Part
 
 
@@ -91,8 +91,25 @@ def test_only_what_is_unfrozen_moves():
     trained(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1))
     moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert moved == {n for n in before if n.startswith(("head.", "blocks.2.norm."))}
-    with pytest.raises(SelectionError):
-        wb.models.freeze(model, "nope.*")
+    for names in ("nope.*", ["head.*", "nope.*"], []):
+        with pytest.raises(SelectionError):
+            wb.models.freeze(model, names)
+
+
+def test_a_tied_parameter_answers_to_each_of_its_names():
+    model = nn.ModuleDict({"wte": nn.Embedding(4, 2), "head": nn.Linear(2, 4)})
+    model["head"].weight = model["wte"].weight
+    assert wb.models.Unfreezing({0: "head.*"}).apply(model, 0) == ()
+    assert all(p.requires_grad for p in model.parameters())
+    assert wb.models.freeze(model, "head.weight") == ("wte.weight",)
+    assert "wte.weight = head.weight" in str(wb.models.parameter_table(model))
+
+
+def test_a_lazy_parameter_is_refused_in_words():
+    model = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    for make in (lambda: wb.models.param_groups(model, 1e-3), lambda: wb.models.parameter_table(model)):
+        with pytest.raises(UnsupportedError, match="lazy"):
+            make()
 
 
 def test_unfreezing_goes_by_stages():
@@ -214,6 +231,34 @@ def test_features_are_those_of_the_layer_and_the_model_runs_no_further():
         wb.models.features(model, "unused", x)
 
 
+class Careful(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+
+    def forward(self, x):
+        try:
+            return self.a(x)
+        except Exception:
+            return x
+
+
+@pytest.mark.parametrize("caught", [Careful(), torch.compile(Careful(), backend="eager")], ids=["a forward that catches", "compiled"])
+def test_features_come_where_a_hook_alone_would_not(caught):
+    x = torch.ones(1, 2)
+    plain = getattr(caught, "_orig_mod", caught)
+    expected = caught(x)  # a graph that is made before knows no hook
+    layer = next(name for name, module in caught.named_modules() if module is plain.a)
+    assert torch.equal(wb.models.features(caught, layer, x), expected)
+    assert torch.equal(caught(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_features_of_torchscript_are_refused_in_words():
+    with pytest.raises(UnsupportedError, match="takes no hooks"):
+        wb.models.features(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), "0", torch.ones(1, 2))
+
+
 # BatchNorm
 
 
@@ -330,6 +375,72 @@ def test_moments_are_merged_and_split_as_their_parameters_are():
         wb.models.carry_optimizer(state, keymap, list("qkv"), {"qkv": (6, 4)})
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.ASGD], ids=lambda kind: kind.__name__)
+def test_training_goes_on_through_a_split(make):
+    torch.manual_seed(0)
+    old = nn.ModuleDict({"qkv": nn.Linear(4, 6)})
+    old.forward = lambda x: old["qkv"](x)
+    optimizer = make(old.parameters(), lr=0.1)
+    trained(old, optimizer, 3, (5, 4))
+    parts = {
+        f"{n}.{kind}": (f"qkv.{kind}", (2 * i, 2 * i + 2), shape)
+        for i, n in enumerate("qkv")
+        for kind, shape in (("weight", (6, 4)), ("bias", (6,)))
+    }
+    keymap = KeyMap(tuple(Pair(n, (Part(s, rows=rows, shape=shape),), "split", "certain", "") for n, (s, rows, shape) in parts.items()))
+    new = nn.ModuleDict({n: nn.Linear(4, 2) for n in "qkv"})
+    new.forward = lambda x: torch.cat([new[n](x) for n in "qkv"], -1)
+    wb.load_into(new, copy.deepcopy(old.state_dict()), keymap).check()
+    after = make(new.parameters(), lr=0.1)
+    after.load_state_dict(
+        wb.models.carry_optimizer(copy.deepcopy(optimizer.state_dict()), keymap, ["qkv.weight", "qkv.bias"], dict(new.named_parameters()))
+    )
+    trained(old, optimizer, 5, (5, 4))
+    trained(new, after, 5, (5, 4))
+    assert {float(own["step"]) for own in after.state.values()} == {8}
+    assert torch.allclose(torch.cat([new[n].weight for n in "qkv"]), old["qkv"].weight, atol=1e-5)
+
+
+def test_state_of_all_parameters_in_a_row_holds_for_their_order_alone():
+    torch.manual_seed(0)
+    old, new = nn.Linear(3, 2), nn.Linear(3, 2)
+    new.load_state_dict(old.state_dict())
+    first, second = (torch.optim.LBFGS(model.parameters(), max_iter=2) for model in (old, new))
+
+    def go(model, optimizer):
+        def closure():
+            optimizer.zero_grad()
+            loss = model(torch.ones(1, 3)).sub(1).square().sum() + sum(p.pow(4).sum() for p in model.parameters())
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    go(old, first)
+    go(new, second)
+    keymap = renamed({"weight": "w", "bias": "b"})
+    state, own = copy.deepcopy(second.state_dict()), {"w": new.weight, "b": new.bias}
+    with pytest.raises(SelectionError, match="order"):
+        wb.models.carry_optimizer(state, keymap, ["weight", "bias"], {"b": new.bias, "w": new.weight})
+    second = torch.optim.LBFGS(own.values(), max_iter=2)
+    second.load_state_dict(wb.models.carry_optimizer(state, keymap, ["weight", "bias"], own))
+    go(old, first)
+    go(new, second)
+    assert same(old.weight, new.weight)
+
+
+@pytest.mark.parametrize(("old", "new"), [((4,), (2, 2)), ((1,), (5,)), ((5, 7), (5, 1)), ((2, 2), (4,)), ((2, 1), (2, 3))])
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.Adafactor], ids=lambda kind: kind.__name__)
+def test_a_moment_of_another_shape_is_refused_whatever_it_broadcasts_to(make, old, new):
+    p = nn.Parameter(torch.randn(old))
+    optimizer = make([p])
+    p.square().sum().backward()
+    optimizer.step()
+    with pytest.raises(SpecMismatchError, match="has the shape"):
+        wb.models.carry_optimizer(optimizer.state_dict(), None, ["w"], {"w": new})
+    assert wb.models.carry_optimizer(optimizer.state_dict(), None, ["w"], {"w": old})["state"]
+
+
 def small_state(names=("a", "b"), shape=(3,)):
     return {
         "state": {i: {"exp_avg": torch.ones(shape)} for i in range(len(names))},
@@ -414,6 +525,21 @@ def test_a_delta_knows_its_base_in_any_format_and_refuses_another(tmp_path):
         wb.models.with_delta(other, tmp_path / "base.safetensors")
     with pytest.raises(SelectionError, match="nothing differs"):
         wb.models.save_delta(other, other, tmp_path / "none.safetensors")
+
+
+def test_a_base_that_could_not_give_the_model_back_is_refused_or_told(tmp_path):
+    path, state = tmp_path / "d.safetensors", {"w": torch.zeros(2), "b": torch.ones(2)}
+    nested = {"enc": state}
+    with pytest.raises(SelectionError, match="no name in common"):
+        wb.models.save_delta({"enc.w": torch.ones(2), "enc.b": state["b"]}, nested, path)
+    rivals = {"teacher": state, "student": {n: t + 1 for n, t in state.items()}}
+    for model, base in ((rivals, state), (state, rivals)):
+        with pytest.raises(SelectionError, match="equal claim"):
+            wb.models.save_delta(model, base, path)
+    wb.models.save_delta({"w": torch.ones(2), "b": state["b"]}, {**state, "_extra_state": 1}, path)
+    (finding,) = wb.models.with_delta({**state, "_extra_state": 1}, path).findings
+    assert "_extra_state" in finding.message
+    assert not wb.models.with_delta(state, path).findings
 
 
 def test_one_bit_of_a_base_is_enough_to_refuse_it(tmp_path):

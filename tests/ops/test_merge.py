@@ -61,6 +61,32 @@ def test_a_weighted_mean_divides_by_the_sum_and_keeps_what_is_equal_to_the_bit(w
     assert same(result["frozen"].load(), frozen)
 
 
+@pytest.mark.parametrize("weights", [[0.1] * 10, [1.5, -0.5], [0.3, 0.3, 0.4]], ids=str)
+def test_what_is_equal_stays_to_the_bit_where_the_weights_of_merge_sum_to_one(weights):
+    x = torch.cat([torch.randn(1000), torch.tensor([float("inf"), 3e38, 1e-45])])
+    assert same(wb.ops.merge([wb.open({"w": x})] * len(weights), weights)["w"].load(), x)
+
+
+def test_anything_that_can_be_opened_is_averaged():
+    assert wb.ops.average(wb.open({"w": torch.tensor([n])}) for n in (1.0, 3.0))["w"].load() == 2
+    assert wb.ops.average([{"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}])["w"].load() == 2
+
+
+def test_sections_of_equal_claim_are_refused_in_every_input():
+    plain, other = models(2)
+    rivals = wb.open({"teacher": plain.state_dict(), "student": other.state_dict()})
+    for make in (
+        lambda: wb.ops.average([rivals, wb.open(plain)]),
+        lambda: wb.ops.average([wb.open(plain), rivals]),
+        lambda: wb.ops.extract_lora(wb.open(plain), rivals, 2),
+        lambda: wb.ops.extract_lora(rivals, wb.open(plain), 2),
+        lambda: wb.ops.merge_lora(wb.open(plain), rivals),
+    ):
+        with pytest.raises(SelectionError, match=r"'teacher', 'student'.*equal claim"):
+            make()
+    assert wb.ops.average([wb.open(plain), rivals.section("student")])["0.weight"].shape == (16, 8)
+
+
 def test_weights_are_taken_as_they_are_by_merge():
     a, b = torch.randn(9), torch.randn(9)
     assert torch.allclose(wb.ops.merge([wb.open({"w": a}), wb.open({"w": b})], [2, -0.5])["w"].load(), 2 * a - 0.5 * b)
@@ -117,6 +143,8 @@ def test_checkpoints_that_do_not_agree_are_refused_by_their_first_name(other, er
     with pytest.raises(error) as caught:
         wb.ops.average([wb.open({"a.w": torch.ones(3), "b.w": torch.ones(2)}), wb.open(other)])
     assert says in str(caught.value)
+    assert "first" in str(caught.value)
+    assert "checkpoint 2" in str(caught.value)
 
 
 @pytest.mark.parametrize("weights", [[1], [1, -1], [0, 0], [float("nan"), 1], [1, float("inf")]])
@@ -129,10 +157,23 @@ def test_weights_that_are_none_are_refused(weights):
             make()
 
 
-def test_a_result_that_overflows_is_refused():
-    big = wb.open({"w": torch.tensor([60000.0, 1]).half()})
-    with pytest.raises(SelectionError, match="does not fit float16"):
-        wb.ops.merge([big, big], [1, 1])["w"].load()
+@pytest.mark.parametrize(
+    ("dtype", "value"), [("float16", 60000.0), ("float8_e4m3fn", 448.0), ("float8_e5m2", 57344.0), ("float32", 3e38), ("float64", 1e308)]
+)
+def test_a_result_that_overflows_is_refused_and_an_infinity_stays(dtype, value):
+    big, thin = (wb.open({"w.weight": torch.full((2, 2), x, dtype=torch.float64).to(getattr(torch, dtype))}) for x in (value, 0.0))
+    a = torch.full((1, 2), 1.0, dtype=torch.float64)
+    for make in (lambda: wb.ops.merge([big, big], [1, 1]), lambda: wb.ops.merge_lora(big, wb.open({"w.lora_A.weight": a, "w.lora_B.weight": a.T}), value)):  # fmt: skip
+        with pytest.raises(SelectionError, match=f"does not fit {dtype}"):
+            make()["w.weight"].load()
+    assert same(wb.ops.merge([big, thin], [1, 1])["w.weight"].load(), big["w.weight"].load())
+    infinite = wb.open({"w.weight": torch.full((2, 2), float("inf"))})
+    assert wb.ops.average([infinite, wb.open({"w.weight": torch.ones(2, 2)})])["w.weight"].load().isinf().all()
+
+
+def test_a_double_beyond_the_type_of_the_sum_is_refused():
+    with pytest.raises(SelectionError, match="does not fit float32"):
+        wb.ops.average([wb.open({"w": torch.zeros(1)}), wb.open({"w": torch.tensor([1e300], dtype=torch.float64)})])["w"].load()
 
 
 def test_ties_stay_where_all_inputs_have_them_and_end_where_one_has_not():
@@ -213,6 +254,40 @@ def test_matrices_that_both_share_are_left_out_and_no_change_is_no_error():
         wb.ops.extract_lora(wb.open({"s.weight": shared}), wb.open({"s.weight": shared}), 1)
     with pytest.raises(SelectionError):
         wb.ops.extract_lora(wb.open({"s.weight": shared}), wb.open({"s.weight": shared}), 0)
+
+
+@pytest.mark.parametrize(("shape", "name"), [((4, 0), "a.weight"), ((4, 4), "a.w"), ((4, 4), "weight")])
+def test_a_matrix_that_has_no_adapter_is_refused_at_once(shape, name):
+    with pytest.raises(SelectionError, match="is no matrix"):
+        wb.ops.extract_lora(wb.open({name: torch.ones(shape)}), wb.open({name: torch.zeros(shape)}), 2, names=name)
+
+
+def test_a_tie_ends_in_words_where_one_name_is_adapted_and_stays_where_both_are():
+    shared, tuned = torch.randn(4, 4), torch.randn(4, 4)
+    base, one = (
+        wb.open({"emb.weight": shared, "head.weight": shared}),
+        {"head.lora_A.weight": torch.ones(1, 4), "head.lora_B.weight": torch.ones(4, 1)},
+    )
+    merged = wb.ops.merge_lora(base, wb.open(one))
+    assert same(merged["emb.weight"].load(), shared)
+    assert [f.kind for f in merged.findings] == ["tie ended"]
+    both = wb.ops.merge_lora(base, wb.ops.extract_lora(base, wb.open({"emb.weight": tuned, "head.weight": tuned}), 4))
+    assert (both.aliases, both.findings) == ({"head.weight": "emb.weight"}, ())
+    assert torch.allclose(both["head.weight"].load(), tuned, atol=1e-5)
+
+
+def test_modules_with_a_scale_of_their_own_get_it():
+    base = {f"{n}.weight": torch.zeros(2, 3) for n in ("q", "k", "v")}
+    factors = lambda ranks: wb.open({f"{n}.lora_{k}.weight": torch.ones(s) for n, r in zip("qkv", ranks, strict=True) for k, s in (("A", (r, 3)), ("B", (2, r)))})  # noqa: E731  # fmt: skip
+    merged = wb.ops.merge_lora(wb.open(base), factors((1, 2, 2)), {"q.*": 8, "*": 3, "k.*": 0})
+    assert [float(t.load().max()) for t in merged.values()] == [8, 6, 6]  # the first that matches
+    for ranks, scale, says in (
+        ((1, 2, 2), 4.0, "ranks 1, 2"),
+        ((1, 1, 1), {"q.*": 8}, "none for 'k.weight'"),
+        ((1, 1, 1), {"*": 1, "z.*": 2}, "matches"),
+    ):
+        with pytest.raises(SelectionError, match=says):
+            wb.ops.merge_lora(wb.open(base), factors(ranks), scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])

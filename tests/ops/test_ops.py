@@ -111,6 +111,26 @@ def test_a_double_beyond_the_new_range_raises(dtype):
         wb.ops.cast(wb.open({"w": torch.tensor([1e300], dtype=torch.float64)}), dtype)["w"].load()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fits", "beyond"),
+    [("float16", 65519, 65520), ("bfloat16", 3.39e38, 3.4e38), ("float8_e4m3fn", 463, 465), ("float8_e4m3fnuz", 247, 249), ("float8_e5m2", 61439, 61441),
+     ("float8_e4m3fn", float("nan"), float("inf"))],
+)  # fmt: skip
+def test_a_value_that_a_cast_changes_beyond_rounding_is_refused(dtype, fits, beyond):
+    held = wb.ops.cast(wb.open({"w": torch.tensor([fits, -3.0])}), dtype)["w"].load().float()
+    largest = torch.finfo(getattr(torch, dtype)).max
+    assert torch.equal(held.nan_to_num(), torch.tensor([fits, -3.0]).clamp(max=largest).nan_to_num())
+    ckpt = wb.open({"w": torch.tensor([1.0, -beyond])})
+    with pytest.raises(SelectionError, match=f"does not fit {dtype}"):
+        wb.ops.cast(ckpt, dtype)["w"].load()
+    assert wb.ops.cast(ckpt, dtype, overflow="allow")["w"].load()[0] == 1
+
+
+def test_a_product_of_dequantizing_that_does_not_fit_is_refused():
+    with pytest.raises(SelectionError, match="does not fit float16"):
+        wb.ops.dequantize(wb.ops.quantize_int8(wb.open({"w": torch.full((1, 2), 1e6)})), "float16")["w"].load()
+
+
 def test_casting_nothing_floating_is_refused():
     with pytest.raises(SelectionError):
         wb.ops.cast(wb.open({"n": torch.arange(3)}), "float16")
@@ -138,6 +158,13 @@ def test_renames_do_what_they_say(mapping, expected):
 def test_a_rename_that_cannot_be_is_refused(mapping):
     with pytest.raises(SelectionError):
         wb.ops.rename(wb.open({"a": torch.ones(1), "b": torch.ones(1)}), mapping)
+
+
+@pytest.mark.parametrize("new", [None, 3])
+def test_a_name_that_is_no_text_is_refused_and_a_wrappers_name_alone_stays(new):
+    with pytest.raises(SelectionError, match="is no name"):
+        wb.ops.rename(wb.open({"a": torch.ones(1)}), lambda name: new)
+    assert list(wb.ops.strip_wrappers(wb.open({"_orig_mod": torch.ones(1)}))) == ["_orig_mod"]
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -19,8 +19,10 @@ def test_what_fits_is_selected_and_the_rest_is_named():
     assert list(kept) == [name for name in model().state_dict() if not name.startswith("3.")]
     assert kept.history[-1].params["left_out"] == ["3.weight", "3.bias"]
     assert model(7).load_state_dict({n: t.load() for n, t in kept.items()}, strict=False).missing_keys == ["3.weight", "3.bias"]
-    with pytest.raises(SelectionError):
-        wb.ops.select_fitting(wb.open({"w": torch.ones(2)}), {"w": torch.ones(3)})
+    rivals = {"teacher": model(7).state_dict(), "student": model(7).state_dict()}
+    for ckpt, target in (({"w": torch.ones(2)}, {"w": torch.ones(3)}), (model(5), rivals)):
+        with pytest.raises(SelectionError):
+            wb.ops.select_fitting(wb.open(ckpt), target)
 
 
 def test_a_training_checkpoint_keeps_its_epoch_when_its_weights_are_selected(tmp_path):
@@ -86,6 +88,59 @@ def test_a_vocabulary_too_large_to_hold_is_refused_within_its_budget_and_cut_in_
 def test_rows_that_cannot_be_are_refused(names, rows, init):
     with pytest.raises(SelectionError):
         wb.ops.swap_head(wb.open(model()), names, rows, init=init)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: wb.ops.swap_head(wb.open({"w": torch.ones(0, 2)}), "w", 2, init="mean"),
+        lambda: wb.ops.swap_head(wb.open(model()), "3.*", 10.0),
+        lambda: wb.ops.adapt_input_channels(wb.open(model()), "0.weight", 4.0),
+        lambda: wb.ops.resize_position_embedding(wb.open({"p": torch.ones(1, 16, 2)}), "p", 4.0, prefix_tokens=0),
+        lambda: wb.ops.resize_position_embedding(wb.open({"p": torch.ones(1, 16, 0)}), "p", 4, prefix_tokens=0),
+    ],
+    ids=["a mean of no rows", "10.0 rows", "4.0 channels", "4.0 positions", "positions of no width"],
+)
+def test_sizes_that_are_none_are_refused_at_once(make):
+    with pytest.raises(SelectionError):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda w: wb.ops.adapt_input_channels(w, "w", 1), (1, 3, 1, 1)),
+        (lambda w: wb.ops.adapt_input_channels(w, "w", 2), (1, 3, 1, 1)),
+        (lambda w: wb.ops.resize_position_embedding(w, "w", (7, 7), prefix_tokens=0), (1, 4, 2)),
+        (lambda w: wb.ops.swap_head(w, "w", 2, init="normal", std=1e6), (3, 2)),
+    ],
+    ids=["channels summed", "channels rescaled", "positions", "normal rows"],
+)
+def test_a_sum_that_does_not_fit_is_refused_and_an_infinity_stays(make, shape):
+    values = torch.full(shape, 65504.0).half()
+    if values.ndim == 3:  # bicubic shoots over an edge
+        values[:, 1:3] = 0
+    with pytest.raises(SelectionError, match="does not fit float16"):
+        make(wb.open({"w": values}))["w"].load()
+    if values.ndim == 4:
+        values[:] = float("inf")
+        assert make(wb.open({"w": values}))["w"].load().isinf().all()
+
+
+def test_an_optimizer_beside_changed_shapes_and_ended_ties_are_told():
+    net = torch.nn.Linear(2, 4)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    tree = wb.open({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
+    (finding,) = wb.ops.resize_rows(tree, ["weight", "bias"], 6).findings
+    assert (finding.kind, finding.where["tensor"]) == ("moments left", "weight")
+    assert not wb.ops.cast(tree, "float64").findings
+    assert not wb.ops.resize_rows(wb.open(net), ["weight", "bias"], 6).findings
+    shared = torch.ones(4, 2)
+    tied = wb.open({"wte": shared, "head": shared})
+    assert not wb.ops.resize_rows(tied, ["wte", "head"], 5).findings
+    assert [(f.kind, f.where["tensor"]) for f in wb.ops.swap_head(tied, "head", 5).findings] == [("tie ended", "head")]
 
 
 def resampled(positions, old, new, prefix, mode, antialias):

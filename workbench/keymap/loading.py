@@ -8,24 +8,24 @@ from a new state_dict() afterwards, on the device where it ended up, against the
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench import dtypes
 from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError, WorkbenchError, located
-from workbench.files import Storage
 from workbench.keymap.certificate import LoadCertificate, LoadedTensor, Unused, by_module, harmless
 from workbench.keymap.inference import match
 from workbench.keymap.maps import KeyMap, Pair
 from workbench.keymap.naming import bare_name
+from workbench.keymap.proof import agree, copy, difference, near, same_bytes
 from workbench.keymap.values import made
 from workbench.opening import open as open_checkpoint
 from workbench.sections import rename_modules
-from workbench.tensors import LazyTensor, Live, Memo, Stored
+from workbench.tensors import LazyTensor, Live, parts
 from workbench.tree import Inert, is_mapping, items_of, live, plain, wrapped
 
 if TYPE_CHECKING:
@@ -95,9 +95,12 @@ def load_into(
     if keymap is None and chosen.rivals:
         sections, hint = ", ".join(map(repr, (chosen.section, *chosen.rivals))), "give one of them: wb.load_into(model, ckpt.section(…))"
         raise SelectionError(f"the sections {sections} fit the model equally well", hint=hint)
+    if chosen.rivals:
+        fit = ", ".join(map(repr, chosen.rivals))
+        told = [*told, Finding("section", "warning", f"{chosen.section!r} was taken, as the map says, and {fit} fits as well")]
     job = _Job(model, chosen, opened, assign, dtype or ("file" if assign else "model"), home)
     missing, unexpected, refused = job.ask()
-    unused = tuple(job.unused(name, name in unexpected) for name in job.spare)
+    unused = tuple(job.unused(name, name in unexpected) for name in (*job.spare, *job.others))
     absent = [name for name in missing if job.leader.get(name) not in job.values]  # a tied name is filled through its other
     left = [entry for entry in unused if not entry.fine and entry.name not in job.unfit]
     if refused or (strict and (absent or left or job.misfits)):
@@ -106,8 +109,12 @@ def load_into(
     job.fill()
     if home is not None:  # what Module.to does, but a tensor left on the meta device stays there
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(home))  # type: ignore[no-untyped-call]
-    rows, findings = job.prove()
-    source, verdict = opened.source.url if opened.source is not None else opened.name, _verdict(missing, unexpected, job.misfits)
+    try:
+        rows, findings = job.prove()
+    except WorkbenchError as error:  # the file changed, or cannot be read any more
+        error.hint = "; ".join(filter(None, ["the model holds values that could not be proven: build it anew", error.hint]))
+        raise
+    source, verdict = opened.source.url if opened.source is not None else opened.name, _verdict(missing, unexpected, job)
     return LoadCertificate(rows, unused, strict, chosen, verdict, _mode(model), (*told, *findings), type(model).__name__, source)
 
 
@@ -125,6 +132,7 @@ class _Job:
         self.values: dict[str, LazyTensor] = {}
         self.misfits: dict[str, str] = {}  # by the model's name
         self.unfit: dict[str, str] = {}  # by the file's
+        self.reshaped: list[str] = []  # of the misfits, those that torch refuses as well: it casts kinds, and takes [1] for []
         self._fit()
         groups: dict[Any, list[str]] = defaultdict(list)  # names of one memory
         for name, value in self.own.items():
@@ -132,10 +140,15 @@ class _Job:
         self.tied = {name: names for names in groups.values() for name in names}
         self.leader = {n: next((m for m in names if m in self.values), names[0]) for n, names in self.tied.items()}
         for name, leader in self.leader.items():
-            if name in self.values and not _agree(self.values[leader], self.values[name], self.own[name].dtype):
+            if name in self.values and not agree(self.values[leader], self.values[name], self.own[name].dtype):
                 a, b = (" + ".join(self.pairs[n].sources) for n in (leader, name))
                 text = f"the model ties {leader!r} and {name!r}, the file has other values in {a!r} than in {b!r}, and nothing was loaded"
                 raise SpecMismatchError(text, hint=f"choose one: wb.match(ckpt, model).edited(reject=({name!r},)); or untie the model")
+        views: dict[Any, list[str]] = defaultdict(list)  # of one memory, in different ways
+        for name, leader in self.leader.items():
+            if name == leader and self.own[name].numel():
+                views[_storage(self.own[name])].append(name)
+        self.views = [names for names in views.values() if len(names) > 1]
         self.before = {name: value.clone() for name, value in self.own.items() if self.through or self.leader[name] not in self.values}
         self.kept = {name: getattr(*slot) for name, slot in self.slots.items()} if self.through else {}
         self.devices = {name: str(value.device) for name, value in self.own.items()}
@@ -143,6 +156,10 @@ class _Job:
         taken = {(key,) for key, _ in self.objects.values()}
         used = {source for pair in self.pairs.values() for source in pair.sources}
         self.spare = [name for name in self.part if name not in used and self.part.paths[name][:1] not in taken]
+        known = {(key,) for key, _ in self.objects.values()} | {path[:1] for path in self.part.paths.values()}
+        entries, own = items_of(self.part.tree) if is_mapping(self.part.tree) else {}, set(map(bare_name, model.state_dict()))
+        self.others = [str(k) for k in entries if (k,) not in known and bare_name(str(k)) not in own]  # no tensors, and nobody's
+        self.extra = _extra_state(model) if self.through or self.objects else {}
 
     def _fit(self) -> None:
         """The values whose shapes and kinds agree, by target, and why the others do not."""
@@ -161,9 +178,12 @@ class _Job:
                 sources = (near or name,)
             if why is not None:
                 self.misfits[name] = why
-                self.unfit.update(dict.fromkeys(sources, why))
-            elif pair is not None and given is not None:
-                self.pairs[name], self.values[name] = pair, given
+                if given is None or (given.shape != tuple(value.shape) and (value.ndim, len(given.shape)) != (0, 1)):
+                    self.reshaped.append(name)
+                elsewhere = name not in sources and pair is None
+                self.unfit.update(dict.fromkeys(sources, f"it may be {name!r}, of another size" if elsewhere else why))
+            elif given is not None and (pair is not None or name not in self.model.state_dict()):
+                self.pairs[name], self.values[name] = pair or Pair.plain(name, name, "as it is", "certain", "the same name"), given
 
     def ask(self) -> tuple[list[str], list[str], str]:
         """(missing, unexpected, why it refused) by the module's own load_state_dict.
@@ -182,6 +202,7 @@ class _Job:
                 state[name] = torch.nn.Parameter(value, old.requires_grad) if isinstance(old, torch.nn.Parameter) else value
         named = [name for name in self.spare if name not in self.own and self.part[name].locked is None]
         state.update({name: self.part[name].load() if self.through else torch.empty(0, device="meta") for name in named})
+        state.update(dict.fromkeys(self.others, torch.empty(0, device="meta")))
         state.update({name: value for name, (_, value) in self.objects.items()})
         if (metadata := _metadata(self.part, self.keymap)) is not None:
             state._metadata = metadata  # type: ignore[attr-defined]
@@ -192,7 +213,10 @@ class _Job:
         return [name for name in result.missing_keys if name not in self.misfits], list(result.unexpected_keys), ""
 
     def unused(self, name: str, unexpected: bool) -> Unused:
-        """Why a tensor of the file that fills nothing is or is not fine."""
+        """Why an entry of the file that fills nothing is or is not fine."""
+        if name in self.others:
+            took = "the module's own loading code took it"
+            return Unused(name, not unexpected, "no tensor, and the module has no place for it" if unexpected else took)
         tensor, why = self.part[name], harmless(name, self.part[name].shape)
         if name in self.unfit:
             return Unused(name, False, self.unfit[name])
@@ -203,19 +227,23 @@ class _Job:
             return Unused(name, True, "the module's own loading code took it")
         for slot in [slot for own, slot in self.slots.items() if why and bare_name(own) == bare_name(name)]:  # held, but never saved
             held = getattr(*slot).detach()
-            same = not held.is_meta and tensor.shape == tuple(held.shape) and _near(tensor.load(), held.cpu())
+            same = not held.is_meta and tensor.shape == tuple(held.shape) and near(tensor.load(), held.cpu())
             return Unused(name, same, f"{why}; the model's own holds {'the same values' if same else 'other values, or none'}")
         return Unused(name, why is not None, why or "the module has no place for it")
 
     def restore(self) -> None:
-        """Put back what the module's loading code may have touched."""
+        """Put back what the module's loading code may have touched, as far as it shows: tensors and extra state."""
         import torch
+
+        for module, held in self.extra.items():
+            with suppress(Exception):  # its own code; it took this state from itself a moment ago
+                module.set_extra_state(held)
 
         for name, tensor in self.kept.items():
             setattr(*self.slots[name], tensor)
         with torch.no_grad():
             for name, value in _tensors(self.model).items():
-                if name in self.before and not (value.is_quantized or value.is_meta or _same_bytes(self.before[name], value)):
+                if name in self.before and not (value.is_quantized or value.is_meta or same_bytes(self.before[name], value)):
                     value.copy_(self.before[name])
 
     def fill(self) -> None:
@@ -227,7 +255,7 @@ class _Job:
                     if self.assign or self.own[name].is_meta:
                         self._put(name)
                     else:
-                        _copy(self.values[name], self.own[name])
+                        copy(self.values[name], self.own[name])
             except WorkbenchError as error:
                 hints = [f"{done} of {len(leading)} tensors of the model were overwritten before this: build it anew"] * bool(done)
                 error.hint = "; ".join([*hints, error.hint] if error.hint else hints) or None
@@ -240,7 +268,7 @@ class _Job:
         given, current, old = self.values[name], self.own[name], getattr(*self.slots[name])
         dtype = dtypes.to_torch(given.dtype) if self.policy == "file" else current.dtype
         fresh = torch.empty_like(current, dtype=dtype, device="cpu")
-        _copy(given, fresh)
+        copy(given, fresh)
         fresh = fresh.to(self.home or ("cpu" if current.is_meta else current.device))
         if isinstance(old, torch.nn.Parameter):
             fresh = torch.nn.Parameter(fresh, requires_grad=old.requires_grad)
@@ -269,7 +297,9 @@ class _Job:
         rows.update({name: LoadedTensor(name, name, "set by the module", (), "object", 0, "", "object") for name in self.objects})
         casts = Counter((self.values[n].dtype.name, r.dtype) for n, r in rows.items() if n in self.values)
         moves = Counter((self.devices.get(name), str(value.device)) for name, value in held.items())
-        findings = [Finding("tie lost", "danger", f"{' and '.join(names)} were tied and are apart now") for names in torn]
+        apart = [names for names in self.views if len({_storage(held[n]) for n in names if n in held}) > 1]
+        findings = [Finding("memory", "warning", f"{' and '.join(n)} were views of one memory and are apart now") for n in apart]
+        findings += [Finding("tie lost", "danger", f"{' and '.join(names)} were tied and are apart now") for names in torn]
         findings += [Finding("dtype", "info", f"{n} tensors: {a} in the file, {b} in the model") for (a, b), n in casts.items() if a != b]
         findings += [Finding("device", "info", f"{n} tensors went from {a} to {b}") for (a, b), n in moves.items() if a not in (b, None)]
         if own := [name for name, value in unsaved.items() if not value.is_meta]:
@@ -282,9 +312,9 @@ class _Job:
             unsaved = "no part of the state dict: build the model off the meta device, or compute this buffer anew"
             return "empty", self.misfits.get(name, "") if name in self.own else unsaved
         if given is None:
-            untouched = name in self.before and _same_bytes(self.before[name], value)
+            untouched = name in self.before and same_bytes(self.before[name], value)
             return "initial" if untouched else "set by the module", self.misfits.get(name) or harmless(name, tuple(value.shape)) or ""
-        if wrong := _difference(given, value, self.buffer):
+        if wrong := difference(given, value, self.buffer):
             return "wrong", wrong + "; the model's own loading code ran, and whether it meant this cannot be proven" * self.through
         became = dtypes.from_torch(value.dtype)
         return "loaded", f"{given.dtype} became {became}" if became != given.dtype else ""
@@ -294,9 +324,15 @@ class _Job:
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of the state dict, and parameters that a hook leaves out of it: torch loads those too."""
     import torch
 
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    saved = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    others = [
+        (n, p.detach()) for n, p in model.named_parameters(remove_duplicate=False) if n not in saved and not torch.nn.parameter.is_lazy(p)
+    ]
+    held = set(map(_memory, saved.values())) if others else set()
+    return {**saved, **{name: value for name, value in others if _memory(value) not in held}}
 
 
 def _slots(model: torch.nn.Module) -> dict[str, tuple[torch.nn.Module, str]]:
@@ -314,7 +350,13 @@ def _memory(value: torch.Tensor) -> Any:
     import torch
 
     strided = value.layout is torch.strided
-    return (value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride()) if strided else id(value)
+    return (_storage(value), value.storage_offset(), value.shape, value.stride()) if strided else id(value)
+
+
+def _storage(value: torch.Tensor) -> int:
+    import torch
+
+    return value.untyped_storage()._cdata if value.layout is torch.strided else id(value)
 
 
 def _loads_itself(model: torch.nn.Module, own: dict[str, torch.Tensor]) -> bool:
@@ -329,7 +371,8 @@ def _loads_itself(model: torch.nn.Module, own: dict[str, torch.Tensor]) -> bool:
 
     again = _tensors(model)
     computed = any(_memory(value) != _memory(again[name]) or value.is_quantized for name, value in own.items())
-    return computed or type(model).load_state_dict is not torch.nn.Module.load_state_dict or any(map(is_own, model.modules()))
+    overridden = "load_state_dict" in vars(model) or type(model).load_state_dict is not torch.nn.Module.load_state_dict
+    return computed or overridden or any(map(is_own, model.modules()))
 
 
 def _require_room(own: dict[str, torch.Tensor], meta: bool) -> None:
@@ -342,7 +385,9 @@ def _require_room(own: dict[str, torch.Tensor], meta: bool) -> None:
         if value.is_meta and not meta:
             hint = 'give assign=True, or a device for its memory: device="cpu"'
             raise UnsupportedError("the model is on the meta device and holds no values", tensor=name, hint=hint)
-        if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        if value.layout is torch.strided and any(
+            stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)
+        ):
             raise UnsupportedError("the model's tensor is expanded: its elements share memory and cannot each take a value", tensor=name)
 
 
@@ -382,6 +427,14 @@ def _device(asked: Any) -> tuple[torch.device, list[Finding]]:
 # the file
 
 
+def _extra_state(model: torch.nn.Module) -> dict[torch.nn.Module, Any]:
+    """What modules hold beside tensors and would save, to be put back where a load is refused."""
+    import torch
+
+    own = [m for m in model.modules() if type(m).set_extra_state is not torch.nn.Module.set_extra_state]
+    return {module: deepcopy(module.get_extra_state()) for module in own}
+
+
 def _certain(keymap: KeyMap) -> KeyMap:
     return replace(keymap, pairs=tuple(pair for pair in keymap.pairs if pair.confidence == "certain"))
 
@@ -403,11 +456,11 @@ def _objects(part: Checkpoint, model: torch.nn.Module) -> dict[str, tuple[Any, A
 
 
 def _apart(part: Checkpoint, own: dict[str, torch.Tensor]) -> Checkpoint:
-    """The source, with copies of those live tensors that share memory with the model: copying must not change what is copied."""
+    """The source, with copies of what is read from memory of the model, directly or computed: copying must not change what is copied."""
     import torch
 
     held = {Live(value).storage_key for value in own.values() if value.layout is torch.strided}
-    shared = {name for name, t in part.items() if isinstance(t.source, Live) and t.source.storage_key in held}
+    shared = {n for n, t in part.items() if any(isinstance(p.source, Live) and p.source.storage_key in held for p in parts(t))}
     if not shared:
         return part
     copies = [(n, replace(t, source=Live(t.load().clone())) if n in shared else t, n) for n, t in part.items()]
@@ -436,15 +489,17 @@ def _misfit(given: LazyTensor, value: torch.Tensor) -> str | None:
     return f"{given.dtype} in the file and {target} in the model" if given.dtype.kind != target.kind and given.dtype != target else None
 
 
-def _verdict(missing: list[str], unexpected: list[str], misfits: dict[str, str]) -> str:
-    words = {"misses": missing, "does not know": unexpected, "finds another shape or kind in": list(misfits)}
+def _verdict(missing: list[str], unexpected: list[str], job: _Job) -> str:
+    """What torch's strict load_state_dict makes of the file's entries under the names of the map."""
+    words = {"misses": missing, "does not know": unexpected, "finds another shape in": job.reshaped}
     told = [f"{verb} {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}" for verb, names in words.items() if names]
-    return "would refuse: it " + "; it ".join(told) if told else "accepts the names as they are"
+    renamed = any(pair.source != name for name, pair in job.pairs.items())
+    return "would refuse: it " + "; it ".join(told) if told else f"accepts the names {'that the map gives' if renamed else 'as they are'}"
 
 
 def _refusal(job: _Job, missing: list[str], left: list[Unused], refused: str) -> SpecMismatchError:
     if refused:
-        text = f"the module's own loading code refused, and nothing was loaded: {refused}"
+        text = f"the module's own loading code refused, and no tensor was loaded: {refused}"
         return SpecMismatchError(text, hint="model.load_state_dict shows its whole message")
     lines = [f"{name}: {why}" for name, why in job.misfits.items()]
     for module, names in by_module(missing, set(job.own).difference(missing)).items():
@@ -459,106 +514,3 @@ def _refusal(job: _Job, missing: list[str], left: list[Unused], refused: str) ->
     elif job.keymap.ambiguous or set(missing) - {u.target for u in job.keymap.unmatched}:
         hint = "wb.match(ckpt, model) shows likely and ambiguous pairs; give keymap= to accept them, or strict=False to load the rest"
     return SpecMismatchError(f"the file and the model do not fit ({counts}), and nothing was loaded: {shown}", hint=hint)
-
-
-# bytes
-
-
-def _bytes(value: torch.Tensor) -> Any:
-    """The bytes that a tensor holds, as a numpy array; a view where they lie on the host in logical order."""
-    import torch
-
-    return dtypes.flat(value.cpu()).view(torch.uint8).numpy()
-
-
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    import torch
-
-    if a.is_meta or b.is_meta:
-        return a.is_meta and b.is_meta
-    if a.layout is not torch.strided or a.is_quantized:
-        return torch.equal(a, b)
-    return a.shape == b.shape and a.dtype == b.dtype and bytearray(_bytes(a)) == memoryview(_bytes(b))  # by memcmp
-
-
-def _as_stored(given: LazyTensor, value: torch.Tensor) -> tuple[Storage, int] | None:
-    """Where the file has the very bytes that the model's tensor should hold: storage, first byte. None where they differ by more than place."""
-    import torch
-
-    at, plain_memory = given.source, value.layout is torch.strided and not (value.is_quantized or value.is_conj() or value.is_neg())
-    if not isinstance(at, Stored) or not given.is_contiguous or at.byteorder != sys.byteorder or given.spec.quantizer:
-        return None
-    same = plain_memory and value.is_contiguous() and dtypes.from_torch(value.dtype) == given.dtype
-    return (at.storage, at.offset * given.dtype.itemsize) if same else None
-
-
-def _copy(given: LazyTensor, target: torch.Tensor) -> None:
-    import torch
-
-    with torch.no_grad():
-        direct = _as_stored(given, target) if target.device.type == "cpu" and target.numel() > 1 else None
-        if direct is not None:
-            with direct[0].open() as reader:
-                reader.readinto(memoryview(_bytes(target)), direct[1])  # autograd knows: the module was asked with a copy onto itself
-        elif not target.is_contiguous() or given.spec.quantizer or target.layout is not torch.strided:
-            target.copy_(given.load())
-        else:
-            flat = target.view(-1)
-            for start, chunk in given.chunks():
-                flat[start : start + chunk.numel()].copy_(chunk)
-
-
-def _difference(given: LazyTensor, value: torch.Tensor, buffer: bytearray) -> str:
-    """Empty when the model's tensor holds the file's values after the map and the cast, else what is wrong."""
-    import torch
-
-    other = "the model's values differ from the file's"
-    if tuple(value.shape) != given.shape:
-        return "the model's tensor has another shape now"
-    if given.spec.quantizer or value.is_quantized or value.layout is not torch.strided:
-        return "" if torch.equal(given.load().to(value.device), value) else other
-    if (direct := _as_stored(given, value)) is not None:
-        held, into = memoryview(_bytes(value)), memoryview(buffer)
-        with direct[0].open() as reader:
-            for start in range(0, len(held), len(buffer)):
-                part = held[start : start + len(buffer)]
-                reader.readinto(into[: len(part)], direct[1] + start)
-                if (buffer if len(part) == len(buffer) else buffer[: len(part)]) != part:  # by memcmp: a bytearray, unlike a memoryview
-                    return other
-        return ""
-    flat = value.detach().reshape(-1)
-    for start, chunk in given.chunks():
-        cast = chunk.to(value.dtype)
-        if not _same_bytes(cast, flat[start : start + chunk.numel()]):
-            return other
-        if cast.dtype != chunk.dtype and _loses_range(chunk, cast):
-            return f"values of the file do not fit {dtypes.from_torch(value.dtype)}"
-    return ""
-
-
-def _agree(a: LazyTensor, b: LazyTensor, dtype: torch.dtype) -> bool:
-    """Whether two sources give the same values once cast."""
-    memo = Memo()
-    return (a.source, a.spec) == (b.source, b.spec) or all(
-        _same_bytes(x.to(dtype), b.read(start, start + len(x), memo).to(dtype)) for start, x in a.chunks()
-    )
-
-
-def _near(stored: torch.Tensor, held: torch.Tensor) -> bool:
-    """Whether a computed buffer holds what was stored, up to the rounding of the coarser dtype."""
-    import torch
-
-    rounding = max([torch.finfo(t.dtype).eps for t in (stored, held) if t.is_floating_point()], default=0)
-    return torch.allclose(stored.double(), held.double(), rtol=8 * rounding, atol=0)
-
-
-def _loses_range(chunk: torch.Tensor, cast: torch.Tensor) -> bool:
-    """Whether a cast made another number of a whole one, or a finite one infinite."""
-    import torch
-
-    if not cast.dtype.is_floating_point and not cast.is_complex():
-        return not torch.equal(cast.to(torch.int64), chunk.to(torch.int64)) or not torch.equal(cast.to(chunk.dtype), chunk)
-    if torch.finfo(cast.dtype).max >= torch.finfo(chunk.dtype).max:
-        return False
-    wide = torch.complex128 if cast.is_complex() else torch.float64
-    return bool((torch.isfinite(chunk.to(wide)) & ~torch.isfinite(cast.to(wide))).any())

@@ -16,6 +16,7 @@ from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError, visible
 from workbench.keymap.values import formula_code, made, regroup_code
 from workbench.report import Report
+from workbench.sections import rename_modules
 from workbench.tables import Column, Table, table
 from workbench.tree import is_mapping
 
@@ -206,15 +207,19 @@ class KeyMap(Report):
     def __call__(self, module: Any, state_dict: dict[str, Any], prefix: str = "", *_: Any) -> None:
         """A hook for ``model.register_load_state_dict_pre_hook(keymap)``: the state dict gets the model's names before it is loaded.
 
-        A state dict that has none of the map's sources is left as it is.
+        A state dict that lacks a source of the map is left as it is. What the map does not know stays, so that torch tells it; the
+        versions in `_metadata` are told under the new names as well, of the modules below this one.
         """
-        held = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        if self.pairs and all(name in held for pair in self.pairs for name in pair.sources):
-            values = self.apply(Checkpoint(_opened(held)))
-            for name in held:
+        sources = {name for pair in self.pairs for name in pair.sources}
+        if sources and all(prefix + name in state_dict for name in sources):
+            values = self.apply(Checkpoint(_opened({name: state_dict[prefix + name] for name in sources})))
+            for name in sources:
                 del state_dict[prefix + name]
             state_dict.update({prefix + name: tensor.load() for name, tensor in values.items()})
-            state_dict.update({prefix + name: held[name] for name in self.unused if name in held})
+            metadata = getattr(state_dict, "_metadata", None) or {}
+            told = {name.removeprefix(prefix): value for name, value in metadata.items() if name.startswith(prefix)}
+            for name, value in rename_modules(told, self.mapping).items():
+                metadata.setdefault(prefix + name, value)
 
     def code(self) -> str:
         """Python that does the same to what torch.load gives, without this library."""
@@ -255,38 +260,14 @@ class KeyMap(Report):
         """The map the other way round.
 
         Raises:
-            SelectionError: a value of the source is lost: by a formula, or because only a part of it was used.
+            SelectionError: a value of the source is lost: by a formula, or because only a part of it was used. Or a map made by
+                hand does not tell the shapes of parts that it joins.
         """
-        pieces: dict[str, list[tuple[Part, Part]]] = defaultdict(list)  # source -> (its part, where that lies in a target)
-        rules: dict[str, Pair] = {}
         for pair in self.pairs:
-            if pair.formula:
-                raise SelectionError(f"{pair.target!r} is made by {pair.formula}, which cannot be undone")
-            rules.update(dict.fromkeys(pair.sources, pair))
-            at = 0
-            for part in pair.parts:
-                if not part.source:
-                    raise SelectionError(f"{pair.target!r} holds zeros that are in no source, and they would be lost")
-                count = _rows(part)
-                back = None if pair.regroup is None else pair.regroup.inverse(_joined_shape(pair))
-                whole = len(pair.parts) == 1
-                shape = pair.regroup.shape if pair.regroup is not None else () if whole and back is None else _joined_shape(pair)
-                pieces[part.source].append((part, Part(pair.target, back, None if whole else (at, at + count), shape)))
-                at += count
-        pairs = []
-        for source, held in pieces.items():
-            held.sort(key=lambda entry: entry[0].rows or (0, 0))
-            ends = [part.rows for part, _ in held if part.rows is not None]
-            first = held[0][0]
-            height = (first.regroup.shape if first.regroup is not None else first.shape or (0,))[0]
-            gaps = ends and [0, *(stop for _, stop in ends)] != [*(start for start, _ in ends), height]
-            if gaps or (len(held) > 1 and len(ends) < len(held)) or any(part.regroup != first.regroup for part, _ in held):
-                raise SelectionError(f"not all of {source!r} is used once, and it cannot be put together again")
-            regroup = None if first.regroup is None else first.regroup.inverse(first.shape)
-            old = rules[source]
-            pairs.append(Pair(source, tuple(piece for _, piece in held), f"inverse of {old.rule}", old.confidence, old.reason, regroup))
-        unused = tuple(u.target for u in self.unmatched) + tuple(a.target for a in self.ambiguous)
-        return KeyMap(tuple(pairs), tuple(Unmatched(name, "unused by the map that was inverted") for name in self.unused), (), unused)
+            if (len(pair.parts) > 1 or pair.regroup is not None) and any(part.rows is None and not _shape(part) for part in pair.parts):
+                told = f"the map does not say how high the parts of {pair.target!r} are"
+                raise SelectionError(f"{told}, and it cannot be taken apart again", hint="wb.match tells them; by hand, Part(…, shape=…)")
+        return inverted(self)
 
     def then(self, other: KeyMap) -> KeyMap:
         """This map, and then `other` on its result, as one map from this one's source to the other's target.
@@ -301,17 +282,22 @@ class KeyMap(Report):
             if None in steps:
                 unmatched.append(Unmatched(pair.target, "its source in the second map has none in the first"))
             elif pair.is_plain and steps[0] is not None:
-                pairs.append(replace(steps[0], target=pair.target))
+                pairs.append(
+                    replace(
+                        steps[0] if steps[0].confidence == "likely" else replace(steps[0], confidence=pair.confidence), target=pair.target
+                    )
+                )
             elif all(step is not None and step.is_plain for step in steps):
                 parts = tuple(part._replace(source=inner[part.source].source) if part.source else part for part in pair.parts)
-                pairs.append(replace(pair, parts=parts))
+                sure = {inner[name].confidence for name in pair.sources} == {"certain"}
+                pairs.append(replace(pair, parts=parts, confidence=pair.confidence if sure else "likely"))
             else:
                 raise SelectionError(f"{pair.target!r} would be made by two transformations in a row", hint="apply one map after the other")
         used = {name for pair in pairs for name in pair.sources}
         sources = (*(name for pair in self.pairs for name in pair.sources), *self.unused)
         return replace(
             self, pairs=tuple(pairs), unmatched=tuple(unmatched), ambiguous=other.ambiguous, unused=tuple(dict.fromkeys(n for n in sources if n not in used)),
-            findings=(*self.findings, *other.findings),
+            findings=(*self.findings, *other.findings), rivals=(*self.rivals, *other.rivals),
         )  # fmt: skip
 
     def diff(self, other: KeyMap) -> dict[str, tuple[Pair | None, Pair | None]]:
@@ -339,6 +325,42 @@ class KeyMap(Report):
         )  # fmt: skip
 
 
+def inverted(keymap: KeyMap) -> KeyMap:
+    """`KeyMap.inverse`, with parts of no height where the map does not tell it; enough to know that nothing is lost."""
+    pieces: dict[str, list[tuple[Part, Part]]] = defaultdict(list)  # source -> (its part, where that lies in a target)
+    rules: dict[str, Pair] = {}
+    for pair in keymap.pairs:
+        if pair.formula:
+            raise SelectionError(f"{pair.target!r} is made by {pair.formula}, which cannot be undone")
+        rules.update(dict.fromkeys(pair.sources, pair))
+        at = 0
+        for part in pair.parts:
+            if not part.source:
+                raise SelectionError(f"{pair.target!r} holds zeros that are in no source, and they would be lost")
+            count = _rows(part)
+            back = None if pair.regroup is None else pair.regroup.inverse(_joined_shape(pair))
+            whole = len(pair.parts) == 1
+            shape = pair.regroup.shape if pair.regroup is not None else _joined_shape(pair)
+            pieces[part.source].append((part, Part(pair.target, back, None if whole else (at, at + count), shape)))
+            at += count
+    pairs = []
+    for source, held in pieces.items():
+        held.sort(key=lambda entry: entry[0].rows or (0, 0))
+        ends = [part.rows for part, _ in held if part.rows is not None]
+        first = held[0][0]
+        height = (_shape(first) or (0,))[0]
+        gaps = ends and [0, *(stop for _, stop in ends)] != [*(start for start, _ in ends), height]
+        if gaps or (len(held) > 1 and len(ends) < len(held)) or any(part.regroup != first.regroup for part, _ in held):
+            raise SelectionError(f"not all of {source!r} is used once, and it cannot be put together again")
+        regroup = None if first.regroup is None else first.regroup.inverse(first.shape)
+        old, parts = rules[source], tuple(piece for _, piece in held)
+        if len(parts) == 1 and regroup is None and parts[0].regroup is None and parts[0].rows is None:
+            parts = (Part(parts[0].source),)
+        pairs.append(Pair(source, parts, f"inverse of {old.rule}", old.confidence, old.reason, regroup))
+    unused = tuple(u.target for u in keymap.unmatched) + tuple(a.target for a in keymap.ambiguous)
+    return KeyMap(tuple(pairs), tuple(Unmatched(name, "unused by the map that was inverted") for name in keymap.unused), (), unused)
+
+
 def _one_to_one(pairs: tuple[Pair, ...]) -> bool:
     return len({pair.source for pair in pairs}) == len(pairs)
 
@@ -353,16 +375,18 @@ def _opened(held: dict[str, Any]) -> Any:
     return open_checkpoint(held).tree
 
 
+def _shape(part: Part) -> Counts:
+    """The shape of a part before rows are cut from it; () where it is not known, or has no dimension."""
+    return part.regroup.shape if part.regroup is not None else part.shape
+
+
 def _rows(part: Part) -> int:
     """How many rows a part gives; 0 where it is a whole tensor of unknown shape."""
-    if part.rows is not None:
-        return part.rows[1] - part.rows[0]
-    return (part.regroup.shape if part.regroup is not None else part.shape or (0,))[0]
+    return part.rows[1] - part.rows[0] if part.rows is not None else (_shape(part) or (0,))[0]
 
 
 def _joined_shape(pair: Pair) -> Counts:
-    first = pair.parts[0]
-    shape = first.regroup.shape if first.regroup is not None else first.shape
+    shape = _shape(pair.parts[0])
     return (sum(map(_rows, pair.parts)), *shape[1:]) if shape else ()
 
 
@@ -375,8 +399,9 @@ def _code(pair: Pair) -> str:
         return formula_code(pair)
     pieces = []
     for part in pair.parts:
-        text = f"source[{part.source!r}]" if part.source else f"torch.zeros({(part.rows or (0, 0))[1]})"
-        text += regroup_code(part.regroup)
-        pieces.append(text + (f"[{part.rows[0]}:{part.rows[1]}]" if part.source and part.rows is not None else ""))
+        zeros = f"torch.zeros({(part.rows or (0, 0))[1]}, dtype=source[{pair.sources[0]!r}].dtype)" if not part.source else ""
+        text = zeros or f"source[{part.source!r}]" + regroup_code(part.regroup, part.shape)
+        whole = part.rows is None or (part.shape and part.regroup is None and part.rows == (0, part.shape[0]))
+        pieces.append(text + ("" if whole or not part.source or part.rows is None else f"[{part.rows[0]}:{part.rows[1]}]"))
     joined = pieces[0] if len(pieces) == 1 else f"torch.cat([{', '.join(pieces)}])"
     return joined + regroup_code(pair.regroup)

@@ -41,13 +41,21 @@ def made(pair: Pair, sources: Mapping[str, LazyTensor]) -> LazyTensor:
     if pair.formula:
         spec = TensorSpec(DTYPES[pair.params["dtype"]], tuple(pair.params["shape"]))
     else:
-        heights = [p.rows[1] - p.rows[0] if p.rows else (p.regroup.shape if p.regroup else sources[p.source].shape)[0] for p in pair.parts]
-        first = pair.parts[0]
-        shape = first.regroup.shape if first.regroup else held[0].shape
-        joined = (sum(heights), *shape[1:]) if len(pair.parts) > 1 or first.rows is not None else shape
+        shapes = [p.regroup.shape if p.regroup else sources[p.source].shape if p.source else (0,) for p in pair.parts]
+        joined = shapes[0]
+        if len(pair.parts) > 1 or pair.parts[0].rows is not None:
+            _require_joint(pair, held, [shape for p, shape in zip(pair.parts, shapes, strict=True) if p.source])
+            joined = (sum(p.rows[1] - p.rows[0] if p.rows else s[0] for p, s in zip(pair.parts, shapes, strict=True)), *joined[1:])
         spec = TensorSpec(held[0].dtype, pair.regroup.shape if pair.regroup else joined)
     peak = 2 * sum(tensor.nbytes for tensor in held) + (24 * spec.numel if pair.formula else 3 * spec.nbytes)
     return LazyTensor(spec, Derived(Block(f"{__name__}:carry_out", params, held, (spec,), "full", peak=peak), 0))
+
+
+def _require_joint(pair: Pair, held: Sequence[LazyTensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Raise unless parts can be put together along dim 0, which torch would find out in the middle of a load."""
+    if len({shape[1:] for shape in shapes}) > 1 or () in shapes or len({tensor.dtype for tensor in held}) > 1:
+        told = ", ".join(f"{tensor.dtype} {list(shape)}" for tensor, shape in zip(held, shapes, strict=True))
+        raise SpecMismatchError(f"{pair.target!r} cannot be put together from {told}")
 
 
 def carry_out(params: dict[str, Any], whole: Sequence[Any], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
@@ -75,13 +83,14 @@ def _regrouped(tensor: torch.Tensor, regroup: Regroup | None) -> torch.Tensor:
     return tensor if regroup is None else tensor.reshape(regroup[0]).permute(*regroup[1]).reshape(regroup[2])
 
 
-def regroup_code(regroup: Regroup | None) -> str:
+def regroup_code(regroup: Regroup | None, shape: tuple[int, ...] = ()) -> str:
+    """What the regrouping of a tensor of this shape (where it is known) is in Python."""
     if regroup is None:
         return ""
     if math.prod(regroup.view) == math.prod(regroup.shape) and regroup.axes == tuple(range(len(regroup.axes))):
         return f".reshape{regroup.shape}"
     if regroup.view == regroup.shape[::-1] and regroup.axes == (1, 0):
-        return ".T"
+        return f"{'' if shape == regroup.view else f'.reshape{regroup.view}'}.T.contiguous()"
     return f".reshape{regroup.view}.permute{regroup.axes}.reshape{regroup.shape}"
 
 

@@ -9,23 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from workbench.checkpoint import Checkpoint, Step
+from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError, located
 from workbench.formats import save
 from workbench.formats.writing import SaveReport
-from workbench.keymap.maps import KeyMap, Pair
+from workbench.keymap.maps import KeyMap, Pair, inverted
 from workbench.names import Patterns, match_names, require_names, suggest
 from workbench.opening import open as open_checkpoint
-from workbench.ops.scope import Entries, on_section
+from workbench.ops.scope import Entries, on_section, weights_of
 from workbench.report import Report
 from workbench.stream import bytes_of
 from workbench.tables import Column, Table, table
@@ -35,20 +37,27 @@ from workbench.tensors import LazyTensor
 
 
 def freeze(model: nn.Module, names: Patterns = "*") -> tuple[str, ...]:
-    """Let the parameters that `names` selects get no gradient; returns those that changed. BatchNorm still moves: see `keep_batchnorm`."""
-    return _set_trainable(model, names, False)
+    """No gradient for the parameters that each glob of `names` selects; returns those that changed. BatchNorm moves: `keep_batchnorm`."""
+    return _set_trainable(_selected(model, names), False)
 
 
 def unfreeze(model: nn.Module, names: Patterns = "*") -> tuple[str, ...]:
     """Let the parameters that `names` selects train; returns those that changed. The optimizer must hold them: see `parameter_table`."""
-    return _set_trainable(model, names, True)
+    return _set_trainable(_selected(model, names), True)
 
 
-def _set_trainable(model: nn.Module, names: Patterns, trainable: bool) -> tuple[str, ...]:
-    own = dict(model.named_parameters())
-    chosen = [n for n in require_names(names, own, what="parameter") if own[n].requires_grad != trainable and own[n].is_floating_point()]
-    for name in chosen:
-        own[name].requires_grad_(trainable)
+def _selected(model: nn.Module, names: Patterns) -> dict[str, nn.Parameter]:
+    """By its first name each parameter of which any name matches; a glob that matches none is refused."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    globs = [names] if isinstance(names, str) or not names else names
+    chosen = {id(every[name]) for glob in globs for name in require_names(glob, every, what="parameter")}
+    return {name: p for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def _set_trainable(parameters: Mapping[str, nn.Parameter], trainable: bool) -> tuple[str, ...]:
+    chosen = {n: p for n, p in parameters.items() if p.requires_grad != trainable and (p.is_floating_point() or p.is_complex())}
+    for p in chosen.values():
+        p.requires_grad_(trainable)
     return tuple(chosen)
 
 
@@ -68,11 +77,9 @@ class Unfreezing:
 
     def apply(self, model: nn.Module, epoch: int) -> tuple[str, ...]:
         """Let exactly the parameters of this epoch train; returns those that newly do."""
-        own, globs = [name for name, _ in model.named_parameters()], self.at(epoch)
-        wanted = {name for glob in globs for name in require_names(glob, own, what="parameter")}
-        if still := [name for name in own if name not in wanted]:
-            freeze(model, still)
-        return unfreeze(model, [name for name in own if name in wanted]) if wanted else ()
+        wanted = _selected(model, globs) if (globs := self.at(epoch)) else {}
+        _set_trainable({name: p for name, p in model.named_parameters() if name not in wanted}, False)
+        return _set_trainable(wanted, True)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class ParameterRow:
     shape: tuple[int, ...]
     numel: int
     trainable: bool
+    tied: tuple[str, ...] = ()  # its other names
     group: str | None = None
     lr: float | None = None
     weight_decay: float | None = None
@@ -122,7 +130,7 @@ class ParameterReport(Report):
             Column("", "mark"), Column("parameter", "name"), Column("shape", "shape"), Column("group", "name"),
             Column("lr", "number"), Column("weight decay", "number"),
         )  # fmt: skip
-        rows = [("●" if r.trainable else "❄", r.name, r.shape, r.group, r.lr, r.weight_decay) for r in self.rows]
+        rows = [("●" if r.trainable else "❄", " = ".join((r.name, *r.tied)), r.shape, r.group, r.lr, r.weight_decay) for r in self.rows]
         return table("by module", heads, modules), table("parameters", columns, rows)
 
 
@@ -133,11 +141,22 @@ def parameter_table(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
         for i, group in enumerate(optimizer.param_groups if optimizer is not None else ())
         for p in group["params"]
     }
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
     rows = [
-        ParameterRow(name, tuple(p.shape), p.numel(), p.requires_grad, *held.get(id(p), (None, None, None)))
-        for name, p in model.named_parameters()
+        ParameterRow(name, tuple(p.shape), p.numel(), p.requires_grad, tuple(names[id(p)][1:]), *held.get(id(p), (None, None, None)))
+        for name, p in _shaped(model).items()
     ]
     return ParameterReport(tuple(rows), optimizer is not None)
+
+
+def _shaped(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Its parameters, refused where a lazy one has no shape yet."""
+    own = dict(model.named_parameters())
+    if lazy := [name for name, p in own.items() if nn.parameter.is_lazy(p)]:
+        raise UnsupportedError("the model has a lazy parameter without a shape", tensor=lazy[0], hint="run the model once first")
+    return own
 
 
 def param_groups(
@@ -155,12 +174,12 @@ def param_groups(
     Returns:
         dicts of name, params (with their names, which torch keeps in the optimizer's state), lr and weight_decay; frozen parameters are left out.
     Raises:
-        SelectionError: nothing trains, or `no_decay` selects nothing.
+        SelectionError, UnsupportedError: nothing trains, a glob of `no_decay` selects nothing, or a parameter is lazy.
     Source: Clark et al. 2020, arXiv:2003.10555; Bao et al. 2022, arXiv:2106.08254.
     """
+    own = _shaped(model)
     layers = _layers(model)
-    own = dict(model.named_parameters())
-    plain = set(require_names(no_decay, own, what="parameter")) if no_decay is not None else set()
+    plain = _selected(model, no_decay) if no_decay is not None else {}
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for depth, (layer, names) in enumerate(layers):
         rate = lr * layer_decay ** (len(layers) - 1 - depth)
@@ -213,17 +232,18 @@ def _is_stage(module: nn.Module) -> bool:
 # features
 
 
-class _Reached(Exception):
+class _Reached(BaseException):  # not an Exception: a forward may swallow those
     pass
 
 
 def features(model: nn.Module, layer: str, /, *args: Any, **kwargs: Any) -> Any:
     """What the module called `layer` gives when the model runs on the arguments; the model runs no further than that.
 
-    Mode and gradients are the caller's: ``with torch.inference_mode(): wb.models.features(model.eval(), "layer4", x)``.
+    Mode and gradients are the caller's: ``with torch.inference_mode(): wb.models.features(model.eval(), "layer4", x)``. A compiled
+    model runs eagerly here, for its graph calls no hooks.
 
     Raises:
-        SelectionError: no such module, or the model did not run it.
+        SelectionError, UnsupportedError: no such module, the model did not run it, or it is TorchScript.
     """
     found: list[Any] = []
 
@@ -236,13 +256,16 @@ def features(model: nn.Module, layer: str, /, *args: Any, **kwargs: Any) -> Any:
         raise SelectionError(
             f"the model has no module {layer!r}", hint=f"some it has: {', '.join(suggest(layer, modules) or [*modules][1:4])}"
         )
+    if isinstance(modules[layer], torch.jit.ScriptModule):
+        raise UnsupportedError(f"{layer!r} is TorchScript, which takes no hooks", hint="take features of the model it was made of")
     handle = modules[layer].register_forward_hook(reached)
     try:
-        model(*args, **kwargs)
-    except _Reached:
-        return found[0]
+        with suppress(_Reached), torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+            model(*args, **kwargs)
     finally:
         handle.remove()
+    if found:
+        return found[0]
     raise SelectionError(f"the model ran without calling {layer!r}", hint="another module's output may be what you want")
 
 
@@ -351,7 +374,7 @@ def carry_optimizer(
     Returns:
         A state dict for `load_state_dict` of the new optimizer. A new parameter without an old one begins without state.
     Raises:
-        SelectionError: names and state do not fit, or state would be lost: a name with no successor, a value made by a formula.
+        SelectionError: names and state do not fit, or state would be lost: no successor, a formula, another order (LBFGS).
         SpecMismatchError: a moment has another shape than its new parameter.
     Cost: splits, merges and transposes copy; everything else is passed on, as torch's own load_state_dict does: two optimizers that
     both go on from the state of a live one would share its moments, so give each a copy, or what was saved.
@@ -370,7 +393,10 @@ def carry_optimizer(
     pairs = {p.target: p for p in given if p.target in new and may_go.isdisjoint(p.sources) and not group_of.keys().isdisjoint(p.sources)}
     if lost := [name for name in slots if name not in may_go and not any(name in p.sources for p in pairs.values())]:
         raise SelectionError(f"the state of {lost[0]!r} would be lost: nothing new is made of it", hint="name it with drop= if it may go")
-    KeyMap(tuple(pairs.values())).inverse()  # refuses a formula, and a parameter of which only a part goes on
+    inverted(KeyMap(tuple(pairs.values())))  # refuses a formula, and a parameter of which only a part goes on
+    in_a_row = any(isinstance(value, (list, tuple)) for own in slots.values() for value in own.values())
+    if in_a_row and [pairs[name].source if name in pairs and pairs[name].is_plain else None for name in new] != names:
+        raise SelectionError("the state is of all parameters in a row, as LBFGS keeps it, and it holds for that order alone")
     out: dict[int, dict[str, Any]] = {}
     members: list[list[int]] = [[] for _ in groups]
     for i, (name, value) in enumerate(new.items()):
@@ -381,7 +407,8 @@ def carry_optimizer(
         members[homes.pop()].append(i)
         if not slots.keys().isdisjoint(sources):
             with located(tensor=name):
-                out[i] = _carried(pairs[name], slots, tuple(getattr(value, "shape", value)))
+                shape = tuple(getattr(value, "shape", value))
+                out[i] = {**slots[names[i]]} if in_a_row else _carried(pairs[name], slots, shape)
     if [i for group in members for i in group] != list(range(len(order))):
         raise SelectionError("the new parameters do not stand in the order of the optimizer's groups", hint="order `new` by group")
     told = [{"param_names": [order[i] for i in own]} if "param_names" in group else {} for group, own in zip(groups, members, strict=True)]
@@ -396,14 +423,18 @@ def _carried(pair: Pair, slots: Mapping[str, Mapping[str, Any]], shape: tuple[in
     out: dict[str, Any] = {}
     for slot, first in held[0].items():
         values = {source: slots[source][slot] for source in pair.sources}
-        out[slot] = first
-        if not pair.is_plain and isinstance(first, torch.Tensor) and first.ndim:
+        copied = not pair.is_plain and isinstance(first, torch.Tensor)
+        out[slot] = first.clone() if copied else first  # each optimizer counts up its own step in place
+        if copied and first.ndim:
             out[slot] = KeyMap((pair,)).apply(open_checkpoint(values))[pair.target].load()
         elif any(bool(value != first) for value in values.values() if len(values) > 1):
             raise SelectionError(f"its parts differ in {slot!r}, and one value must serve all")
-        found = tuple(getattr(out[slot], "shape", ()))
-        if len(found) == len(shape) and any(n not in (1, m) for n, m in zip(found, shape, strict=True)):
-            raise SpecMismatchError(f"{slot} has the shape {list(found)} and the parameter {list(shape)}")
+    sizes = {slot: tuple(value.shape) for slot, value in out.items() if isinstance(value, torch.Tensor) and value.ndim}
+    alike = {slot: found for slot, found in sizes.items() if len(found) == len(shape)}  # others, as a table of codes, are of the whole
+    wrong = [slot for slot, found in alike.items() if any(n not in (1, m) for n, m in zip(found, shape, strict=True))]
+    if wrong or (sizes and tuple(map(max, zip(*alike.values(), strict=True))) != shape):  # factored moments span it together
+        slot = (wrong or list(sizes))[0]
+        raise SpecMismatchError(f"{slot} has the shape {list(sizes[slot])} and the parameter {list(shape)}")
     return out
 
 
@@ -419,12 +450,15 @@ def save_delta(model: Any, base: Any, path: str | os.PathLike[str]) -> SaveRepor
         model, base: anything `wb.open` takes.
         path: a safetensors file.
     Raises:
-        SelectionError: nothing differs, or the model holds more than tensors.
+        SelectionError: nothing differs, no name is in both, the model holds more than tensors, or sections have an equal claim.
     Cost: two reads of the base and one of the model.
     """
-    ours, theirs = open_checkpoint(model).weights, open_checkpoint(base).weights
+    ours, theirs = weights_of(open_checkpoint(model)), weights_of(open_checkpoint(base))
     if ours.extras:
         raise SelectionError(f"a delta holds tensors alone, and the model has {next(iter(ours.extras))!r} besides", hint="save it whole")
+    if ours.keys().isdisjoint(theirs):
+        text = f"the model and the base have no name in common: {next(iter(ours), None)!r} is not among those of {theirs.name}"
+        raise SelectionError(text, hint="wb.match(base, model).apply(base) gives the base the model's names")
     kept = {name: tensor for name, tensor in ours.items() if name not in theirs or not _same_bytes(tensor, theirs[name])}
     removed = [name for name in theirs if name not in ours]
     if not kept and not removed:
@@ -434,7 +468,7 @@ def save_delta(model: Any, base: Any, path: str | os.PathLike[str]) -> SaveRepor
 
 
 def with_delta(base: Any, delta: Any) -> Checkpoint:
-    """The base with the tensors of a delta in place of its own: bit for bit the model that was saved.
+    """The base with the tensors of a delta in place of its own: bit for bit those that were saved. What is no tensor stays the base's.
 
     Raises:
         SelectionError: `delta` is none, or was made on another base.
@@ -452,7 +486,9 @@ def with_delta(base: Any, delta: Any) -> Checkpoint:
         added = [(name, tensor, anchor) for name, tensor in part.items() if name not in section]
         return [*((n, part.get(n, t), n) for n, t in section.items() if n not in removed), *added]
 
-    return on_section(whole, None, False, Step("with_delta", {"with": part.name, "base": part.metadata[_BASE]}), entries)
+    out = on_section(whole, None, False, Step("with_delta", {"with": part.name, "base": part.metadata[_BASE]}), entries)
+    text = f"{', '.join(list(out.weights.extras)[:3])}: no tensor, and so not of the delta, but the base's"
+    return replace(out, findings=(*out.findings, *[Finding("kept from the base", "warning", text)] * bool(out.weights.extras)))
 
 
 def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:

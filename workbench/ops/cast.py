@@ -33,7 +33,7 @@ def cast(
     Args:
         dtype: a floating type: "bfloat16", "float16", "float32", "float64" or an 8-bit one.
         names: glob over names; all floating tensors where absent.
-        overflow: "raise" when a finite value would become infinite or NaN in the new type, or "allow" it.
+        overflow: "raise" when a value would change beyond rounding in the new type (become infinite, NaN or its largest), or "allow" it.
     Returns:
         Same names and shapes. Tied tensors stay tied.
     Raises:
@@ -60,11 +60,9 @@ def cast(
 
 def cast_kernel(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
     """Elements of the first block in another type."""
-    import torch
-
     out = blocks[0].to(dtypes.to_torch(dtypes.DTYPES[params["dtype"]]))
     if params["overflow"] == "raise" and out.numel():
-        lost = ~torch.isfinite(out.double()) & torch.isfinite(blocks[0].double())
+        lost = dtypes.out_of_range(blocks[0], out)
         if bool(lost.any()):
             worst = float(blocks[0][lost].double().abs().max())
             raise SelectionError(

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench import dtypes
 from workbench.checkpoint import Checkpoint, Step
 from workbench.dtypes import DTYPES
 from workbench.errors import SelectionError, SpecMismatchError
-from workbench.names import Patterns
-from workbench.ops.scope import Entries, floating, on_section, wide
+from workbench.names import Patterns, require_names
+from workbench.opening import open as open_checkpoint
+from workbench.ops.scope import Entries, floating, on_section, rounded, weights_of, wide
 from workbench.sections import Path
 from workbench.tensors import Block, Derived, LazyTensor, TensorSpec
 
@@ -38,6 +39,7 @@ def average(
     """The mean of several checkpoints, or their weighted mean: a model soup, stochastic weight averaging.
 
     Args:
+        ckpts: or anything `wb.open` takes.
         weights: one positive or zero number per checkpoint, divided by their sum; equal where absent.
         unequal: what becomes of integers that differ, as `num_batches_tracked`: "refuse", or take the "first" or "last".
     Returns:
@@ -49,6 +51,7 @@ def average(
     Cost: one read of every input; peak is one block of each.
     Source: Wortsman et al. 2022, arXiv:2203.05482; Izmailov et al. 2018, arXiv:1803.05407.
     """
+    ckpts = list(ckpts)
     given = [1.0] * len(ckpts) if weights is None else list(weights)
     if not given or min(given) < 0 or not 0 < sum(given) < math.inf:
         raise SelectionError(f"weights={given}: at least one checkpoint, and weights of at least 0 with a positive sum")
@@ -60,7 +63,7 @@ def merge(
     everything: bool = False,
 ) -> Checkpoint:  # fmt: skip
     """The sum of w_i x_i with the weights as they are, negative ones too; otherwise as `average`."""
-    return _combined("merge", ckpts, list(weights), unequal, section, everything)
+    return _combined("merge", list(ckpts), list(weights), unequal, section, everything)
 
 
 def ema(
@@ -69,6 +72,7 @@ def ema(
     """The exponential moving average over checkpoints in time order: e_0 = x_0, e_t = decay e_(t-1) + (1 - decay) x_t; otherwise as `average`."""
     if not 0 <= decay < 1:
         raise SelectionError(f"decay={decay}: it is in [0, 1)")
+    ckpts = list(ckpts)
     last = len(ckpts) - 1
     weights = [decay**last, *((1 - decay) * decay ** (last - i) for i in range(1, last + 1))]
     return _combined("ema", ckpts, weights, unequal, section, everything, mean=True)
@@ -98,6 +102,8 @@ def _combined(
             f"{len(weights)} weights {weights} for {len(ckpts)} checkpoints, unequal={unequal!r}",
             hint='one finite number for each checkpoint; "refuse", "first" or "last"',
         )
+    ckpts = [open_checkpoint(ckpt) for ckpt in ckpts]
+    mean = mean or math.isclose(math.fsum(weights), 1, rel_tol=1e-15)
     params = {"weights": weights, "mean": mean, "around_first": around_first}
 
     def joined(name: str, inputs: tuple[LazyTensor, ...]) -> LazyTensor:
@@ -127,7 +133,7 @@ def _combined(
 
 
 def _part(ckpt: Checkpoint, section: str | Path | None, everything: bool) -> Checkpoint:
-    return ckpt if everything else ckpt.weights if section is None else ckpt.section(section)
+    return ckpt if everything else weights_of(ckpt) if section is None else ckpt.section(section)
 
 
 def _places(ckpts: Sequence[Checkpoint]) -> list[str]:
@@ -137,16 +143,15 @@ def _places(ckpts: Sequence[Checkpoint]) -> list[str]:
 def _aligned(parts: Sequence[Checkpoint]) -> Iterator[tuple[str, tuple[LazyTensor, ...]]]:
     """Each name of the first with its tensor in all, in the first's order."""
     first = parts[0]
-    for other in parts[1:]:
+    for i, other in enumerate(parts[1:], 2):
         if odd := next((name for name in (*first, *other) if name not in other or name not in first), None):
-            lacking, holding = (other, first) if odd in first else (first, other)
-            text = f"{odd!r} is in {holding.name} and not in {lacking.name}"
-            raise SelectionError(text, hint="wb.match(a, b).apply(a) gives one the other's names")
+            holds, lacks = [f"the first ({first.name})", f"checkpoint {i} ({other.name})"][:: 1 if odd in first else -1]
+            raise SelectionError(f"{odd!r} is in {holds} and not in {lacks}", hint="wb.match(a, b).apply(a) gives one the other's names")
     for name, tensor in first.items():
-        for other in parts[1:]:
+        for i, other in enumerate(parts[1:], 2):
             found = other[name].spec
             if found.shape != tensor.shape or found.dtype.kind != tensor.dtype.kind or found.layout != tensor.spec.layout:
-                text = f"{tensor.dtype} {list(tensor.shape)} in {first.name}, {found.dtype} {list(found.shape)} in {other.name}"
+                text = f"{tensor.dtype} {list(tensor.shape)} in the first, {found.dtype} {list(found.shape)} in checkpoint {i}"
                 raise SpecMismatchError(text, tensor=name)
         yield name, tuple(part[name] for part in parts)
 
@@ -157,30 +162,16 @@ def weighted(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequ
 
     first = wide(blocks[0])
     out, still = torch.zeros_like(first), torch.full(first.shape, params["mean"])
+    finite = torch.ones_like(still)
     for i, (block, weight) in enumerate(zip(blocks, params["weights"], strict=True)):
+        finite &= torch.isfinite(wide(block))
         values = wide(block).to(first.dtype)
         still &= values == first
         if weight and i and params["around_first"]:
             out += torch.where(values == first, 0.0, values - first) * weight
         elif weight:  # zero times infinity would be NaN
             out += values * weight
-    return [_rounded(torch.where(still, first, out), blocks)]
-
-
-def _rounded(values: torch.Tensor, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In the type of the first block; refused where that makes an infinite or NaN element of finite ones."""
-    import torch
-
-    out = values.to(blocks[0].dtype)
-    lost = ~torch.isfinite(out.float())
-    if bool(lost.any()):
-        for block in blocks:
-            lost &= torch.isfinite(block.float())
-        if bool(lost.any()):
-            raise SelectionError(
-                f"a sum does not fit {dtypes.from_torch(out.dtype)}", hint="cast the first to a wider type, or lower the weights"
-            )
-    return out
+    return [rounded(torch.where(still, first, out), blocks[0].dtype, finite)]
 
 
 def all_equal(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
@@ -204,31 +195,34 @@ def extract_lora(base: Checkpoint, tuned: Checkpoint, rank: int, *, names: Patte
     """The change of each weight matrix as a product of two thin ones: tuned - base ~ B A with A [rank, in] and B [out, rank].
 
     Args:
-        names: matrices that peft adapts as Linear; where absent, every floating ``*.weight`` [out, in] whose bytes are not shared by
-            both. Leave embeddings out by naming the rest.
+        names: matrices ``<module>.weight`` that peft adapts as Linear; where absent, every floating one [out, in] whose bytes are not
+            shared by both. Leave embeddings out by naming the rest.
         errors: also give ``<module>.lora_error``, the part of the change that was lost: |tuned - base - B A| / |tuned - base|.
     Returns:
         The adapter under peft's names, for lora_alpha = rank (scale 1), in float32 (float64 for float64). What else was tuned is not in
         it: ``wb.diff(tuned, wb.ops.merge_lora(base, adapter))`` tells everything that is lost.
     Raises:
-        SelectionError, SpecMismatchError: rank below 1, no matrix to take, or the two differ in names or shapes.
+        SelectionError, SpecMismatchError: rank below 1, no such matrix, or the two differ in names or shapes.
     Cost: one read of both and a singular value decomposition per matrix, held whole: about five times the matrix in float32.
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
     if rank < 1:
         raise SelectionError(f"rank={rank}: at least one")
-    first, second = base.weights, tuned.weights
+    first, second = weights_of(base), weights_of(tuned)
     chosen = floating(first, names if names is not None else "*.weight")
     out: dict[str, LazyTensor] = {}
+    made: dict[object, Block] = {}  # of a tied pair one, so that merge_lora can keep the tie
     for name, (old, new) in _aligned([first, second]):
-        if name not in chosen or (names is None and (old.ndim != 2 or (old.source, old.spec) == (new.source, new.spec))):
+        is_matrix = old.ndim == 2 and old.numel > 0 and name.endswith(".weight")
+        if name not in chosen or (names is None and (not is_matrix or (old.source, old.spec) == (new.source, new.spec))):
             continue
-        if old.ndim != 2:
-            raise SelectionError(f"{name!r} {list(old.shape)} is no matrix")
+        if not is_matrix:
+            raise SelectionError(f"{name!r} {list(old.shape)} is no matrix <module>.weight, and peft has no name for its factors")
         dtype = DTYPES["float64" if old.dtype.name == "float64" else "float32"]
         specs = (TensorSpec(dtype, (rank, old.shape[1])), TensorSpec(dtype, (old.shape[0], rank)), TensorSpec(dtype, ()))
         peak = old.nbytes + new.nbytes + 5 * dtype.itemsize * old.numel
         block = Block(f"{__name__}:low_rank", {"rank": rank, "shape": list(old.shape)}, (old, new), specs, "scan", peak=peak)
+        block = made.setdefault((old.source, old.spec, new.source, new.spec), block)
         module = _PEFT_ROOT + name.removesuffix(".weight")
         for slot, suffix in enumerate(["lora_A.weight", "lora_B.weight", *["lora_error"] * errors]):
             out[f"{module}.{suffix}"] = LazyTensor(specs[slot], Derived(block, slot), locked=old.locked or new.locked)
@@ -252,18 +246,23 @@ def low_rank(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequ
 
 
 def merge_lora(
-    base: Checkpoint, adapter: Checkpoint, scale: float = 1.0, *, fan_in_fan_out: bool = False, section: str | Path | None = None
-) -> Checkpoint:
+    base: Checkpoint, adapter: Checkpoint, scale: float | Mapping[str, float] = 1.0, *, fan_in_fan_out: bool = False,
+    section: str | Path | None = None,
+) -> Checkpoint:  # fmt: skip
     """Put a low-rank adapter into its base: W + scale * B A; peft's embedding adapters and those of ungrouped convolutions too.
 
     Args:
         adapter: lora_A and lora_B as peft saves them. Other tensors in it (biases, modules_to_save) replace those of the base.
-        scale: lora_alpha / r of the adapter's configuration (/ sqrt(r) for rsLoRA); the file itself does not say it.
+        scale: lora_alpha / r of the adapter's configuration (/ sqrt(r) for rsLoRA); the file itself does not say it. Where its
+            `alpha_pattern` or `rank_pattern` give modules their own, a dict of globs over the base's names to scales, the first that
+            matches counting: ``{"*.q_proj.weight": 32 / 8, "*": 16 / 8}``.
         fan_in_fan_out: the base keeps its weights as [in, out], as transformers' Conv1D does.
     Returns:
-        The base with its own names, shapes and dtypes.
+        The base with its own names, shapes and dtypes. Where the adapter changes one of two tied tensors they are two now, as they
+        were in training, and a finding says so (peft's merge_and_unload changes both).
     Raises:
-        SelectionError: a tensor of the adapter has no place in the base (DoRA's magnitudes, a renamed module), or one factor is missing.
+        SelectionError: a tensor of the adapter has no place in the base (DoRA's magnitudes, a renamed module), one factor is missing,
+            one scale for factors of several ranks, or a dict of scales that leaves one out; when values are read, a result overflows.
         SpecMismatchError: B A has another shape than the weight.
     Cost: one read; peak is one block of rows and the two factors.
     """
@@ -271,7 +270,7 @@ def merge_lora(
     def entries(part: Checkpoint) -> Entries:
         made: dict[str, LazyTensor] = {}
         factors: dict[str, dict[str, LazyTensor]] = {}
-        for name, tensor in ((n, t) for n, t in adapter.weights.items() if not n.endswith(".lora_error")):
+        for name, tensor in ((n, t) for n, t in weights_of(adapter).items() if not n.endswith(".lora_error")):
             inner = name.removeprefix(_PEFT_ROOT)
             found = _LORA.fullmatch(inner)
             names = (f"{found[1]}.weight", f"{found[1]}.base_layer.weight") if found else (inner, inner.replace(".base_layer.", "."))
@@ -283,11 +282,30 @@ def merge_lora(
             held[key] = tensor
         if not factors:
             raise SelectionError("the adapter holds no lora_A and lora_B")
-        made.update({name: _with_product(name, made.get(name, part[name]), pair, scale, fan_in_fan_out) for name, pair in factors.items()})
+        scales = _scales(factors, scale)
+        merged: dict[object, LazyTensor] = {}
+        for name, pair in factors.items():
+            tensor = made.get(name, part[name])
+            key = (tensor.source, tensor.spec, scales[name], *((k, t.source, t.spec) for k, t in sorted(pair.items())))
+            made[name] = merged.setdefault(key, _with_product(name, tensor, pair, scales[name], fan_in_fan_out))
         return [(name, made.get(name, tensor), name) for name, tensor in part.items()]
 
     step = Step("merge_lora", {"scale": scale, "fan_in_fan_out": fan_in_fan_out, "with": _places([adapter]), "section": section})
     return on_section(base, section, False, step, entries)
+
+
+def _scales(factors: Mapping[str, Mapping[str, LazyTensor]], scale: float | Mapping[str, float]) -> dict[str, float]:
+    """The scale of each product, by the name of the base's tensor."""
+    if not isinstance(scale, Mapping):
+        ranks = sorted({tensor.shape[0] for pair in factors.values() for key, tensor in pair.items() if key.endswith("A") and tensor.ndim})
+        if len(ranks) > 1:
+            text = f"the adapter's factors have the ranks {', '.join(map(str, ranks))}, and one scale = lora_alpha / r is not that of all"
+            raise SelectionError(text, hint='give scale={glob over the base\'s names: scale}, or {"*": scale} if it is one indeed')
+        return dict.fromkeys(factors, scale)
+    found = {name: value for glob, value in reversed(list(scale.items())) for name in require_names(glob, factors, what="adapted tensor")}
+    if left := [name for name in factors if name not in found]:
+        raise SelectionError(f"scale= has none for {left[0]!r}", hint='{…, "*": scale} is for all others')
+    return found
 
 
 def _with_product(name: str, tensor: LazyTensor, pair: dict[str, LazyTensor], scale: float, fan_in_fan_out: bool) -> LazyTensor:
@@ -308,8 +326,10 @@ def _with_product(name: str, tensor: LazyTensor, pair: dict[str, LazyTensor], sc
 
 def plus_product(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[torch.Tensor], at: int) -> list[torch.Tensor]:
     """Rows of W + scale * B A, or of W + scale * (B A)^T."""
+    import torch
+
     values = wide(blocks[0])
     a, b = (wide(t).to(values.dtype).flatten(1) for t in whole)
     rows = slice(at, at + values.shape[0])
     product = (b @ a[:, rows]).T if params["transposed"] else b[rows] @ a
-    return [_rounded(values + params["scale"] * product.reshape(values.shape), blocks)]
+    return [rounded(values + params["scale"] * product.reshape(values.shape), blocks[0].dtype, torch.isfinite(values))]

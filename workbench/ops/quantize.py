@@ -17,7 +17,7 @@ from workbench.checkpoint import Checkpoint, Step
 from workbench.dtypes import DTYPES
 from workbench.errors import SelectionError
 from workbench.names import Patterns
-from workbench.ops.scope import floating, on_section
+from workbench.ops.scope import floating, on_section, rounded
 from workbench.sections import Path
 from workbench.tensors import Block, Derived, LazyTensor, TensorSpec
 
@@ -83,7 +83,7 @@ def dequantize(ckpt: Checkpoint, dtype: str = "float32", *, section: str | Path 
     Returns:
         The names and shapes that quantize_int8 was given; the scales are gone.
     Raises:
-        SelectionError: nothing here has int8 values with scales.
+        SelectionError: nothing here has int8 values with scales; when values are read, a product that does not fit `dtype`.
     """
     wanted = dtypes.dtype(dtype)
 
@@ -158,7 +158,7 @@ def dequantize_elements(
 
     scale, channel = whole[0].reshape(-1), max(params["channel"], 1)
     channels = torch.arange(at, at + blocks[0].numel()).div_(channel, rounding_mode="floor")
-    return [(blocks[0].to(scale.dtype) * scale[channels]).to(dtypes.to_torch(DTYPES[params["dtype"]]))]
+    return [rounded(blocks[0].to(scale.dtype) * scale[channels], dtypes.to_torch(DTYPES[params["dtype"]]))]
 
 
 def _float(values: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def rename(
     Returns:
         The same tensors under new names, in the same order; `_metadata` is renamed along.
     Raises:
-        SelectionError: two tensors would get one name, or a pattern matches nothing.
+        SelectionError: two tensors would get one name, a name would be no text, or a pattern matches nothing.
     Cost: nothing is read.
     """
 
@@ -32,6 +32,8 @@ def rename(
 
     target = ckpt if everything else ckpt.section(ckpt.weights_section.path) if section is None else ckpt.section(section)
     moved = pairs(target)  # a function cannot be written into a recipe; what it did can
+    if odd := [old for old, new in moved.items() if not isinstance(new, str)]:
+        raise SelectionError(f"{odd[0]!r} would be called {moved[odd[0]]!r}, which is no name")
     step = Step(
         "rename",
         {
@@ -96,7 +98,7 @@ def strip_wrappers(ckpt: Checkpoint, *, section: str | Path | None = None, every
     """
 
     def bare(name: str) -> str:
-        return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS)
+        return ".".join(part for part in name.split(".") if part == "module" or part not in WRAPPERS) or name
 
     part = ckpt if everything else ckpt.section(ckpt.weights_section.path if section is None else section)
     plain = {name: bare(name) for name in part}

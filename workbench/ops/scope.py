@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
-from workbench.checkpoint import Checkpoint, Step
+from workbench import dtypes
+from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError
 from workbench.names import Patterns, require_names
 from workbench.sections import Path
@@ -22,20 +24,46 @@ def on_section(
 ) -> Checkpoint:
     """Apply `op` to the weights of `ckpt` (or another section, or everything) and return the whole tree.
 
+    Findings tell of ties that ended, and of an optimizer in the tree whose moments have an old shape now.
+
     Raises:
         SelectionError: both were given, or several sections have an equal claim to be the weights and neither was.
     """
     if everything and section is not None:
         raise SelectionError("give section= or everything=True, not both")
-    if not everything and section is None and ckpt.rival_sections:
-        names = ", ".join(repr(s.name) for s in (ckpt.weights_section, *ckpt.rival_sections))
-        raise SelectionError(
-            f"the sections {names} have an equal claim to be the weights", hint="give section= one of them, or everything=True"
-        )
+    if not everything and section is None:
+        weights_of(ckpt)
     path = () if everything else ckpt.weights_section.path if section is None else section
     part = ckpt.section(path)
     result = part.rewrite(op(part), step)
-    return result if part is ckpt else ckpt.with_section(path, result)
+    whole = result if part is ckpt else ckpt.with_section(path, result)
+    told = [*_ties_ended(part, result), *_moments_left(part, result, whole)]
+    return replace(whole, findings=(*whole.findings, *told)) if told else whole
+
+
+def weights_of(ckpt: Checkpoint) -> Checkpoint:
+    """The weights of `ckpt`, refused where several sections have an equal claim to be them."""
+    if ckpt.rival_sections:
+        rivals = [s.name for s in (ckpt.weights_section, *ckpt.rival_sections)]
+        text = f"the sections {', '.join(map(repr, rivals))} of {ckpt.name} have an equal claim to be the weights"
+        raise SelectionError(text, hint=f"choose one: ckpt.section({rivals[0]!r}), or section= or everything=True where an op takes them")
+    return ckpt.weights
+
+
+def _ties_ended(before: Checkpoint, after: Checkpoint) -> Iterator[Finding]:
+    for name, first in before.aliases.items():
+        if name in after and first in after and after[name].source != after[first].source:
+            text = f"{first!r} and {name!r} were one tensor and are two now; a model that ties them takes one of the two"
+            yield Finding("tie ended", "warning", text, {"tensor": name})
+
+
+def _moments_left(before: Checkpoint, after: Checkpoint, whole: Checkpoint) -> Iterator[Finding]:
+    changed = {name: t.shape for name, t in before.items() if name in after and after[name].shape != t.shape}
+    for section in whole.sections() if changed else ():
+        held = {t.shape for t in whole.section(section.path).values()} if section.kind == "optimizer" else ()
+        if left := [name for name, shape in changed.items() if shape in held]:
+            text = f"{left[0]!r} has another shape now, and {section.name!r} still holds moments of the old one: a step with them fails"
+            yield Finding("moments left", "warning", text, {"tensor": left[0]}, "begin with a new optimizer, or carry_optimizer(…, drop=…)")
 
 
 def floating(ckpt: Checkpoint, names: Patterns | None, *, matrices_only: bool = True) -> set[str]:
@@ -75,3 +103,16 @@ def wide(values: torch.Tensor) -> torch.Tensor:
     import torch
 
     return values if values.dtype == torch.float64 else values.float()
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype, finite: torch.Tensor | Literal[True] = True) -> torch.Tensor:
+    """Sums in another type; refused where one made of finite values (`finite`) does not fit it, or did not fit the type of the sum."""
+    import torch
+
+    out = values.to(dtype)
+    lost = ~torch.isfinite(values) & finite
+    if out.dtype != values.dtype:
+        lost |= dtypes.out_of_range(values, out)
+    if bool(lost.any()):
+        raise SelectionError(f"a sum does not fit {dtypes.from_torch(dtype)}", hint="cast to a wider type first, or lower the weights")
+    return out

@@ -6,7 +6,7 @@
     channels      repeated and rescaled, or summed   W'[:, c] = W[:, c mod n] * n / n';  for one channel W'[:, 0] = sum over c of W[:, c]
 
 `init` of a row: "zeros"; "mean", the mean of the old rows; "normal", N(0, std²) by `seed` for matrices and zeros for vectors. Sums are
-taken in float32 (float64 for float64) and rounded back to the tensor's own type.
+taken in float32 (float64 for float64) and rounded back to the tensor's own type; one that does not fit it is refused when it is read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workbench.dtypes import DTYPES
 from workbench.errors import SelectionError
 from workbench.names import Patterns
 from workbench.opening import open as open_checkpoint
-from workbench.ops.scope import floating, mapped, on_section, wide
+from workbench.ops.scope import floating, mapped, on_section, rounded, weights_of, wide
 from workbench.sections import Path
 from workbench.tensors import Block, Derived, LazyTensor, Reads
 
@@ -41,10 +41,10 @@ def select_fitting(ckpt: Checkpoint, target: Any, *, section: str | Path | None 
     Returns:
         Those tensors; what was left out stands in the last step of `history`, under "left_out".
     Raises:
-        SelectionError: none fits.
+        SelectionError: none fits, or several sections of the target have an equal claim to be its weights.
     Cost: nothing is read. To fit other names as well, see `wb.match`.
     """
-    shapes = {name: tensor.shape for name, tensor in open_checkpoint(target).weights.items()}
+    shapes = {name: tensor.shape for name, tensor in weights_of(open_checkpoint(target)).items()}
     step = Step("select_fitting", {"left_out": [], "section": section, "everything": everything})
 
     def entries(part: Checkpoint) -> list[tuple[str, LazyTensor, str]]:
@@ -96,8 +96,8 @@ def resize_rows(
 
 
 def _with_rows(ckpt: Checkpoint, names: Patterns, rows: int, step: Step, keep: bool, init: Init, std: float, seed: int) -> Checkpoint:
-    if rows < 1 or init not in ("zeros", "mean", "normal"):
-        raise SelectionError(f'{rows} rows, init={init!r}: at least one row, and "zeros", "mean" or "normal"')
+    if not isinstance(rows, int) or rows < 1 or init not in ("zeros", "mean", "normal"):
+        raise SelectionError(f'{rows} rows, init={init!r}: at least one row, a whole number, and "zeros", "mean" or "normal"')
     heights: dict[str, int] = {}
 
     def make(name: str, tensor: LazyTensor) -> LazyTensor:
@@ -105,6 +105,8 @@ def _with_rows(ckpt: Checkpoint, names: Patterns, rows: int, step: Step, keep: b
         if heights[name] != (first := next(iter(heights.values()))) or not tensor.ndim:
             text = f"{name!r} has {heights[name]} rows and {next(iter(heights))!r} has {first}"
             raise SelectionError(text, hint="name the tensors of one head or vocabulary")
+        if init == "mean" and not first:
+            raise SelectionError(f"{name!r} has no rows to take the mean of", hint='init="zeros" or "normal"')
         if keep and rows == first:
             return tensor
         shape = (rows, *tensor.shape[1:])
@@ -138,15 +140,16 @@ def resize_position_embedding(
     Cost: one read; tensor and result are held whole.
     Source: timm.layers.resample_abs_pos_embed; Dosovitskiy et al. 2021, arXiv:2010.11929, section 3.2.
     """
-    grid = (1, size) if isinstance(size, int) else tuple(size)
-    if len(grid) != 2 or min(grid) < 1 or prefix_tokens < 0 or mode not in ("bicubic", "bilinear"):
+    grid = tuple(size) if isinstance(size, Sequence) else (1, size)
+    whole = all(isinstance(n, int) for n in (*grid, prefix_tokens))
+    if not whole or len(grid) != 2 or min(grid) < 1 or prefix_tokens < 0 or mode not in ("bicubic", "bilinear"):
         raise SelectionError(f"size={size!r}, prefix_tokens={prefix_tokens}, mode={mode!r}: (h, w) or a length, and bicubic or bilinear")
 
     def make(name: str, tensor: LazyTensor) -> LazyTensor:
         is_table = tensor.ndim == 2 or (tensor.ndim == 3 and tensor.shape[0] == 1)
         count = max(tensor.shape[-2] - prefix_tokens, 0) if is_table else 0
         old = (1, count) if isinstance(size, int) else old_grid or (math.isqrt(count),) * 2
-        if count < 1 or old[0] * old[1] != count:
+        if count < 1 or old[0] * old[1] != count or not tensor.numel:
             raise SelectionError(
                 f"{name!r} {list(tensor.shape)} is no grid of {' by '.join(map(str, old))} after {prefix_tokens} prefix tokens",
                 hint="give old_grid=(h, w) and prefix_tokens=; a line of positions takes a length as its size",
@@ -175,8 +178,8 @@ def adapt_input_channels(
     Cost: one read; peak is one block of rows.
     Source: timm.models.adapt_input_conv.
     """
-    if channels < 1:
-        raise SelectionError(f"channels={channels}: at least one")
+    if not isinstance(channels, int) or channels < 1:
+        raise SelectionError(f"channels={channels}: a whole number, at least one")
 
     def make(name: str, tensor: LazyTensor) -> LazyTensor:
         if tensor.ndim < 3 or not tensor.shape[1]:
@@ -224,10 +227,10 @@ def new_rows(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequ
         if params["init"] == "mean":
             total.index_add_(0, torch.arange(start, start + chunk.numel()) % row, chunk.double())
     if params["init"] == "mean":
-        out[kept:] = (total / params["old_rows"]).reshape(out.shape[1:]).to(out.dtype)
+        out[kept:] = rounded((total / params["old_rows"]).reshape(out.shape[1:]), out.dtype, total.isfinite().reshape(out.shape[1:]))
     elif params["init"] == "normal" and out.ndim > 1:
         generator = torch.Generator().manual_seed(params["seed"])
-        out[kept:] = torch.randn(out[kept:].shape, generator=generator).mul_(params["std"]).to(out.dtype)
+        out[kept:] = rounded(torch.randn(out[kept:].shape, generator=generator).mul_(params["std"]), out.dtype)
     return [out]
 
 
@@ -236,11 +239,10 @@ def interpolated(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: 
     import torch
 
     vectors = torch.cat([chunk for _, chunk in blocks[0]]).reshape(params["shape"][-2:])
-    grid = wide(vectors[params["prefix"] :]).reshape(1, *params["old"], -1).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(
-        grid, size=params["new"], mode=params["mode"], align_corners=False, antialias=params["antialias"]
-    )
-    out = torch.cat([vectors[: params["prefix"]], grid.flatten(2)[0].T.to(vectors.dtype)])
+    old = wide(vectors[params["prefix"] :]).reshape(1, *params["old"], -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(old, size=params["new"], mode=params["mode"], align_corners=False, antialias=params["antialias"])
+    finite = torch.isfinite(old).all(3).all(2).all(0)  # [d]
+    out = torch.cat([vectors[: params["prefix"]], rounded(grid.flatten(2)[0].T, vectors.dtype, finite)])
     return [out.reshape(*params["shape"][:-2], *out.shape)]
 
 
@@ -249,7 +251,6 @@ def other_channels(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks
     import torch
 
     values, count = wide(blocks[0]), params["channels"]
-    if count == 1:
-        return [values.sum(1, keepdim=True).to(blocks[0].dtype)]
     source = torch.arange(count) % values.shape[1]
-    return [(values[:, source] * (values.shape[1] / count)).to(blocks[0].dtype)]
+    out = values.sum(1, keepdim=True) if count == 1 else values[:, source] * (values.shape[1] / count)
+    return [rounded(out, blocks[0].dtype, torch.isfinite(values).all(1, keepdim=True))]

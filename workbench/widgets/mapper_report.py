@@ -295,7 +295,12 @@ def nodes_of(sides: Sides) -> dict[str, list[Any]]:
 def overview(read: Reading) -> Detail:
     """What is said while nothing is selected: the finding, and what one would do next."""
     keymap = read.keymap
+    likely = sum(pair.confidence == "likely" for pair in keymap.pairs)
     step = "Every name has a source. Next: wb.load_into(model, source, mapper.keymap)"
+    if likely:
+        step = (
+            f"{likely} of them are likely, not certain: look at these (~) first. " + step.replace("Next: ", "") + " takes them as they are."
+        )
     if not keymap.ok:
         step = "Select a row that is open to see what fits it." if read.open else "Take one of the sections by name."
     facts = [["section", f"{keymap.section} · {keymap.section_reason}"]] if keymap.section else []
