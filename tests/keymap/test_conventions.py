@@ -173,3 +173,26 @@ def test_an_adapter_file_leaves_the_adapters_name_out():
     values = filled(source, named)
     assert {name for name in named if "base_layer" not in name} == values.keys()
     assert all(torch.equal(value, named[name]) for name, value in values.items())
+
+
+def test_a_gated_mlp_named_by_numbers_gives_no_up_for_a_gate():
+    """fc1, fc2 and fc3 are gate, up and down (LLMs from scratch); fc1 and fc2 alone are up and down."""
+    source, target = {}, {}
+    for n in range(2):
+        for word, name, shape in (("gate_proj", "fc1", (24, 16)), ("up_proj", "fc2", (24, 16)), ("down_proj", "fc3", (16, 24))):
+            source[f"model.layers.{n}.mlp.{word}.weight"] = target[f"blocks.{n}.ff.{name}.weight"] = torch.randn(shape)
+    applied = wb.match(source, target).apply(source)
+    assert all(torch.equal(tensor.load(), target[name]) for name, tensor in applied.items())
+    assert len(applied) == 6
+
+
+def test_the_two_norms_of_a_post_norm_block_under_llama_cpps_names():
+    words = (("post_attention_norm", "post_attention_layernorm"), ("post_ffw_norm", "post_feedforward_layernorm"))
+    source, target = {}, {}
+    for n in range(2):
+        for gguf, name in words:
+            source[f"blk.{n}.{gguf}.weight"] = target[f"model.layers.{n}.{name}.weight"] = torch.randn(16)
+        source[f"blk.{n}.ffn_up.weight"] = target[f"model.layers.{n}.mlp.up_proj.weight"] = torch.randn(24, 16)
+    applied = wb.match(source, target).apply(source)
+    assert all(torch.equal(tensor.load(), target[name]) for name, tensor in applied.items())
+    assert len(applied) == 6

@@ -114,7 +114,9 @@ def _placed(name: str) -> tuple[str, Indices, str]:
 def _counted(texts: tuple[str, ...]) -> tuple[int, ...]:
     """Which pieces of a name with these texts around its numbers are numbers that stand behind a word for blocks."""
     return tuple(
-        2 * at + 1 for at, text in enumerate(texts[:-1]) if text.rpartition(".")[2] in _COUNTED and not text.endswith("ffn.layers")
+        2 * at + 1
+        for at, text in enumerate(texts[:-1])
+        if text.rpartition(".")[2] in _COUNTED and not text.endswith(("ff.layers", "ffn.layers"))
     )
 
 
