@@ -29,6 +29,7 @@ SHARED = {
     "formats": {
         "pickle_vm",
         "pickle_arguments",
+        "pickle_loop",
         "dcp_template",
         "zip_index",
         "torch_objects",
@@ -195,7 +196,7 @@ def test_kernels_are_named_inside_this_package_only():
 
 def test_the_library_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) < 24_500
+    assert sum(lines.values()) < 24_900
     assert not [f"{path.name}: {count}" for path, count in lines.items() if count > 600]
 
 

@@ -221,6 +221,9 @@ def _inert_children(node: Inert) -> Iterator[tuple[Any, Any]]:
     yield from enumerate(node.elements)
 
 
+_LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})  # those that a walk meets most
+
+
 def walk(root: Any, *, objects: bool = False) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every leaf with its path (and every inert object, where asked), depth first, in order. Cycles end where they close; deep and
     bomb-like trees are cut.
@@ -257,7 +260,7 @@ def walk(root: Any, *, objects: bool = False) -> Iterator[tuple[tuple[Any, ...],
             parent, iterator, own, _ = iterators[-1]
             for key, node in iterator:
                 path = (*parent, key)
-                if type(node) is not LazyTensor:
+                if type(node) not in _LEAVES:
                     break
                 visits += 1
                 yield path, node

@@ -15,7 +15,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice, pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,21 +23,32 @@ from typing import Any, NamedTuple
 from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
 from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES
-from workbench.errors import CorruptFileError, FormatError, MissingFileError, SelectionError, UnknownFormatError, WorkbenchError, located
+from workbench.errors import (
+    CorruptFileError,
+    FormatError,
+    MissingFileError,
+    SelectionError,
+    UnknownFormatError,
+    UnsupportedError,
+    WorkbenchError,
+    located,
+)
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
-from workbench.formats.dcp_template import ENTRIES, carry_out_entries
+from workbench.formats.dcp_template import carry_out_entries
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, PLAIN, WRAPPER, danger_findings, judge, misuses
-from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, payload_span
+from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, most_nested, payload_span
+from workbench.formats.pickle_loop import TOO_MUCH
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_archive import pickle_roots
+from workbench.formats.torch_objects import Run, watched_runs
 from workbench.formats.torch_tar import walk
 from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
 from workbench.tensors import parts
-from workbench.tree import NOTHING, Global, Inert
+from workbench.tree import Global, Inert
 
 _HEAD = 4096  # which is_tar wants to see
-_FIRST_READ, _LAST_READ = 1 << 16, 32 << 20  # of one pickle; a longer one is read by pages, its long payloads stepped over
+_FIRST_READ, _SURE_READ, _LAST_READ = 1 << 16, 1 << 20, 32 << 20  # of one pickle; a longer one is followed, its payloads stepped over
 _MOST_READ = 256 << 20  # of one packed record
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
@@ -46,7 +57,6 @@ _OWN_KINDS = frozenset(
     {"forbidden global", "forbidden call", "data classes", "unreadable pickle"}
 )  # findings of wb.open that are made here
 _ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
-_NO_HOLDERS = frozenset({str, int, float, bool, complex, type(None), type(NOTHING), Global, *ENTRIES})
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
 _OBJECTS = re.compile(
@@ -140,6 +150,9 @@ class _Scan:
         self.formats: list[str] = []
         self.tensors = 0
         self.refused: set[tuple[str, str]] = set()
+        self.known: list[Run] = []  # by wb.open, of the file that is scanned
+        self.looked_into = 0  # byte strings of its pickles
+        self.spent = (0, 0)  # opcodes that were run over it, and those that built something
         self.loads = True  # whether torch would load it, once the harmless classes are allowed
         self.element_types: set[str] = set()  # of NumPy
 
@@ -190,7 +203,7 @@ class _Scan:
 
     def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
         """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
-        here, seen = Place(file.name), len(self.pickles)
+        here, seen, self.spent = Place(file.name), len(self.pickles), (0, 0)
         ckpt = self.open(lambda: ckpt or open_file(file), here, must)
         form = "" if ckpt is None else ckpt.format
         self.content(_Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
@@ -206,7 +219,7 @@ class _Scan:
         ckpt: Checkpoint | None = None
         listed: Checkpoint | None = None
         try:
-            with located():
+            with located(), watched_runs() as self.known:
                 listed = ckpt = opener()
             self.formats.append(ckpt.format)
         except WorkbenchError as error:
@@ -364,55 +377,74 @@ class _Scan:
 
     def run(self, piece: _Piece, at: int, *, sure: bool) -> tuple[int, Any] | None:
         """One pickle: what it names and calls is noted. The byte after it and its value, or None where none ends."""
-        machine, made, root, error = _ran(piece.span.part(at, piece.span.nbytes - at), sure)
+        outcome = self.outcome(piece.span.part(at, piece.span.nbytes - at), sure)
+        machine, made, root, error, misused, _ = outcome
         seen = len(self.findings)
         if error is None or machine.globals:
-            self.strings(piece, root, made)
+            self.strings(piece, at, outcome)
         nested = not any(finding.severity == "danger" for finding in self.findings[seen:])
-        nested &= all(isinstance(node.args, tuple) and list(map(type, node.args)) == [bytes] for node in made if node.dotted == NESTED)
+        loads = _calls(NESTED, machine, made)
+        nested &= all(isinstance(node.args, tuple) and [*map(_is_bytes, node.args)] == [True] for node in loads)
 
         def also(found: Global) -> bool:
             own = found.module.startswith("__torch__") or found.module == "torch.jit._pickle" or found.name in ALL_STORAGE_DTYPES
             return (piece.script and own) or (nested and found.dotted == NESTED)
 
-        findings = danger_findings(machine, made, also)
+        findings = danger_findings(machine, made, also, misused)
         acts = any(found.kind == "forbidden call" or found.where.get("global") in machine.calls for found in findings)
         if sure or acts or (error is None and (machine.proto or machine.globals)):
-            self.note(machine, made, piece, at, also, "at its STOP" if error is None else f"broken: {error.message}")
+            self.note(outcome, piece, at, also)
             for found in findings:
                 where = {**found.where, **piece.place(at + found.where.get("offset", 0)).to_dict()}
                 self.findings.append(
                     Finding(found.kind, found.severity, found.message.replace("the pickle", piece.name, 1), where, found.hint)
                 )
-            if error is not None and sure:
+            if error is not None and sure and not machine.is_spent:
                 self.refuse(error, piece.place(at))
+        if error is not None and machine.is_spent:
+            self.refuse(error, piece.place(at))
         return None if error is not None else (at + machine.end, root)
 
-    def note(self, machine: Machine, made: list[Inert], piece: _Piece, at: int, also: Callable[[Global], bool], ends: str) -> None:
-        self.pickles.append(PickleSeen(piece.place(at), machine.proto, machine.end or machine.pos, ends))
-        misused, built = (
-            misuses(made, machine.globals),
-            {node.dotted for node in made if node.new} - {node.dotted for node in made if not node.new},
-        )
+    def outcome(self, span: Span, sure: bool) -> _Outcome:
+        """The run that wb.open made of the same bytes, or a new one. What is done for one file is bounded in all."""
+        for known in self.known:
+            if _is_run_over(machine := known.machine, known.file, span):
+                self.spent = (self.spent[0] + machine.ran, self.spent[1] + machine.built)
+                error = None if machine.end else UnsupportedError(TOO_MUCH, offset=machine.place)
+                return _Outcome(machine, known.strangers, None, error, known.misused, known.texts)
+        outcome = _ran(span, sure, self.spent)
+        self.spent = (outcome.machine.ran, outcome.machine.built)
+        return outcome._replace(misused=misuses(outcome.made, outcome.machine.globals))
+
+    def note(self, outcome: _Outcome, piece: _Piece, at: int, also: Callable[[Global], bool]) -> None:
+        machine, made, _, error, misused, _ = outcome
+        ends = "at its STOP" if error is None else f"broken: {error.message}"
+        self.pickles.append(PickleSeen(piece.place(at), machine.proto, machine.end or machine.place, ends))
+        built = {node.dotted for node in made if node.new} - {node.dotted for node in made if not node.new}
         for found, offset in islice(machine.globals.items(), _MOST_NAMES):
             verdict, why = judge(found, misused.get(found.dotted), also)
             use = "imported" if found.dotted not in machine.calls else "built" if found.dotted in built else "called"
             self.uses.append(GlobalUse(found.dotted, verdict, use, why, piece.place(at + offset)))
-        self.loads &= machine.proto == 2 and not any(node.items or node.elements for node in made)
-        self.element_types |= {
-            node.args[0]
-            for node in made
-            if node.dotted == "numpy.dtype" and isinstance(node.args, tuple) and node.args and isinstance(node.args[0], str)
-        }
+        self.loads = self.loads and machine.proto == 2 and not any(node.items or node.elements for node in made)
+        types = (node.args[0] for node in _calls("numpy.dtype", machine, made) if isinstance(node.args, tuple) and node.args)
+        self.element_types |= {code for code in types if isinstance(code, str)}
 
-    def strings(self, piece: _Piece, root: Any, made: list[Inert]) -> None:
+    def strings(self, piece: _Piece, at: int, outcome: _Outcome) -> None:
         """Byte strings of a pickle: those that it hands to torch as files, those that look like files, and the first of all others."""
-        given = {id(arg) for node in made if node.dotted == NESTED and isinstance(node.args, tuple) for arg in node.args}
-        for count, data in enumerate(_byte_strings([root, *made])):
-            left = isinstance(data, Left)
-            found = piece.span.part(data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
-            if found is not None and found.nbytes > 3 and (count < _MOST_STRINGS or id(data) in given or _is_marked(found.read(0, 6))):
-                self.content(piece.inner(found, "byte string"), sure=id(data) in given)
+        given = {id(arg) for node in _calls(NESTED, outcome.machine, outcome.made) if isinstance(node.args, tuple) for arg in node.args}
+        for count, data in enumerate(outcome.texts):
+            left, sure = isinstance(data, Left), id(data) in given
+            if not (left or sure or count < _MOST_STRINGS or _is_marked(data[:6])):
+                continue
+            found = piece.span.part(at + data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
+            if found is None or (left and not sure and count >= _MOST_STRINGS and not _is_marked(found.read(0, 6))):
+                continue
+            self.looked_into += 1
+            if self.looked_into > _MOST_STRINGS + most_nested(piece.span.file):
+                told = "it holds more byte strings that may be files than were looked into"
+                self.tell("not scanned", "danger", f"{piece.name}: {told}", piece.place())
+                return
+            self.content(piece.inner(found, "byte string"), sure=sure)
 
 
 def _acts(head: bytes) -> bool:
@@ -425,12 +457,32 @@ def _acts(head: bytes) -> bool:
     return True
 
 
-_Outcome = tuple[Machine, list[Inert], Any, FormatError | None]
+class _Outcome(NamedTuple):
+    """A machine after its run, the calls of strangers, the value (what stood on the stack, where it broke), what broke it, and what
+    is wrong with the calls; and the byte strings.
+    """
+
+    machine: Machine
+    made: list[Inert]
+    root: Any
+    error: FormatError | None
+    misused: Mapping[str, str]
+    texts: list[Any]
 
 
-def _ran(piece: Span, sure: bool) -> _Outcome:
-    """The machine after its run, the calls of strangers, the value (what stood on the stack, where it broke) and what broke it."""
+def _is_run_over(machine: Machine, file: FileRef, span: Span) -> bool:
+    """Whether a reader ran this machine over just these bytes, and to its end; and noted all that is noted here."""
+    if not (machine.end or machine.is_spent):
+        return False
+    if type(machine) is PayloadMachine:
+        return (span.file, span.start, span.nbytes) == (file, 0, file.size)
+    return type(machine) is Machine and machine.is_whole and len(machine.data) == span.nbytes and span.read() == machine.data
+
+
+def _ran(piece: Span, sure: bool, spent: tuple[int, int]) -> _Outcome:
+    """Run a machine over the first pickle there; what was `spent` before on the same file counts."""
     made: list[Inert] = []
+    encoded: list[bytes] = []
 
     def persistent(pid: Any) -> Any:
         """What torch's own functions make of it: the class that it carries along with its source, or a storage."""
@@ -442,52 +494,50 @@ def _ran(piece: Span, sure: bool) -> _Outcome:
         return found
 
     def construct(node: Inert) -> Any:
-        args = node.args
-        if node.dotted == "_codecs.encode" and isinstance(args, tuple) and list(map(type, args)) == [str, str] and args[1] in _ENCODINGS:
-            return args[0].encode(args[1], "replace")
-        if node.dotted not in PLAIN or node.dotted == WRAPPER:
+        args, dotted = node.args, node.dotted
+        if dotted == "_codecs.encode" and isinstance(args, tuple) and list(map(type, args)) == [str, str] and args[1] in _ENCODINGS:
+            encoded.append(args[0].encode(args[1], "replace"))
+            return encoded[-1]
+        if dotted not in PLAIN or dotted == WRAPPER:
             made.append(node)
         return node
 
-    def run(kind: type[Machine], data: Any, **torch: Any) -> _Outcome:
+    def run(kind: type[Machine], data: Any, **how: Any) -> _Outcome:
         made.clear()
-        machine = kind(data, persistent=persistent, construct=construct, **torch)
+        encoded.clear()
+        machine = kind(data, persistent=persistent, construct=construct, **how)
+        machine.ran, machine.built = spent
+        root, broken = None, None
         try:
-            return machine, made, machine.run(), None
+            root = machine.run()
         except FormatError as error:
-            return machine, made, machine.stack, error
+            root, broken = machine.stack, error
+        return _Outcome(machine, made, root, broken, {}, machine.texts + encoded)
 
-    count = piece.nbytes if sure and piece.nbytes <= _LAST_READ else min(piece.nbytes, _FIRST_READ)
-    while count:
-        outcome = run(Machine, data := piece.read(0, count), torch=_LEAVES, entries=carry_out_entries)
-        if outcome[3] is not None and outcome[0].short and count < piece.nbytes:
-            count = min(piece.nbytes, 8 * count) if count < _LAST_READ else 0
-        elif outcome[3] is not None and b"\x95" in data:
-            return (*run(_Sequential, data)[:3], outcome[3])
-        else:
-            return outcome
-    return run(PayloadMachine, Pages(lambda at, size: piece.read(at, at + size), piece.nbytes))
+    most = min(piece.nbytes, _LAST_READ)
+    data = piece.read(0, min(most, _SURE_READ if sure else _FIRST_READ))
+    outcome = run(
+        Machine, data, torch=_LEAVES, entries=carry_out_entries, size=most, more=lambda count: piece.read(0, min(most, 8 * count))
+    )
+    if outcome.error is not None and outcome.machine.short and most < piece.nbytes:
+        return run(PayloadMachine, Pages(lambda at, size: piece.read(at, at + size), piece.nbytes))
+    if outcome.machine.crossed:
+        return run(_Sequential, outcome.machine.data)._replace(error=outcome.error)
+    return outcome
+
+
+def _calls(dotted: str, machine: Machine, made: list[Inert]) -> list[Inert]:
+    return [node for node in made if node.dotted == dotted] if dotted in machine.calls else []
+
+
+def _is_bytes(value: object) -> bool:
+    return isinstance(value, bytes) or (isinstance(value, Left) and value.spelling == "bytes")
 
 
 class _Sequential(Machine):
     """Reads on across the end of a frame, as C does over bytes and the other machine refuses to."""
 
     frame_end = property(lambda _: 0, lambda _, end: None)
-
-
-def _byte_strings(roots: Iterable[Any]) -> Iterator[Any]:
-    pending, seen = [*roots], set[int]()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, (bytes, bytearray)) or (isinstance(node, Left) and node.spelling == "bytes"):
-            if id(node) not in seen:
-                seen.add(id(node))
-                yield node
-        elif isinstance(node, (list, tuple, dict, set, frozenset, Inert)) and id(node) not in seen:
-            seen.add(id(node))
-            held = [node.args, node.kwargs, node.state, node.items, node.elements] if isinstance(node, Inert) else node
-            pending += [item for item in held if type(item) not in _NO_HOLDERS]
-            pending += [item for item in node.values() if type(item) not in _NO_HOLDERS] if isinstance(node, dict) else ()
 
 
 _MARKS = (b"\x80", b"P", b"\x93")

@@ -9,7 +9,8 @@ Source: torch 2.13 torch/_weights_only_unpickler.py (what is plain); the classes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Literal
 
 from workbench.checkpoint import Finding
@@ -134,6 +135,8 @@ _ELEMENT = re.compile(r"[<>=|]?[biufcSUVmMO]\d*|\?")
 NESTED = "torch.storage._load_from_bytes"  # loads a whole pickle
 WRAPPER = "torch._tensor._rebuild_from_type_v2"  # plain, and calls its first argument
 HARMLESS = {dotted: (rule, why) for rule, why, names in _HARMLESS for dotted in _named(names)}
+_RULED = frozenset(dotted for dotted, (rule, _) in HARMLESS.items() if rule != "call") | _RANDOM | _ARRAYS
+_RULED |= {"numpy.dtype", "copyreg._reconstructor", "collections.defaultdict"}
 _BASES = frozenset(_named("builtins: object dict list tuple set frozenset int float str"))  # _reconstructor may make, defaultdict call them
 
 _DANGERS = {
@@ -175,31 +178,33 @@ def judge(found: Global, misuse: str | None = None, also: Names = ()) -> tuple[V
 
 def misuses(made: Iterable[Inert], named: Iterable[Global]) -> dict[str, str]:
     """Harmless names, of those that a pickle names, that its calls use in a way that is not harmless, and how."""
-    out: dict[str, str] = {}
-    loads = any(found.dotted == NESTED for found in named)
+    out, patience = dict[str, str](), _Patience()
+    if any(found.dotted == NESTED for found in named) and _is_handed_on(NESTED, made):
+        out[NESTED] = "is handed on as a value, and whatever calls it may give it any bytes to load"
     for node in _with_inner_calls(made):
-        rule, args = HARMLESS.get(node.dotted, ("", ""))[0], node.args if isinstance(node.args, tuple) else ()
-        if loads and any(held.dotted == NESTED for held in _globals_in((args, node.state, node.items, node.elements))):
-            out[NESTED] = "is handed on as a value, and whatever calls it may give it any bytes to load"
-        for key, value in node.state.items() if isinstance(node.state, dict) else ():
-            if key in _CALLED_BY_PICKLE and isinstance(value, Global):
+        for key in _CALLED_BY_PICKLE if isinstance(node.state, dict) and node.state else ():
+            if isinstance(value := node.state.get(key), Global):
                 out[value.dotted] = f"is put where pickle calls it, as {key}"
+        dotted = node.dotted
+        if dotted not in _RULED:
+            continue
+        rule, args = HARMLESS[dotted][0], node.args if isinstance(node.args, tuple) else ()
         if rule == "name":
-            out[node.dotted] = "is only harmless where it is not called, and here it is"
+            out[dotted] = "is only harmless where it is not called, and here it is"
         elif rule == "new" and (not node.new or node.args or node.kwargs):
-            out[node.dotted] = "is only harmless where it is made empty, and here it is called with arguments"
-        elif node.dotted in _RANDOM and not (len(args) <= 1 and all(map(_is_random, args))):
-            out[node.dotted] = "calls what it is given, and that is more than the name of a generator"
-        elif node.dotted in _ARRAYS:
-            out[node.dotted] = "is only harmless where NumPy's own functions make it, and here it is called"
-        elif node.dotted == "numpy.dtype" and not (args and _is_element(args[0])):
-            out[node.dotted] = "is made from something that is no code of an element type"
-        elif node.dotted == "copyreg._reconstructor" and not (len(args) == 3 and _is_base(args[1])):
-            out[node.dotted] = "makes an object by the rules of a class that is no plain container"
-        elif node.dotted == "collections.defaultdict" and args and args[0] is not None and not _is_base(args[0]):
-            out[node.dotted] = "calls its first argument for every missing key, and that is no plain container"
-        elif node.dotted == "numpy.dtype" and node.state is not NOTHING and not _is_honest(node):
-            out[node.dotted] = "is told flags that are not its own: NumPy would take bytes of the file for addresses of objects"
+            out[dotted] = "is only harmless where it is made empty, and here it is called with arguments"
+        elif dotted in _RANDOM and not (len(args) <= 1 and all(map(_is_random, args))):
+            out[dotted] = "calls what it is given, and that is more than the name of a generator"
+        elif dotted in _ARRAYS:
+            out[dotted] = "is only harmless where NumPy's own functions make it, and here it is called"
+        elif dotted == "numpy.dtype" and not (args and _is_element(args[0])):
+            out[dotted] = "is made from something that is no code of an element type"
+        elif dotted == "copyreg._reconstructor" and not (len(args) == 3 and _is_base(args[1])):
+            out[dotted] = "makes an object by the rules of a class that is no plain container"
+        elif dotted == "collections.defaultdict" and args and args[0] is not None and not _is_base(args[0]):
+            out[dotted] = "calls its first argument for every missing key, and that is no plain container"
+        elif dotted == "numpy.dtype" and node.state is not NOTHING and not _is_honest(node, patience):
+            out[dotted] = "is told flags that are not its own: NumPy would take bytes of the file for addresses of objects"
     return out
 
 
@@ -211,23 +216,25 @@ def _with_inner_calls(made: Iterable[Inert]) -> Iterator[Inert]:
             yield Inert(node.args[0], node.args[2])
 
 
-def _globals_in(value: object) -> Iterator[Global]:
-    """The globals in containers that lie in each other, as far as a call or an object's state is looked into."""
-    pending, budget = [(value, 0)], 10_000
-    while pending and budget:
-        node, depth = pending.pop()
-        budget -= 1
+def _is_handed_on(dotted: str, made: Iterable[Inert]) -> bool:
+    """Whether a name stands in what calls are given, or in a state: in containers that lie in each other, each looked into once."""
+    pending, seen = [held for node in made for held in (node.args, node.state, node.items, node.elements) if held], set[int]()
+    while pending:
+        node = pending.pop()
         if isinstance(node, Global):
-            yield node
-        elif depth < 5 and isinstance(node, (dict, list, tuple, set, frozenset)) and len(node) <= budget:
-            pending += [(item, depth + 1) for item in (node.values() if isinstance(node, dict) else node)]
+            if node.dotted == dotted:
+                return True
+        elif isinstance(node, (dict, list, tuple, set, frozenset)) and id(node) not in seen:
+            seen.add(id(node))
+            pending += node.values() if isinstance(node, dict) else node
+    return False
 
 
 def _is_element(value: object) -> bool:
     """Whether a numpy.dtype is made from a code, or from the class of records, whose fields its state tells."""
     if isinstance(value, Global):
         return value.dotted == "numpy.record"
-    return isinstance(value, str) and _ELEMENT.fullmatch(value) is not None
+    return isinstance(value, str) and len(value) < 32 and _ELEMENT.fullmatch(value) is not None
 
 
 def _is_random(value: object) -> bool:
@@ -240,23 +247,31 @@ def _is_base(value: object) -> bool:
     return isinstance(value, Global) and value.dotted in _BASES
 
 
-def _is_honest(dtype: Inert) -> bool:
+class _Patience:
+    """How many element types are looked into before the rest are taken for dishonest."""
+
+    left = 100_000
+
+
+def _is_honest(dtype: Inert, patience: _Patience) -> bool:
     """Whether the flags (the eighth part of the state) say "holds objects" just where the type, its fields or its items do."""
     state = dtype.state
-    return isinstance(state, tuple) and len(state) >= 8 and isinstance(state[7], int) and bool(state[7] & 1) == _holds_objects(dtype)
-
-
-def _holds_objects(dtype: object, depth: int = 8) -> bool:
-    if not isinstance(dtype, Inert) or not isinstance(dtype.args, tuple) or not depth:
+    if not (isinstance(state, tuple) and len(state) >= 8 and isinstance(state[7], int)):
         return False
-    state = dtype.state if isinstance(dtype.state, tuple) and len(dtype.state) >= 8 else (None,) * 8
-    held = [
-        state[2],
-        *(state[4].values() if isinstance(state[4], dict) else ()),
-    ]  # (type, shape) of the items, (type, offset) of each field
-    code = dtype.args[0] if dtype.args and isinstance(dtype.args[0], str) else ""
-    inner = (part[0] for part in held if isinstance(part, tuple) and part)
-    return code.lstrip("<>=|").startswith("O") or any(_holds_objects(part, depth - 1) for part in inner)
+    holds, pending, seen = False, [dtype], set[int]()
+    while pending and not holds:
+        node = pending.pop()
+        if not isinstance(node, Inert) or not isinstance(node.args, tuple) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        holds = bool(node.args and isinstance(node.args[0], str) and node.args[0][:32].lstrip("<>=|").startswith("O"))
+        if isinstance(node.state, tuple) and len(node.state) >= 8:  # (type, shape) of the items, (type, offset) of each field
+            fields = node.state[4] if isinstance(node.state[4], dict) else {}
+            patience.left -= 1 + len(fields)
+            if patience.left < 0:
+                return False
+            pending += [part[0] for part in (node.state[2], *fields.values()) if isinstance(part, tuple) and part]
+    return bool(state[7] & 1) == holds
 
 
 def _preview(args: Any) -> str:
@@ -265,18 +280,20 @@ def _preview(args: Any) -> str:
     for arg in args[:3] if isinstance(args, tuple) else ():
         texts = arg if isinstance(arg, (list, tuple)) and len(arg) < 9 and all(isinstance(item, str) for item in arg) else None
         simple = isinstance(arg, (str, bytes, bool, float)) or (isinstance(arg, int) and arg.bit_length() < 64)
-        short = arg[:200] if isinstance(arg, (str, bytes)) else arg
+        short = arg[:200] if isinstance(arg, (str, bytes)) else [text[:80] for text in texts] if texts else arg
         shown.append(shorten(repr(short), 80) if simple or texts else f"a {type(arg).__name__}")
     return f"({', '.join(shown)}{', …' if isinstance(args, tuple) and len(args) > 3 else ''})"
 
 
-def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = ()) -> list[Finding]:
+def danger_findings(
+    machine: Machine, made: Collection[Inert] = (), also: Names = (), misused: Mapping[str, str] | None = None
+) -> list[Finding]:
     """One finding for each global that is dangerous or unknown, with where it stands and whether it would be called; one for all harmless
-    strangers together; one for each call of something that is no global. `made` are the calls of strangers that the machine met.
+    strangers together; one for each call of something that is no global. `made` are the calls of strangers that the machine met, and
+    `misused` their `misuses`, where these are known.
     """
-    nodes = list(made)
-    misused = misuses(nodes, machine.globals)
-    given = {node.dotted: node.args for node in reversed(nodes) if node.args}
+    misused = misuses(made, machine.globals) if misused is None else misused
+    given = {node.dotted: node.args for node in reversed(list(made)) if node.args}
     out, harmless = list[Finding](), dict[str, int]()
     for count, (found, offset) in enumerate(machine.globals.items()):
         if len(out) == _TOLD_SINGLY:
@@ -293,9 +310,9 @@ def danger_findings(machine: Machine, made: Iterable[Inert] = (), also: Names = 
             hint = 'the values stay readable here; wb.save(ckpt, path, unsafe="drop") writes a file without it'
             out.append(Finding("forbidden global", "danger", message, {"global": found.dotted, "offset": offset}, hint))
     named = {found.dotted for found in machine.globals} | {"torch.Tensor.__setstate__"}
-    for dotted, offset in machine.calls.items():
-        if dotted not in named:
-            out.append(Finding("forbidden call", "danger", f"the pickle asks for {dotted}; it was not carried out", {"offset": offset}))
+    others = ((dotted, offset) for dotted, offset in machine.calls.items() if dotted not in named)
+    for dotted, offset in islice(others, _TOLD_SINGLY):
+        out.append(Finding("forbidden call", "danger", f"the pickle asks for {dotted}; it was not carried out", {"offset": offset}))
     if harmless:
         shown = ", ".join(list(harmless)[:4]) + (f" and {len(harmless) - 4} more" if len(harmless) > 4 else "")
         message = f"the pickle also builds known, harmless classes: {shown}"

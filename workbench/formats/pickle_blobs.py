@@ -1,6 +1,6 @@
 """Pickles that hold their data in themselves: payloads are left where they lie in the file and become the storages of tensors.
 
-Owns the file as the pickle machine sees it (Pages), the machine that steps over payloads, and numpy's arrays:
+Owns the machine that follows a file and steps over payloads, and numpy's arrays:
 
     numpy.core.multiarray._reconstruct(ndarray, (0,), b'b')       then the state ([1,] shape, dtype, is_fortran, payload)
     numpy.core.numeric._frombuffer(payload, dtype, shape, order[, axis_order])                                (protocol 5)
@@ -19,13 +19,14 @@ import codecs
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from workbench.checkpoint import Finding
 from workbench.errors import CorruptFileError, UnsupportedError
 from workbench.files import FileRef, Reader, Span, Storage
 from workbench.formats.numpy_objects import numpy_element
 from workbench.formats.pickle_vm import Machine
+from workbench.formats.python_objects import made_value
 from workbench.formats.torch_objects import TorchObjects, Unfinished, sizes
 from workbench.strided import row_major
 from workbench.tensors import LazyTensor, Stored, TensorSpec
@@ -36,40 +37,11 @@ _PAGE, _LONG, _HELD = 1 << 10, 1 << 16, 32 << 20  # a payload longer than _LONG 
 _PAYLOADS, _TEXTS = b"BC\x8e\x96TUX\x8d", b"X\x8d"
 
 
-class Pages:
-    """A file up to `stop`, in the place of the bytes that a machine runs over. Pages grow while they follow each other."""
+class Pages(NamedTuple):
+    """What a PayloadMachine runs over: a file, up to byte `stop`."""
 
-    def __init__(self, pread: Callable[[int, int], bytes], stop: int) -> None:
-        self._pread, self._stop = pread, stop
-        self._at, self._page, self._read = 0, b"", 0
-
-    def __len__(self) -> int:
-        return self._stop
-
-    def __getitem__(self, where: Any) -> Any:
-        if isinstance(where, slice):
-            near, end = where.start - self._at, where.stop - self._at
-            return self._page[near:end] if near >= 0 and end <= len(self._page) else self._pread(where.start, where.stop - where.start)
-        if not 0 <= where - self._at < len(self._page):
-            self._turn(where)
-        return self._page[where - self._at]
-
-    def find(self, mark: bytes, start: int) -> int:
-        while start < self._stop:
-            self[start]
-            if (at := self._page.find(mark, start - self._at)) >= 0:
-                return self._at + at
-            start = self._at + len(self._page)
-        return -1
-
-    def _turn(self, at: int) -> None:
-        count = max(_PAGE, min(2 * len(self._page), _LONG)) if at == self._at + len(self._page) else _PAGE
-        page = self._pread(at, min(count, self._stop - at)) if at < self._stop else b""
-        self._at, self._page, self._read = at, page, self._read + len(page)
-        if self._read > MAX_OPCODES:
-            raise UnsupportedError(f"more than {MAX_OPCODES >> 20} MiB of pickle, payloads aside, are not read")
-        if not page:
-            raise IndexError("the file ends here")
+    pread: Callable[[int, int], bytes]
+    stop: int
 
 
 class Placed(bytes):
@@ -91,35 +63,54 @@ class Left:
 
 
 class _SteppedOver(Exception):
-    """A long payload was pushed; the machine goes on behind it."""
+    """A long payload was pushed, and the window moved behind it."""
 
 
 class PayloadMachine(Machine):
-    """A machine over Pages, which reads short payloads and steps over long ones."""
+    """A machine over a window of a file, which follows it and grows while its parts adjoin. It steps over long payloads."""
 
-    def _reset(self) -> None:
-        super()._reset()
-        self.torch = None  # its template needs bytes
-        self._held = 0
+    def __init__(self, pages: Pages, *, start: int = 0, **how: Any) -> None:
+        super().__init__(b"", size=pages.stop - start, **how)
+        self.base, self._pages = start, pages
+        self._step, self._read, self._held = _PAGE, 0, 0
+        self.torch = None  # its template looks ahead
 
-    def run(self) -> Any:
+    def _read_more(self) -> None:
+        rest = self.data[self.pos :]
+        count = min(max(self._step, len(rest)), self.size - len(self.data))
+        self._step, self._read = min(2 * self._step, _LONG), self._read + count
+        if self._read > MAX_OPCODES:
+            raise UnsupportedError(f"more than {MAX_OPCODES >> 20} MiB of pickle, payloads aside, are not read")
+        self._move()
+        self.data = rest + self._pages.pread(self.base + len(rest), count)
+
+    def _move(self) -> None:
+        """Let the window begin where the machine is."""
+        self.base, self.size, self.frame_end = self.base + self.pos, self.size - self.pos, self.frame_end - self.pos
+        self.pos, self.data = 0, b""
+
+    def _run_on(self) -> Any:
         while True:
             try:
-                return self._run()
+                return super()._run_on()
             except _SteppedOver:
                 continue
 
     def _sized(self, width: int, signed: bool = False) -> bytes:
         op = self.data[self.pos - 1]
         count = int.from_bytes(self._take(width), "little", signed=signed)
-        if count > (_LONG if self._held < _HELD else _PAGE) and self.pos + count <= len(self.data):
+        if (_LONG if self._held < _HELD else _PAGE) < count <= self.size - self.pos:
             if op not in _PAYLOADS:
                 raise ValueError(f"a number of {count} bytes")
-            self.stack.append(Left(self.pos, count, "text" if op in _TEXTS else "bytes"))
+            payload = Left(self.place, count, "text" if op in _TEXTS else "bytes")
+            self.stack.append(payload)
+            self.texts += [payload] if payload.spelling == "bytes" else []
             self.pos += count
+            self._move()
+            self._step = _PAGE
             raise _SteppedOver
         data = Placed(self._take(count))
-        data.start = self.pos - len(data)
+        data.start = self.place - len(data)
         self._held += len(data)
         return data
 
@@ -135,6 +126,11 @@ def kept(made: list[Inert]) -> Callable[[Inert], Inert]:
 
 
 # payloads as files inside the file
+
+
+def most_nested(file: FileRef) -> int:
+    """How many byte strings of a pickle are read as files: each of them takes some hundred microseconds."""
+    return 1000 + (file.size >> 14)
 
 
 def payload_span(file: FileRef, payload: Any, nbytes: int | None = None) -> Span | None:
@@ -248,17 +244,23 @@ class PayloadObjects(TorchObjects):
         super().__init__(locate)
         self.file = file
 
-    def construct(self, node: Inert) -> Any:
-        made, args, name = super().construct(node), node.args, node.dotted.replace("numpy._core.", "numpy.core.")
-        if made is not node or not isinstance(args, tuple):
-            return made
-        if name == "_codecs.encode" and len(args) == 2 and isinstance(args[0], Left) and args[1] in ("latin1", "latin-1"):
-            return Left(args[0].start, args[0].nbytes, "latin-1") if args[0].spelling == "text" else node
-        if name == "numpy.core.multiarray._reconstruct" and args[:1] == (Global("numpy", "ndarray"),):
-            return Unfinished(node, lambda state: self.array(*state[-4:]) if isinstance(state, tuple) and len(state) in (4, 5) else None)
-        if name == "numpy.core.numeric._frombuffer" and len(args) in (4, 5):
-            return self.array(args[2], args[1], args[3], args[0], *args[4:]) or node
-        return node
+    def _text(self, node: Inert) -> Any:
+        """`_codecs.encode(text, 'latin1')`, its text left in the file."""
+        args = node.args
+        if len(args) != 2 or not isinstance(args[0], Left):
+            return made_value(self, node)
+        self.unclear = True
+        latin = args[1] in ("latin1", "latin-1") and args[0].spelling == "text"
+        return Left(args[0].start, args[0].nbytes, "latin-1") if latin else node
+
+    def _array(self, node: Inert) -> Any:
+        if node.args[:1] != (Global("numpy", "ndarray"),):
+            return node
+        return Unfinished(node, lambda state: self.array(*state[-4:]) if isinstance(state, tuple) and len(state) in (4, 5) else None)
+
+    def _buffer(self, node: Inert) -> Any:
+        args = node.args
+        return (self.array(args[2], args[1], args[3], args[0], *args[4:]) if len(args) in (4, 5) else None) or node
 
     def array(self, shape: Any, dtype: Any, order: Any, payload: Any, axes: Any = None) -> LazyTensor | None:
         """An array as a tensor over its payload; None where torch has no such elements, or the parts are not numpy's."""
@@ -279,3 +281,12 @@ class PayloadObjects(TorchObjects):
             trouble = f"an array should have {spec.nbytes} bytes and has {storage.nbytes}"
             self.troubles.append(Finding("values locked", "danger", trouble, {}, "the array is listed; its values are refused"))
         return LazyTensor(spec, Stored(storage, 0, strides, element[1]), False, trouble)
+
+
+_CORES = ("numpy.core", "numpy._core")
+PayloadObjects.rebuilds = {
+    **TorchObjects.rebuilds,
+    "_codecs.encode": PayloadObjects._text,
+    **{f"{core}.multiarray._reconstruct": PayloadObjects._array for core in _CORES},
+    **{f"{core}.numeric._frombuffer": PayloadObjects._buffer for core in _CORES},
+}

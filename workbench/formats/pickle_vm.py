@@ -12,25 +12,18 @@ from __future__ import annotations
 import _compat_pickle
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
-from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.formats.pickle_arguments import c_string, checked_key, float_line, int_line, pairs_of, string_line, text_of
+from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, MAX_STACK, STORAGE, Starved, carry_out
 from workbench.formats.torch_template import carry_out_one, carry_out_run
 from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert, is_mapping, makes_tensor, wrapped
 
 _FETCHES = (b"h", b"j")
-_OPENERS = (b"(", b")")  # what stands behind the fetch that begins a template
 _CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
 SET_STATE = Global("torch.Tensor", "__setstate__")  # how `construct` is told of a state for what a call made: None, where it took it
-_MAX_OPCODES = 12_000_000  # run singly, at a tenth of a microsecond or two
-_MAX_BUILT = 600_000  # of those that the table carries out, at one or two microseconds
-_STORAGE = (100, 12)  # what one more storage allows of both, so that a file of a million tensors is listed, if slowly
-_SHORT = 1 << 10  # bytes of a text that is read at once, whatever it is read from
 _DOUBLE = struct.Struct(">d").unpack_from
-_STRIDE = 1 << 16  # opcodes between two looks at the stack
-_MAX_STACK = 2_000_000  # Python's own pickler empties its stack every 1,000 items
 
 
 class _SkippedMemo(Exception):
@@ -43,8 +36,10 @@ class Machine:
     Attributes:
         globals: every global named, with the byte where it first was.
         calls: every callable called or built, with the byte where it first was.
+        texts: every byte string of four bytes and more, wherever it went.
         end: the byte after STOP.
-        short: whether the machine stopped because the bytes ran out.
+        short: whether the machine stopped because the bytes ran out; crossed: because a frame ends inside an argument.
+        ran, built: opcodes run singly, and those of them that the table carried out; bounded, and handed on to bound several pickles.
     """
 
     def __init__(
@@ -56,13 +51,19 @@ class Machine:
         torch: Any = None,
         entries: Callable[[Machine, int], bool] | None = None,
         start: int = 0,
+        more: Callable[[int], bytes] | None = None,
+        size: int | None = None,
     ) -> None:
-        self.data = data
+        self.data = data  # as far as it was read
+        self.base = 0  # where it begins, in the bytes that places count
+        self.size = len(data) if size is None else size  # how long it may become
+        self.more = more  # gives data that begins alike and is longer, by its length
         self.persistent = persistent
         self.construct = construct
         self.torch = torch  # makes tensors from the parts of torch's own opcode template; None: opcodes are run singly
         self.entries = entries  # carries out what begins at a short text, or at a fetch with `)` behind it, where a container spells it so
         self._start = start
+        self.ran = self.built = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -80,9 +81,11 @@ class Machine:
         self.singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
         self.unwritten = 0  # memo entries that a template left out of `memo`
         self.merged = 0  # entries of states that were given to one object after another state
-        self.ran = self.built = 0  # opcodes run singly, and those of them that the table carried out
+        self.texts: list[Any] = []
+        self.keys: set[str] = set()  # of storages that were named singly
+        self.began = self.pos  # the opcode that is carried out
         self.end = 0
-        self.short = False
+        self.short = self.crossed = False
         self.frame_end = 0
 
     def run(self) -> Any:
@@ -92,145 +95,42 @@ class Machine:
             CorruptFileError: the C unpickler would raise here.
         """
         try:
-            return self._run()
+            return self._run_on()
         except _SkippedMemo:
             self.torch = self.entries = None
             self._reset()
-            return self._run()
+            return self._run_on()
+
+    def _run_on(self) -> Any:
+        while True:
+            try:
+                return self._run()
+            except Starved:
+                self.pos = self.began
+                self._read_more()
+
+    def _read_more(self) -> None:
+        assert self.more is not None
+        before, self.data = len(self.data), self.more(len(self.data))
+        self.size = self.size if len(self.data) > before else before
 
     def _run(self) -> Any:
-        """Carry out opcodes up to STOP: the most frequent ones here, where their state is in local variables, all others by the table."""
-        data, table, stack, marks, memo = self.data, _TABLE, self.stack, self.marks, self.memo
-        pos, highest, frame_end, unwritten, done = self.pos, self.highest, self.frame_end, self.unwritten, 0
-        floor, singly = marks[-1] if marks else 0, self.torch is None and self.entries is None
-        try:
-            while self.ran < _MAX_OPCODES and self.built < _MAX_BUILT:
-                if len(stack) > _MAX_STACK:
-                    raise ValueError(f"more than {_MAX_STACK} values wait on the stack")
-                for done in range(_STRIDE):  # noqa: B007 (what a run that ends here has done)
-                    op = data[pos]
-                    pos += 1
-                    if op < 0x50:
-                        if op == 0x4B:  # BININT1
-                            pos += 1
-                            stack.append(data[pos - 1])
-                            continue
-                        if op == 0x4E:  # NONE
-                            stack.append(None)
-                            continue
-                        if op == 0x28 and self.entries is None:  # MARK
-                            floor = len(stack)
-                            marks.append(floor)
-                            continue
-                        if op == 0x29:  # EMPTY_TUPLE
-                            stack.append(())
-                            continue
-                        if op == 0x4A and pos + 4 <= len(data) and not pos < frame_end < pos + 4:  # BININT
-                            stack.append(int.from_bytes(data[pos : pos + 4], "little", signed=True))
-                            pos += 4
-                            continue
-                        if op == 0x47 and pos + 8 <= len(data) and not pos < frame_end < pos + 8:  # BINFLOAT
-                            stack += _DOUBLE(data, pos)
-                            pos += 8
-                            continue
-                        if op == 0x4D and not pos < frame_end < pos + 2:  # BININT2
-                            pos += 2
-                            stack.append(data[pos - 2] | data[pos - 1] << 8)
-                            continue
-                        if op == 0x30 and len(stack) > floor:  # POP
-                            stack.pop()
-                            continue
-                        if op == 0x2E:  # STOP
-                            self.end = self.pos = pos
-                            return self._pop()
-                    elif op > 0x7F:
-                        if op == 0x94:  # MEMOIZE
-                            index = len(memo) + unwritten
-                            if index > highest and len(stack) > floor:
-                                memo[index] = stack[-1]
-                                highest = index
-                                continue
-                        elif op == 0x8C and singly:  # SHORT_BINUNICODE
-                            end = pos + 1 + data[pos]
-                            if not pos < frame_end < end and end <= len(data):
-                                stack.append(data[pos + 1 : end].decode("utf-8", "surrogatepass"))
-                                pos = end
-                                continue
-                        elif 0x85 <= op <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
-                            count = 0x84 - op
-                            if len(stack) + count >= floor:
-                                stack[count:] = (tuple(stack[count:]),)
-                                continue
-                        elif op == 0x89 or op == 0x88:  # NEWFALSE, NEWTRUE
-                            stack.append(op == 0x88)
-                            continue
-                    elif op < 0x6B:
-                        if op == 0x58 and self.torch is None:  # BINUNICODE
-                            end = pos + 4 + int.from_bytes(data[pos : pos + 4], "little")
-                            if not pos < frame_end < end and pos + 4 <= end <= len(data) and end - pos < _SHORT:
-                                stack.append(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
-                                pos = end
-                                continue
-                        if op == 0x68 and (singly or data[pos + 1 : pos + 2] not in _OPENERS):  # BINGET
-                            index = data[pos]
-                            if index in memo:
-                                stack.append(memo[index])
-                                pos += 1
-                                continue
-                        elif (
-                            op == 0x6A and (singly or data[pos + 4 : pos + 5] not in _OPENERS) and not pos < frame_end < pos + 4
-                        ):  # LONG_BINGET
-                            index = int.from_bytes(data[pos : pos + 4], "little")
-                            if index in memo and pos + 4 <= len(data):
-                                stack.append(memo[index])
-                                pos += 4
-                                continue
-                        elif op == 0x5D:  # EMPTY_LIST
-                            stack.append([])
-                            continue
-                        elif op == 0x61 and len(stack) > floor + 1 and type(stack[-2]) is list:  # APPEND
-                            item = stack.pop()
-                            stack[-1].append(item)
-                            continue
-                    elif op == 0x71:  # BINPUT
-                        index = data[pos]
-                        if index > highest and len(stack) > floor:
-                            memo[index] = stack[-1]
-                            highest = index
-                            pos += 1
-                            continue
-                    elif op == 0x72:  # LONG_BINPUT
-                        index = int.from_bytes(data[pos : pos + 4], "little")
-                        if index > highest and len(stack) > floor and pos + 4 <= len(data) and not pos < frame_end < pos + 4:
-                            memo[index] = stack[-1]
-                            highest = index
-                            pos += 4
-                            continue
-                    elif op == 0x7D:  # EMPTY_DICT
-                        stack.append({})
-                        continue
-                    elif op == 0x74 and marks:  # TUPLE
-                        stack[floor:] = (tuple(stack[floor:]),)
-                        marks.pop()
-                        floor = marks[-1] if marks else 0
-                        continue
-                    self.built += 1
-                    self.pos, self.highest = pos, highest
-                    table[op](self)
-                    pos, highest, frame_end, unwritten = self.pos, self.highest, self.frame_end, self.unwritten
-                    floor, singly = marks[-1] if marks else 0, self.torch is None and self.entries is None
-                self.ran += _STRIDE
-            what = f"{_MAX_OPCODES:,} opcodes" if self.ran >= _MAX_OPCODES else f"{_MAX_BUILT:,} opcodes that build something"
-            raise UnsupportedError(f"the pickle has more than {what}", offset=pos)
-        except FormatError:
-            raise
-        except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
-            self.pos = max(self.pos, pos)
-            self.short = self.short or self.pos >= len(data)
-            what = "the pickle ends early" if self.short else f"the pickle is damaged: {type(error).__name__}: {error}"
-            raise CorruptFileError(what, offset=self.pos) from error
-        finally:
-            self.ran += done
+        return carry_out(self, _TABLE)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it stopped, or would, because it did more than is done for one file."""
+        return self.ran >= MAX_OPCODES or self.built >= MAX_BUILT
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether `data` is all that it runs over, from its first byte."""
+        return self._start == 0 and len(self.data) == self.size
+
+    @property
+    def place(self) -> int:
+        """Where the machine is, in the bytes that places count."""
+        return self.base + self.pos
 
     def partial(self) -> Any:
         """What was built before the machine stopped: open containers take what waits for them, as far as it is complete."""
@@ -248,7 +148,7 @@ class Machine:
 
     # stack
 
-    def _pop(self) -> Any:
+    def pop(self) -> Any:
         if self.marks and len(self.stack) <= self.marks[-1]:
             raise ValueError("stack underflow")
         return self.stack.pop()
@@ -267,25 +167,32 @@ class Machine:
         return held
 
     def _take(self, count: int) -> bytes:
-        if count < 0 or self.pos + count > len(self.data):
+        if not 0 <= count <= self.size - self.pos:
             self.short = count >= 0
-            raise ValueError(f"{count} bytes wanted, {len(self.data) - self.pos} left")
+            raise ValueError(f"{count} bytes wanted, {self.size - self.pos} left")
+        if self.pos + count > len(self.data):
+            raise Starved
         if self.pos < self.frame_end < self.pos + count:
-            raise ValueError(_CROSSES)
+            self._cross()
         self.pos += count
         return self.data[self.pos - count : self.pos]
 
+    def _cross(self) -> NoReturn:
+        self.crossed = True
+        raise ValueError(_CROSSES)
+
     def _byte(self) -> int:
-        self.pos += 1
-        return self.data[self.pos - 1]
+        return self._take(1)[0]
 
     def _line(self) -> bytes:
         end = self.data.find(b"\n", self.pos)
+        if end < 0 and len(self.data) < self.size:
+            raise Starved
         if end < 0:
             self.short = True
             raise ValueError("a line without an end")
         if self.pos < self.frame_end <= end:
-            raise ValueError(_CROSSES)
+            self._cross()
         line = self.data[self.pos : end]
         self.pos = end + 1
         return line
@@ -305,6 +212,11 @@ class Machine:
     def _sized(self, width: int, signed: bool = False) -> bytes:
         return self._take(int.from_bytes(self._take(width), "little", signed=signed))
 
+    def _push_bytes(self, data: Any) -> None:
+        self.stack.append(data)
+        if len(data) > 3 and not isinstance(data, str):
+            self.texts.append(data)
+
     # text
 
     def op_binunicode(self) -> None:
@@ -322,6 +234,7 @@ class Machine:
     # memo and persistent ids
 
     def _put(self, index: int) -> None:
+        top = self._top()
         if index > self.highest:
             self.highest = index
         elif index in self.whole_memo():
@@ -329,7 +242,7 @@ class Machine:
             self.forms.clear()
         elif self.unwritten:
             raise _SkippedMemo
-        self.memo[index] = self._top()
+        self.memo[index] = top
 
     def _get(self, index: int) -> None:
         if index not in self.memo and index not in self.whole_memo():
@@ -366,7 +279,10 @@ class Machine:
 
     def _persistent(self, pid: Any) -> None:
         self.stack.append(self.persistent(pid))
-        self.ran, self.built = self.ran - _STORAGE[0], self.built - _STORAGE[1]
+        key = pid[2] if type(pid) is tuple and len(pid) > 4 else None
+        if type(key) is str and key not in self.keys:
+            self.keys.add(key)
+            self.ran, self.built = self.ran - STORAGE[0], self.built - STORAGE[1]
 
     # containers
 
@@ -379,7 +295,7 @@ class Machine:
         if self.marks and self.marks[-1] == len(self.stack):
             self.marks.pop()
         else:
-            self._pop()
+            self.pop()
 
     def _tuple(self, count: int) -> None:
         at = len(self.stack) - count
@@ -390,7 +306,7 @@ class Machine:
         self.stack.append(held)
 
     def op_append(self) -> None:
-        item = self._pop()
+        item = self.pop()
         self._extend(self._top(), [item])
 
     def op_appends(self) -> None:
@@ -409,7 +325,7 @@ class Machine:
             raise TypeError(f"cannot append to {_kind(target)}")
 
     def op_setitem(self) -> None:
-        value, key = self._pop(), self._pop()
+        value, key = self.pop(), self.pop()
         self._set_items(self._top(), {checked_key(key): value})
 
     def op_setitems(self) -> None:
@@ -448,8 +364,9 @@ class Machine:
                 module, name = _compat_pickle.NAME_MAPPING[module, name]
             elif module in _compat_pickle.IMPORT_MAPPING:
                 module = _compat_pickle.IMPORT_MAPPING[module]
+        self.built += 1
         found = Global(module, name)
-        self.globals.setdefault(found, self.pos)
+        self.globals.setdefault(found, self.place)
         self.stack.append(found)
 
     def op_global(self) -> None:
@@ -457,7 +374,7 @@ class Machine:
         self._global(module, self._word().decode("utf-8"))
 
     def op_stack_global(self) -> None:
-        name, module = self._pop(), self._pop()
+        name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
             raise TypeError("STACK_GLOBAL requires str")
         self._global(module, name)
@@ -467,11 +384,11 @@ class Machine:
         if code <= 0:
             raise ValueError("EXT specifies code <= 0")
         found = Global("copyreg", f"extension {code}")
-        self.globals.setdefault(found, self.pos)
+        self.globals.setdefault(found, self.place)
         self.stack.append(found)
 
     def called(self, dotted: str) -> None:
-        self.calls.setdefault(dotted, self.pos)
+        self.calls.setdefault(dotted, self.place)
 
     def _made(self, func: Any, args: Any, kwargs: Any = None, new: bool = False) -> None:
         if not isinstance(func, (Global, Inert)):
@@ -483,7 +400,7 @@ class Machine:
         self.stack.append(self.construct(node))
 
     def _call(self, new: bool) -> None:
-        args, func = self._pop(), self._pop()
+        args, func = self.pop(), self.pop()
         self._made(func, args, new=new)
 
     def op_inst(self) -> None:
@@ -497,15 +414,16 @@ class Machine:
         self._made(func, tuple(args))
 
     def op_newobj_ex(self) -> None:
-        kwargs, args, func = self._pop(), self._pop(), self._pop()
+        kwargs, args, func = self.pop(), self.pop(), self.pop()
         if not isinstance(kwargs, (dict, Inert)):
             raise TypeError("keyword arguments must be a dict")
         self._made(func, args, kwargs, new=True)
 
     def op_build(self) -> None:
-        state = self._pop()
+        state = self.pop()
         target = self._top()
         is_told = makes_tensor(target) or (isinstance(target, Inert) and is_mapping(target))
+        self.built += 2 * is_told  # which copies it
         if is_told and self.construct(Inert(SET_STATE, (target, state))) is None:
             self.called(SET_STATE.dotted)
             return
@@ -516,7 +434,7 @@ class Machine:
         if isinstance(target, Inert):
             if isinstance(target.state, dict) and isinstance(state, dict):
                 self.merged += len(target.state) + len(state)
-                if self.merged > _MAX_STACK:
+                if self.merged > MAX_STACK:
                     raise ValueError("the states of an object are given again and again")
                 target.state = {**target.state, **state}
             else:
@@ -531,11 +449,11 @@ class Machine:
 
     def op_frame(self) -> None:
         length = self._uint(8)
-        if length > len(self.data) - self.pos:
+        if length > self.size - self.pos:
             self.short = True
-            raise ValueError(f"a frame of {length} bytes, {len(self.data) - self.pos} left")
+            raise ValueError(f"a frame of {length} bytes, {self.size - self.pos} left")
         if self.pos < self.frame_end < self.pos + length:
-            raise ValueError(_CROSSES)
+            self._cross()
         self.frame_end = max(self.frame_end, self.pos + length)
         self.torch = None
 
@@ -543,7 +461,7 @@ class Machine:
         raise ValueError(f"invalid opcode 0x{self.data[self.pos - 1]:02x}")
 
     def op_readonly_buffer(self) -> None:
-        buffer = self._pop()
+        buffer = self.pop()
         if not isinstance(buffer, (bytes, bytearray)):
             raise TypeError("only a buffer can be made read-only")
         self.stack.append(bytes(buffer))
@@ -564,7 +482,7 @@ def _built(target: Global | Inert) -> str:
 
 
 def _kind(value: Any) -> str:
-    return value.dotted if isinstance(value, (Global, Inert)) else type(value).__name__
+    return value.dotted if isinstance(value, (Global, Inert)) else "bytes" if isinstance(value, bytes) else type(value).__name__
 
 
 _OPS: dict[bytes, Callable[[Machine], None]] = {
@@ -575,14 +493,14 @@ _OPS: dict[bytes, Callable[[Machine], None]] = {
     b"L": lambda m: m.stack.append(int(c_string(m._line().removesuffix(b"L")), 0)), b"M": lambda m: m.stack.append(m._uint(2)),
     b"\x8a": lambda m: m._signed(m._sized(1)), b"\x8b": lambda m: m._signed(m._sized(4, signed=True)),
     b"N": lambda m: m.stack.append(None), b"\x88": lambda m: m.stack.append(True), b"\x89": lambda m: m.stack.append(False),
-    b"S": lambda m: m.stack.append(string_line(m._line())),
-    b"T": lambda m: m.stack.append(text_of(m._sized(4, signed=True))), b"U": lambda m: m.stack.append(text_of(m._sized(1))),
+    b"S": lambda m: m._push_bytes(string_line(m._line())),
+    b"T": lambda m: m._push_bytes(text_of(m._sized(4, signed=True))), b"U": lambda m: m._push_bytes(text_of(m._sized(1))),
     b"V": lambda m: m.stack.append(m._line().decode("raw-unicode-escape")), b"X": Machine.op_binunicode,
     b"\x8c": Machine.op_short_binunicode,
     b"\x8d": lambda m: m.stack.append(m._sized(8).decode("utf-8", "surrogatepass")),
-    b"B": lambda m: m.stack.append(m._sized(4)), b"C": lambda m: m.stack.append(m._sized(1)), b"\x8e": lambda m: m.stack.append(m._sized(8)),
-    b"\x96": lambda m: m.stack.append(bytearray(m._sized(8))),
-    b"P": lambda m: m._persistent(m._line().decode("ascii")), b"Q": lambda m: m._persistent(m._pop()),
+    b"B": lambda m: m._push_bytes(m._sized(4)), b"C": lambda m: m._push_bytes(m._sized(1)), b"\x8e": lambda m: m._push_bytes(m._sized(8)),
+    b"\x96": lambda m: m._push_bytes(bytearray(m._sized(8))),
+    b"P": lambda m: m._persistent(m._line().decode("ascii")), b"Q": lambda m: m._persistent(m.pop()),
     b"R": lambda m: m._call(False), b"b": Machine.op_build,
     b"c": Machine.op_global, b"\x93": Machine.op_stack_global, b"i": Machine.op_inst, b"o": Machine.op_obj,
     b"\x81": lambda m: m._call(True), b"\x92": Machine.op_newobj_ex,

@@ -57,4 +57,6 @@ def made_value(objects: Any, node: Inert) -> Any:
             if known is None:
                 known = objects.encoded[id(text)] = (text, text.encode("latin-1"))
             return known[1]
+        case ("_codecs.encode", *_):
+            objects.unclear = True
     return node

@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from workbench.checkpoint import Checkpoint, Finding
 from workbench.dtypes import DTYPES
@@ -30,7 +30,7 @@ from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Span, Storage
 from workbench.formats import torch_zip
 from workbench.formats.known_globals import NESTED, danger_findings
-from workbench.formats.pickle_blobs import MAX_OPCODES, Left, Pages, PayloadMachine, PayloadObjects, Placed, kept, payload_span
+from workbench.formats.pickle_blobs import MAX_OPCODES, Left, Pages, PayloadMachine, PayloadObjects, Placed, kept, most_nested, payload_span
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects, storage_dtype, trailing_finding, unpickle
 from workbench.formats.zip_index import read_zip_index
@@ -121,23 +121,24 @@ class _Pickles:
 
     def read(self, storages: _Storages | None = None) -> Any:
         """The value of the next one. The object's is none: it is run for the storages that it names, and unpickled later."""
-        while True:
-            made: list[Inert] = []
-            persistent, construct = (storages.persistent, _same) if storages else (_same, kept(made))
-            machine = Machine(self.data, persistent=persistent, construct=construct, torch=storages, start=self.at)
-            try:
-                value = machine.run()
-            except FormatError as error:
-                if not machine.short or len(self.data) >= self._whole.nbytes:
-                    self.findings += danger_findings(machine, made)
-                    raise
-                if len(self.data) > MAX_OPCODES:
-                    raise UnsupportedError(f"more than {MAX_OPCODES >> 20} MiB of pickle are not read") from error
-                self.data += self._whole.read(len(self.data), 4 * len(self.data))
-            else:
-                self.findings += [] if storages else danger_findings(machine, made)
-                self.at = machine.end
-                return value
+        made: list[Inert] = []
+        persistent, construct = (storages.persistent, _same) if storages else (_same, kept(made))
+        size = self._whole.nbytes
+        machine = Machine(self.data, persistent=persistent, construct=construct, torch=storages, start=self.at, more=self._more, size=size)
+        try:
+            value = machine.run()
+        except FormatError:
+            self.findings += danger_findings(machine, made)
+            raise
+        self.findings += [] if storages else danger_findings(machine, made)
+        self.at = machine.end
+        return value
+
+    def _more(self, count: int) -> bytes:
+        if count > MAX_OPCODES:
+            raise UnsupportedError(f"more than {MAX_OPCODES >> 20} MiB of pickle are not read")
+        self.data += self._whole.read(count, 4 * count)
+        return self.data
 
 
 class _Storages:
@@ -225,7 +226,7 @@ def _open_plain(file: FileRef) -> Checkpoint:
     objects = _PlainObjects(file)
     with file.open() as source:
         try:
-            pages: Any = Pages(source.pread, file.size)
+            pages: Any = Pages(source.pread, file.size)  # a PayloadMachine's bytes
             tree, machine, findings = unpickle(pages, objects, file=file, format="pickle", machine=PayloadMachine, plain=objects.are_plain)
         except FormatError as error:
             if any(name.startswith("joblib.") for name in error.partial.dangers):
@@ -233,16 +234,18 @@ def _open_plain(file: FileRef) -> Checkpoint:
                 told.partial = error.partial
                 raise told from error
             raise
-        behind = _behind(source.pread, file, machine.end) if machine.end < file.size else []
+        behind = _behind(source.pread, file, machine) if machine.end < file.size else []
     return Checkpoint(tree, name=file.name, format="pickle", findings=(*behind, *findings), source=file)
 
 
-def _behind(pread: Callable[[int, int], bytes], file: FileRef, start: int) -> list[Finding]:
+def _behind(pread: Callable[[int, int], bytes], file: FileRef, machine: Machine) -> list[Finding]:
     """What stands behind the first pickle: told, and its dangers named, for a program may load one pickle after the other."""
-    findings, at, count, made = list[Finding](), start, 0, list[Inert]()
+    findings, count, start = list[Finding](), 0, machine.end
+    at = start
     while at < file.size and count < _MORE_PICKLES:
-        pages: Any = Pages(pread, file.size)
-        machine = PayloadMachine(pages, persistent=_same, construct=kept(made), start=at)
+        made, spent = list[Inert](), (machine.ran, machine.built)
+        machine = PayloadMachine(Pages(pread, file.size), persistent=_same, construct=kept(made), start=at)
+        machine.ran, machine.built = spent
         try:
             machine.run()
         except FormatError:
@@ -260,32 +263,38 @@ class _PlainObjects(PayloadObjects):
     def __init__(self, file: FileRef) -> None:
         super().__init__(file, self._absent)
         self._nested: dict[int, tuple[Any, Any]] = {}  # by where a payload lies, or by its id, which it keeps while it is held here
-        self._refused = False
+        self._read: set[int] = set()  # the calls, by their ids, that had one
 
     def _absent(self, key: str) -> Storage:
         raise CorruptFileError("a plain pickle does not hold the storage that it names", record=key)
 
     def are_plain(self, found: Global) -> bool:
         """Whether a name is plain here: torch's own call for a nested file, where each of them was read and its dangers are told."""
-        return found.dotted == NESTED and not self._refused
+        return found.dotted == NESTED and all(id(node) in self._read for node in self.strangers if node.dotted == NESTED)
 
-    def construct(self, node: Inert) -> Any:
-        if node.dotted != NESTED or not isinstance(node.args, tuple) or len(node.args) != 1:
-            self._refused |= node.dotted == NESTED
-            return super().construct(node)
+    def _file(self, node: Inert) -> Any:
+        if len(node.args) != 1:
+            return node
         payload = node.args[0]
         key = payload.start if isinstance(payload, (Placed, Left)) else id(payload)
         if key not in self._nested:
+            if len(self._nested) >= (most := most_nested(self.file)):
+                self.tell("nested file", "danger", f"of the torch files inside the pickle only {most:,} are read", {})
+                return node
             try:
                 ckpt = _open_nested(payload_span(self.file, payload))
                 self._nested[key] = (payload, ckpt.tree)
+                self._read.add(id(node))
             except FormatError as error:
-                self._refused = True
                 self._nested[key], ckpt = (payload, node), error.partial
                 message = f"a torch file inside the pickle is not read: {error.message}"
-                self.troubles.append(Finding("nested file", "danger", message, error.where))
+                self.tell("nested file", "danger", message, error.where)
             self.troubles += ckpt.findings if ckpt is not None else ()
+        elif self._nested[key][1] is not node:
+            self._read.add(id(node))
         return self._nested[key][1]
+
+    rebuilds: ClassVar = {**PayloadObjects.rebuilds, NESTED: _file}
 
 
 def _open_nested(span: Span | None) -> Checkpoint:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES, SUB_BYTE, DType
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Storage
-from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, WRAPPER, Names, danger_findings
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, WRAPPER, Names, danger_findings, misuses
 from workbench.formats.numpy_objects import numpy_number
 from workbench.formats.pickle_vm import SET_STATE, Machine
 from workbench.formats.python_objects import made_mapping, made_set, made_value
@@ -72,8 +74,7 @@ class Unfinished(Inert):
     """An object that becomes a tensor when its state comes; whoever holds it already holds the tensor then."""
 
     def __init__(self, node: Inert, finish: Callable[[Any], LazyTensor | None]) -> None:
-        super().__init__(node.func, node.args, node.kwargs, node.new)
-        self.finish = finish
+        self.__dict__.update(node.__dict__, finish=finish)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -94,6 +95,8 @@ class TorchObjects:
     for many that lie as torch lays them, and is None where one does not.
     """
 
+    rebuilds: ClassVar[dict[str, Callable[[Any, Inert], Any]]]  # what is made of the calls of a function, by its dotted name
+
     def __init__(
         self,
         locate: Callable[[str], Storage],
@@ -110,7 +113,8 @@ class TorchObjects:
         self.troubles: list[Finding] = []
         self._told: set[tuple[str, str]] = set()
         self.aside: list[Any] = []  # what objects hold beside what is listed of them
-        self.encoded: dict[int, tuple[str, bytes]] = {}
+        self.encoded: dict[int, tuple[str, bytes]] = {}  # byte strings that were spelled as text, by the text's id
+        self.unclear = False  # whether a text was encoded in a way that is not followed
         self._spent = 0
         self.strangers: list[Inert] = []  # what was made of classes and functions that are not plain
 
@@ -129,6 +133,7 @@ class TorchObjects:
         ("storage", class, key, place, numel[, view of it: (key, offset, numel) or None]) · ("module", class, file, source)
         """
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            self.strangers.append(Inert(pid[1], (), None, True, elements=[pid]))
             return pid[1]
         ref = self._ref(pid)
         spec, stored = TensorSpec(ref.dtype or DTYPES["uint8"], (ref.numel,)), ref.stored or Nowhere(ref.nbytes)
@@ -225,17 +230,18 @@ class TorchObjects:
 
     def construct(self, node: Inert) -> Any:
         """The tensor that a rebuild call makes, or the call itself, inert; None where a state went into a tensor."""
-        if node.func is SET_STATE:
+        func = node.func
+        if func is SET_STATE:
             return set_state(self, node)
-        if not isinstance(node.func, Global):
+        if type(func) is not Global:
             return node
-        dotted = node.func.dotted
+        dotted = func.dotted
         if dotted not in PLAIN or dotted == WRAPPER:
             self.strangers.append(node)
         if node.kwargs or not isinstance(node.args, tuple):
             self.aside += [node.args, node.kwargs]
             return node
-        build = _REBUILDS.get(dotted)
+        build = self.rebuilds.get(dotted)
         try:
             return node if build is None else build(self, node)
         except FormatError:
@@ -462,7 +468,7 @@ def _named(names: str, build: Callable[[TorchObjects, Inert], Any]) -> dict[str,
 
 
 _KINDS = ("", "Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_REBUILDS: dict[str, Callable[[TorchObjects, Inert], Any]] = {
+TorchObjects.rebuilds = {
     **{f"numpy.{core}.multiarray.scalar": lambda _, node: numpy_number(node) for core in ("core", "_core")},
     **{f"torch{where}.{kind}Tensor": old_tensor for where in ("", ".cuda") for kind in _KINDS},
     **{f"torch{where}.sparse.{kind}Tensor": _sparse for where in ("", ".cuda") for kind in _KINDS},
@@ -481,6 +487,30 @@ _REBUILDS: dict[str, Callable[[TorchObjects, Inert], Any]] = {
     **_named("collections.Counter collections.OrderedDict collections.defaultdict builtins.dict", made_mapping),
     "builtins.set": made_set,
 }  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One run of a machine, for whoever asks the same of the same bytes."""
+
+    file: FileRef
+    machine: Machine
+    strangers: list[Inert]
+    misused: dict[str, str]
+    texts: list[Any]  # byte strings
+
+
+_WATCHED: ContextVar[list[Run] | None] = ContextVar("watched", default=None)
+
+
+@contextmanager
+def watched_runs() -> Iterator[list[Run]]:
+    """The runs of `unpickle` inside, as they come."""
+    runs = list[Run]()
+    token = _WATCHED.set(runs)
+    try:
+        yield runs
+    finally:
+        _WATCHED.reset(token)
 
 
 class Unpickled(NamedTuple):
@@ -514,17 +544,22 @@ def unpickle(
         FormatError: the C unpickler would refuse it; `.partial` holds what was listed until there.
     """
     run = machine(data, persistent=objects.persistent, construct=objects.construct, torch=objects, entries=entries, start=start)
+
+    def told() -> list[Finding]:
+        misused = misuses(objects.strangers, run.globals)
+        if (watched := _WATCHED.get()) is not None and not objects.unclear:
+            watched.append(Run(file, run, objects.strangers, misused, [*run.texts, *(data for _, data in objects.encoded.values())]))
+        return danger_findings(run, objects.strangers, plain, misused) + objects.troubles
+
     try:
         tree = run.run()
     except FormatError as error:
         if record is not None:
             error.where.setdefault("record", record)
-        findings = tuple(danger_findings(run, objects.strangers, plain) + objects.troubles)
-        error.partial = Checkpoint(run.partial(), name=file.name, format=format, findings=findings, source=file)
+        error.partial = Checkpoint(run.partial(), name=file.name, format=format, findings=tuple(told()), source=file)
         error.short = run.short
         raise
-    told = danger_findings(run, objects.strangers, plain) + objects.troubles
-    found = (*told, *device_finding(objects.places), *_model_finding(objects.strangers), *_aside_finding(objects.aside))
+    found = (*told(), *device_finding(objects.places), *_model_finding(objects.strangers), *_aside_finding(objects.aside))
     return Unpickled(tree, run, found)
 
 

@@ -30,8 +30,7 @@ from workbench.errors import CorruptFileError, FormatError, UnknownFormatError
 from workbench.files import FileRef, Span
 from workbench.formats import FILES
 from workbench.formats.known_globals import danger_findings
-from workbench.formats.pickle_blobs import MAX_OPCODES, Pages, kept
-from workbench.formats.pickle_vm import Machine
+from workbench.formats.pickle_blobs import MAX_OPCODES, Pages, PayloadMachine, kept
 from workbench.formats.torch_objects import Bare, TorchObjects, storage_dtype, trailing_finding, unpickle
 from workbench.tree import Global, Inert
 
@@ -145,12 +144,14 @@ class _Stream:
 
     def __init__(self, pread: Callable[[int, int], bytes], span: Span, name: str) -> None:
         self._file, self._name, self._at, self._end = span.file, name, span.start, span.start + span.nbytes
-        self._pages: Any = Pages(pread, self._end)
+        self._pages = Pages(pread, self._end)
+        self._spent = (0, 0)
         self._findings: list[Finding] = []
 
     def pickle(self) -> Any:
         made: list[Inert] = []
-        machine = Machine(self._pages, persistent=lambda pid: pid, construct=kept(made), start=self._at)
+        machine = PayloadMachine(self._pages, persistent=lambda pid: pid, construct=kept(made), start=self._at)
+        machine.ran, machine.built = self._spent
         try:
             value = machine.run()
         except FormatError as error:
@@ -158,7 +159,7 @@ class _Stream:
             raise
         finally:
             self._findings += danger_findings(machine, made)
-        self._at = machine.end
+        self._at, self._spent = machine.end, (machine.ran, machine.built)
         return value
 
     def count(self) -> int:
@@ -176,7 +177,7 @@ class _Stream:
 
     def numbers(self, layout: str) -> tuple[int, ...]:
         start = self.skip(struct.calcsize(layout)).start
-        return struct.unpack(layout, self._pages[start : self._at])
+        return struct.unpack(layout, self._pages.pread(start, self._at - start))
 
     def skip(self, nbytes: int) -> Span:
         start, left = self._at, self._end - self._at
