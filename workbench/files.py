@@ -80,7 +80,7 @@ class FileRef:
             FileChangedError: it is another one now.
         """
         kept = _KEPT.get()
-        if kept is not None and kept[0] == self:
+        if kept is not None and (kept[0] is self or kept[0] == self):
             yield kept[1]
             return
         if self.address is not None:

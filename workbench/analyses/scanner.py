@@ -253,10 +253,11 @@ class _Scan:
         if piece.depth > _DEPTH:
             self.tell("not scanned", "danger", f"{piece.name} lies {_DEPTH} files deep and was not looked into", piece.place())
             return
-        cuts = [span.nbytes]
-        while cuts[-1] and len(cuts) < 100_000 and (start := _archive_start(span, cuts[-1])) is not None:
+        cuts, head = [span.nbytes], span.read(0, _HEAD)
+        may_end = span.nbytes > _HEAD or b"PK\x05\x06" in head
+        while may_end and cuts[-1] and len(cuts) < 100_000 and (start := _archive_start(span, cuts[-1])) is not None:
             cuts.append(start)
-        front, head = cuts[-1], span.read(0, _HEAD)
+        front = cuts[-1]
         if (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())

@@ -120,8 +120,8 @@ class ZipIndex:
             raise UnsupportedError(
                 f"the record is packed by method {method}; stored and deflated ones are read", record=name, path=self.file.url
             )
-        with Span(self.file, 0, self.file.size).open() as reader:
-            start = _payload_start(record, lambda at, n: _pread(reader, at, n, self.file.size))
+        with self.file.open() as source:
+            start = _payload_start(record, source.pread)
         if start + packed > self._next[header]:
             raise CorruptFileError("the record runs into what follows it", record=name, path=self.file.url)
         span = Span(self.file, start, packed, record)
@@ -195,13 +195,6 @@ def _payload_start(record: Record, pread: Callable[[int, int], bytes]) -> int:
     if not sizes_agree or not (crc == record.crc or (streamed and crc == 0)):
         raise CorruptFileError("local and central headers disagree on size or checksum", record=record.name, offset=record.header)
     return record.header + 30 + int(name_length) + int(extra_length)
-
-
-def _pread(reader: Reader, at: int, count: int, size: int) -> bytes:
-    buffer = bytearray(max(0, min(count, size - at)))
-    if buffer:
-        reader.readinto(memoryview(buffer), at)
-    return bytes(buffer)
 
 
 @dataclass(frozen=True)
