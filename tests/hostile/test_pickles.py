@@ -31,6 +31,9 @@ from hostile_makers import (
 
 import workbench as wb
 from workbench.errors import CorruptFileError, FormatError, UntrustedError, WorkbenchError
+from workbench.formats import pickle_blobs, torch_legacy
+from workbench.formats.known_globals import misuses
+from workbench.tree import Global, Inert
 
 
 @pytest.fixture
@@ -366,3 +369,46 @@ def test_a_run_that_is_refused_late_is_not_tried_again_from_each_name(clash, tmp
     assert time.process_time() - start < 4
     assert len(ckpt) == count
     assert ckpt[f"t{count - 1}"].peek() == [1.0]
+
+
+LOADER = b"ctorch.storage\n_load_from_bytes\nq\x00"
+
+
+def test_only_so_many_byte_strings_are_read_as_files_and_that_is_told(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(torch_legacy, "_open_nested", lambda span, own=torch_legacy._open_nested: read.append(span) or own(span))
+    path = tmp_path / "many.pkl"
+    path.write_bytes(b"\x80\x02" + LOADER + b"0".join(b"h\x00C\x04%d\x85R" % count for count in range(1000, 5000)) + b".")
+    ckpt = wb.open(path)
+    assert 0 < len(read) <= pickle_blobs.most_nested(ckpt.source) < 4000
+    assert any(finding.kind == "nested file" for finding in ckpt.findings if finding.severity == "danger")
+    assert any(finding.where.get("global") == "torch.storage._load_from_bytes" for finding in wb.scan(path).dangers)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 12])
+def test_a_loader_that_is_handed_on_is_a_danger_however_deep_it_lies(depth, tmp_path):
+    path = tmp_path / "deep.pkl"
+    handed = b"cargparse\nNamespace\nh\x00" + b"\x85" * depth + b"\x85R"
+    path.write_bytes(b"\x80\x02" + LOADER + handed + b".")
+    assert any("handed on" in finding.message for finding in wb.scan(path).dangers)
+
+
+def test_an_element_type_whose_fields_hold_each_other_is_looked_into_once():
+    dtype = Inert(Global("numpy", "dtype"), ("V8", False, True), state=(3, "|", None, ("a",), {}, 8, 1, 0))
+    for _ in range(40):
+        fields = {name: (dtype, 0) for name in "abcdefgh"}
+        dtype = Inert(Global("numpy", "dtype"), ("V8", False, True), state=(3, "|", None, tuple(fields), fields, 8, 1, 0))
+    assert misuses([dtype], [dtype.func]) == {}
+    innermost = dtype
+    while innermost.state[4]:
+        innermost = next(iter(innermost.state[4].values()))[0]
+    innermost.args = ("O8", False, True)
+    assert "told flags" in misuses([dtype], [dtype.func])["numpy.dtype"]
+
+
+def test_changes_to_very_many_classes_are_told_by_number(tmp_path):
+    path = tmp_path / "classes.pkl"
+    path.write_bytes(b"\x80\x02" + b"".join(b"ca%d\nb\nNb0" % count for count in range(3000)) + b"N.")
+    findings = wb.open(path).findings
+    assert len(findings) < 300
+    assert any("not told one by one" in finding.message for finding in findings)
