@@ -59,7 +59,7 @@ FAMILIES = {  # one format in several files
     ("formats", "dcp_folder"): {"torch_zip", "safetensors_file"},
     ("formats", "safetensors_writer"): {"safetensors_file"},
     ("formats", "torch_writer"): {"torch_zip"},
-    ("analyses", "scanner"): {"scan_report"},
+    ("analyses", "scanner"): {"scan_report", "pickle_runs"},
     ("analyses", "checkup"): {"scan_report", "scanner", "statistics", "sizes", "description"},
     ("widgets", "explorer"): {"explorer_report"},
     ("widgets", "mapper"): {"mapper_report"},
@@ -196,7 +196,7 @@ def test_kernels_are_named_inside_this_package_only():
 
 def test_the_library_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) < 24_900
+    assert sum(lines.values()) < 25_100
     assert not [f"{path.name}: {count}" for path, count in lines.items() if count > 600]
 
 

@@ -69,7 +69,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
     history: tuple[Step, ...] = ()
     _tensors: dict[str, LazyTensor] = field(init=False, default_factory=dict)
     _paths: dict[str, Path] = field(init=False, default_factory=dict)
-    _extras: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         found = list(self.findings)
@@ -81,7 +80,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
         if is_flat:  # as most files are: a walk would find the same, three times as slowly
             tensors.update(entries)
             paths.update(zip(entries, zip(entries, strict=True), strict=True))
-        for path, value in () if is_flat else walk(self.tree):
+        for path, value in () if is_flat else walk(self.tree, values=False):
             if isinstance(value, LazyTensor):
                 name = flat = join_path(path) if path else "tensor"
                 if flat in tensors:
@@ -95,8 +94,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
                 paths[name] = path
             elif value is NOTHING:
                 stopped += 1
-            elif "_metadata" not in path:
-                self._extras[join_path(path)] = plain(value)
         if collisions > _MAX_COLLISIONS:
             text = f"{collisions - _MAX_COLLISIONS} more names are taken twice, and their later tensors are shown with a number"
             found.append(Finding("name collision", "warning", text))
@@ -138,10 +135,17 @@ class Checkpoint(Mapping[str, LazyTensor]):
         """Where each name lies in the tree."""
         return self._paths
 
-    @property
+    @cached_property
     def extras(self) -> Mapping[str, Any]:
-        """Every value that is no tensor, by dotted path; objects are shown by name, never built."""
-        return self._extras
+        """Every value that is no tensor, by dotted path; objects are shown by name, never built. Made when first asked for."""
+        out: dict[str, Any] = {}
+        parent, prefix = (), ""
+        for path, value in walk(self.tree):
+            if value is not NOTHING and not isinstance(value, LazyTensor) and "_metadata" not in path:
+                if path[:-1] != parent:
+                    parent, prefix = path[:-1], f"{join_path(path[:-1])}." if path[:-1] else ""
+                out[prefix + join_path(path[-1:])] = plain(value)
+        return out
 
     @property
     def aliases(self) -> dict[str, str]:

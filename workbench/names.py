@@ -27,7 +27,7 @@ def join_path(path: tuple[Any, ...]) -> str:
     try:
         return ".".join(path)
     except TypeError:
-        return ".".join(map(str, path))
+        return ".".join(f"{key:#x}" if isinstance(key, int) and key.bit_length() > 4096 else str(key) for key in path)
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -224,9 +224,9 @@ def _inert_children(node: Inert) -> Iterator[tuple[Any, Any]]:
 _LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})  # those that a walk meets most
 
 
-def walk(root: Any, *, objects: bool = False) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def walk(root: Any, *, objects: bool = False, values: bool = True) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every leaf with its path (and every inert object, where asked), depth first, in order. Cycles end where they close; deep and
-    bomb-like trees are cut.
+    bomb-like trees are cut. Without `values`, text and numbers are passed over.
 
     A leaf whose value is `NOTHING` marks a place where the walk stopped.
     """
@@ -259,11 +259,12 @@ def walk(root: Any, *, objects: bool = False) -> Iterator[tuple[tuple[Any, ...],
         while iterators:
             parent, iterator, own, _ = iterators[-1]
             for key, node in iterator:
-                path = (*parent, key)
                 if type(node) not in _LEAVES:
+                    path = (*parent, key)
                     break
                 visits += 1
-                yield path, node
+                if values or type(node) is LazyTensor:
+                    yield (*parent, key), node
             else:
                 iterators.pop()
                 open_ids.discard(own)

@@ -53,7 +53,7 @@ from hostile_makers import (
 import workbench as wb
 from workbench.analyses import scanner
 from workbench.analyses.scanner import scan
-from workbench.errors import MissingFileError, ReportFailedError, SelectionError
+from workbench.errors import CorruptFileError, MissingFileError, ReportFailedError, SelectionError
 from workbench.formats.known_globals import HARMLESS, PLAIN
 
 LOADERS = {
@@ -344,15 +344,54 @@ SHARED = {
 }
 
 
+DICT = b"ccollections\nOrderedDict\n)R"
+LOADER = b"ctorch.storage\n_load_from_bytes\n"
+META = b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n(ctorch\nfloat32\n(K\x02t(K\x01t\x89tR"
+PLANTED = {
+    "append of a dict": lambda payload: DICT + b"}" + text("append") + LOADER + b"sb" + payload + b"a.",
+    "add of a dict": lambda payload: DICT + b"}" + text("add") + LOADER + b"sb(" + payload + b"\x90.",
+    "__setstate__ of a dict": lambda payload: DICT + b"}" + text("__setstate__") + LOADER + b"sb" + payload + b"b.",
+    "append of a Counter": lambda payload: b"ccollections\nCounter\n)R}" + text("append") + LOADER + b"sb" + payload + b"a.",
+    "append in slots": lambda payload: DICT + b"N}" + text("append") + LOADER + b"s\x86b" + payload + b"a.",
+    "a state that is a dict object": lambda payload: b"ctypes\nSimpleNamespace\n)R" + DICT + text("append") + LOADER + b"sb" + payload + b"a.",
+    "append of a parameter": lambda payload: (
+        b"ctorch._utils\n_rebuild_parameter_with_state\n(" + META + b"\x89" + DICT + b"}" + text("append") + LOADER + b"stR" + payload + b"a."
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_loader_that_is_planted_where_pickle_calls_it_is_a_danger(name, tmp_path):
+    """The payload, a torch file that runs a command, is spelled in numbers, so that no byte string of the file is one."""
+    path, marker = tmp_path / "planted.pkl", tmp_path / "marker"
+    legacy = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {})) + touch(marker) + b"."
+    payload = b"cbuiltins\nbytes\n(" + b"".join(b"K" + bytes([byte]) for byte in legacy) + b"t\x85R"
+    path.write_bytes(PROTO + PLANTED[name](payload))
+    assert carried_out([("pickle", path, marker)]), "the exploit does not work, and the test says nothing"
+    assert is_named(scan(path), "torch.storage._load_from_bytes")
+    assert any(f.where.get("global") == "torch.storage._load_from_bytes" for f in wb.open(path).findings if f.severity == "danger")
+
+
+@pytest.mark.parametrize("nbytes", [70_000, 200_000])
+def test_a_long_text_across_the_end_of_a_frame_is_refused(nbytes, tmp_path):
+    """C reads the text's end from the file and what follows from the frame."""
+    inside = b"X" + struct.pack("<I", nbytes) + b"a" * 10
+    path = tmp_path / "frame.pkl"
+    path.write_bytes(b"\x80\x04\x95" + struct.pack("<Q", len(inside)) + inside + b"a" * (nbytes - 10) + b".")
+    with pytest.raises(CorruptFileError, match="frame ends inside"):
+        wb.open(path)
+    assert not scan(path).ok
+
+
 @pytest.mark.parametrize("as_zip", [False, True])
 @pytest.mark.parametrize("name", SHARED)
 def test_a_run_that_the_reader_made_says_what_a_run_of_its_own_says(name, as_zip, tmp_path, monkeypatch):
     path, ran = tmp_path / "file.pt", []
     program = SHARED[name](tmp_path / "marker")
     torch_zip(path, program) if as_zip else path.write_bytes(program)
-    monkeypatch.setattr(scanner, "_ran", lambda *given, own=scanner._ran: ran.append(given) or own(*given))
+    monkeypatch.setattr(scanner, "run_first", lambda *given, own=scanner.run_first: ran.append(given) or own(*given))
     shared, own_runs = scan(path).to_dict(), len(ran)
-    monkeypatch.setattr(scanner, "_is_run_over", lambda *_: False)
+    monkeypatch.setattr(scanner, "is_run_over", lambda *_: False)
     alone = scan(path).to_dict()
     assert own_runs < len(ran) - own_runs or "FRAME" in name or wb.scan(path).format == "unknown"
     for report in (shared, alone) if name == "too many calls" else ():  # the bound is looked at from time to time

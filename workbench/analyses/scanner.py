@@ -14,12 +14,12 @@ import os
 import re
 import struct
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from itertools import islice, pairwise
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from workbench.analyses.pickle_runs import FIRST_READ, Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
 from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
 from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES
@@ -35,28 +35,26 @@ from workbench.errors import (
 )
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
-from workbench.formats.dcp_template import carry_out_entries
-from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, PLAIN, WRAPPER, danger_findings, judge, misuses
-from workbench.formats.pickle_blobs import Left, Pages, PayloadMachine, most_nested, payload_span
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, danger_findings, judge, misuses
+from workbench.formats.pickle_blobs import Left, most_nested, payload_span
 from workbench.formats.pickle_loop import TOO_MUCH
-from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_archive import pickle_roots
 from workbench.formats.torch_objects import Run, watched_runs
 from workbench.formats.torch_tar import walk
 from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
 from workbench.tensors import parts
-from workbench.tree import Global, Inert
+from workbench.tree import Global
 
 _HEAD = 4096  # which is_tar wants to see
-_FIRST_READ, _SURE_READ, _LAST_READ = 1 << 16, 1 << 20, 32 << 20  # of one pickle; a longer one is followed, its payloads stepped over
-_MOST_READ = 256 << 20  # of one packed record
+_MOST_READ = 128 << 20  # bytes of packed records
+_EACH = 60  # what each pickle of strangers counts for among the things that are built for one file
+_MOST_ENDS = 100_000  # marks of an archive's end that are looked at
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
 _OWN_KINDS = frozenset(
     {"forbidden global", "forbidden call", "data classes", "unreadable pickle"}
 )  # findings of wb.open that are made here
-_ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
 _OBJECTS = re.compile(
@@ -74,9 +72,6 @@ _FIRST = frozenset(
 _CLIMBS = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 _PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
 _PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
-
-_LEAF = Inert(Global("torch", "Tensor"))
-_LEAVES = SimpleNamespace(form=lambda *_: _LEAF, template_tensor=lambda *_: _LEAF, run=lambda _, forms: forms)  # no tensors are made here
 
 
 def scan(source: Any, *, crc: bool = False, storage_options: Mapping[str, Any] | None = None) -> ScanReport:
@@ -150,7 +145,10 @@ class _Scan:
         self.formats: list[str] = []
         self.tensors = 0
         self.refused: set[tuple[str, str]] = set()
-        self.known: list[Run] = []  # by wb.open, of the file that is scanned
+        self.known: dict[int, list[Run]] = defaultdict(list)  # by wb.open, by how many bytes they ran over
+        self.inflated = 0  # bytes of packed records that were read
+        self.ends = 0  # marks of an archive's end that ended none
+        self.read: set[int] = set()  # byte strings, by their ids, that wb.open read as files
         self.looked_into = 0  # byte strings of its pickles
         self.spent = (0, 0)  # opcodes that were run over it, and those that built something
         self.loads = True  # whether torch would load it, once the harmless classes are allowed
@@ -219,7 +217,7 @@ class _Scan:
         ckpt: Checkpoint | None = None
         listed: Checkpoint | None = None
         try:
-            with located(), watched_runs() as self.known:
+            with located(), watched_runs() as runs:
                 listed = ckpt = opener()
             self.formats.append(ckpt.format)
         except WorkbenchError as error:
@@ -231,6 +229,10 @@ class _Scan:
             for f in listed.findings:
                 found = Finding(f.kind, f.severity, f.message, {**f.where, **here.to_dict()}, f.hint)
                 (self.also_found if f.kind in _OWN_KINDS else self.findings).append(found)
+        self.known, self.read = defaultdict(list), set()
+        for run in runs:
+            if run.machine.is_whole:
+                self.known[run.machine.base + run.machine.size].append(run)
         self.loads &= ckpt is not None and ckpt.format in ("torch-zip", "torch-legacy")
         return ckpt
 
@@ -253,10 +255,13 @@ class _Scan:
         if piece.depth > _DEPTH:
             self.tell("not scanned", "danger", f"{piece.name} lies {_DEPTH} files deep and was not looked into", piece.place())
             return
-        cuts, head = [span.nbytes], span.read(0, _HEAD)
+        cuts, head, looked = [span.nbytes], span.read(0, _HEAD), self.ends
         may_end = span.nbytes > _HEAD or b"PK\x05\x06" in head
-        while may_end and cuts[-1] and len(cuts) < 100_000 and (start := _archive_start(span, cuts[-1])) is not None:
+        most = 64 + span.nbytes // 1024  # of the many that a .distcp file holds, none is smaller
+        while may_end and cuts[-1] and len(cuts) < most and (start := self.archive_start(span, cuts[-1])) is not None:
             cuts.append(start)
+        if len(cuts) == most or looked < _MOST_ENDS <= self.ends:
+            self.tell("not scanned", "danger", f"{piece.name} has more ends of zip archives than were looked into", piece.place())
         front = cuts[-1]
         if (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
@@ -275,8 +280,25 @@ class _Scan:
                 self.tar(rest, head)
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
                 length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
-                if length <= front and (length > _FIRST_READ or _OBJECTS.search(span.read(10, length))):
+                if length <= front and (length > FIRST_READ or _OBJECTS.search(span.read(10, length))):
                     self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=True)
+
+    def archive_start(self, span: Span, end: int) -> int | None:
+        """Where the zip archive begins that ends at `end`; None where none does."""
+        for reach in (22, 65_557):
+            base = max(0, end - reach)
+            tail = span.read(base, end)
+            at = tail.rfind(b"PK\x05\x06")
+            while at >= 0 and (at + 22 > len(tail) or at + 22 + struct.unpack_from("<H", tail, at + 20)[0] != len(tail)):
+                self.ends += 1
+                at = tail.rfind(b"PK\x05\x06", 0, at) if self.ends < _MOST_ENDS else -1
+            if at >= 0:
+                size, offset, place = *struct.unpack_from("<II", tail, at + 12), base + at
+                record = span.read(max(0, place - 76), place)
+                if record[:4] == b"PK\x06\x06" and record[56:60] == b"PK\x06\x07":
+                    (size, offset), place = struct.unpack_from("<QQ", record, 40), place - 76
+                return max(0, place - size - offset) if size or offset else None
+        return None
 
     def archive(self, piece: _Piece) -> None:
         try:
@@ -306,7 +328,7 @@ class _Scan:
                     if self.crc and record.crc and checksum(storage) != record.crc:  # torch writes 0 where it was told to count none
                         where = piece.inner(payload, name).place()
                         self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
-                    may_run = _is_marked(head) or (kind == "torch-export" and _acts(head))
+                    may_run = _is_marked(head) or (kind == "torch-export" and acts_at_all(head))
                     if may_run or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
                         self.record(piece, index, name, head, kind, payload if stored else None)
                 except FormatError as error:
@@ -318,7 +340,8 @@ class _Scan:
     def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
         """One record, whose bytes are `stored` where they lie as they are."""
         is_script, is_raw = kind == "torchscript", _RAW_VALUES.search(name) is not None
-        found = stored or payload_span(index.file, read_record(index, name, _MOST_READ))
+        self.inflated += 0 if stored else index.records[name].size
+        found = stored or payload_span(index.file, read_record(index, name, max(0, 2 * _MOST_READ - self.inflated)))
         assert found is not None
         inner, seen = piece.inner(found, name, is_script), len(self.pickles)
         if _CLIMBS.search(name):
@@ -341,7 +364,9 @@ class _Scan:
             method, name_length, extra_length = struct.unpack_from("<H16xHH", data, at + 8)
             name = data[at + 30 : at + 30 + name_length].decode("utf-8", "replace")
             body = data[at + 30 + name_length + extra_length : end]
-            found = payload_span(piece.span.file, _inflated(body) if method == 8 else body)
+            body = _inflated(body, _MOST_READ - self.inflated) if method == 8 else body
+            self.inflated += len(body) if method == 8 else 0
+            found = payload_span(piece.span.file, body)
             if found is not None and not _RAW_VALUES.search(name):
                 self.content(piece.inner(found, name), sure=name.endswith("data.pkl"))
 
@@ -384,8 +409,8 @@ class _Scan:
         if error is None or machine.globals:
             self.strings(piece, at, outcome)
         nested = not any(finding.severity == "danger" for finding in self.findings[seen:])
-        loads = _calls(NESTED, machine, made)
-        nested &= all(isinstance(node.args, tuple) and [*map(_is_bytes, node.args)] == [True] for node in loads)
+        loads = calls_of(NESTED, machine, made)
+        nested &= bool(loads) and all(isinstance(node.args, tuple) and [*map(is_bytes, node.args)] == [True] for node in loads)
 
         def also(found: Global) -> bool:
             own = found.module.startswith("__torch__") or found.module == "torch.jit._pickle" or found.name in ALL_STORAGE_DTYPES
@@ -406,18 +431,20 @@ class _Scan:
             self.refuse(error, piece.place(at))
         return None if error is not None else (at + machine.end, root)
 
-    def outcome(self, span: Span, sure: bool) -> _Outcome:
+    def outcome(self, span: Span, sure: bool) -> Outcome:
         """The run that wb.open made of the same bytes, or a new one. What is done for one file is bounded in all."""
-        for known in self.known:
-            if _is_run_over(machine := known.machine, known.file, span):
+        for known in self.known.get(span.nbytes, ()):
+            if is_run_over(machine := known.machine, known.file, span):
                 self.spent = (self.spent[0] + machine.ran, self.spent[1] + machine.built)
                 error = None if machine.end else UnsupportedError(TOO_MUCH, offset=machine.place)
-                return _Outcome(machine, known.strangers, None, error, known.misused, known.texts)
-        outcome = _ran(span, sure, self.spent)
-        self.spent = (outcome.machine.ran, outcome.machine.built)
-        return outcome._replace(misused=misuses(outcome.made, outcome.machine.globals))
+                self.read.update(map(id, known.read))
+                return Outcome(machine, known.strangers, None, error, known.misused, known.texts)
+        outcome = run_first(span, sure, self.spent)
+        odd = outcome.made or (sure and outcome.error is not None)  # tensors of a .distcp are many, and plain
+        self.spent = (outcome.machine.ran, outcome.machine.built + (_EACH if odd else 0))
+        return outcome._replace(misused=misuses(outcome.made, outcome.machine.globals, outcome.machine.states))
 
-    def note(self, outcome: _Outcome, piece: _Piece, at: int, also: Callable[[Global], bool]) -> None:
+    def note(self, outcome: Outcome, piece: _Piece, at: int, also: Callable[[Global], bool]) -> None:
         machine, made, _, error, misused, _ = outcome
         ends = "at its STOP" if error is None else f"broken: {error.message}"
         self.pickles.append(PickleSeen(piece.place(at), machine.proto, machine.end or machine.place, ends))
@@ -427,14 +454,16 @@ class _Scan:
             use = "imported" if found.dotted not in machine.calls else "built" if found.dotted in built else "called"
             self.uses.append(GlobalUse(found.dotted, verdict, use, why, piece.place(at + offset)))
         self.loads = self.loads and machine.proto == 2 and not any(node.items or node.elements for node in made)
-        types = (node.args[0] for node in _calls("numpy.dtype", machine, made) if isinstance(node.args, tuple) and node.args)
+        types = (node.args[0] for node in calls_of("numpy.dtype", machine, made) if isinstance(node.args, tuple) and node.args)
         self.element_types |= {code for code in types if isinstance(code, str)}
 
-    def strings(self, piece: _Piece, at: int, outcome: _Outcome) -> None:
+    def strings(self, piece: _Piece, at: int, outcome: Outcome) -> None:
         """Byte strings of a pickle: those that it hands to torch as files, those that look like files, and the first of all others."""
-        given = {id(arg) for node in _calls(NESTED, outcome.machine, outcome.made) if isinstance(node.args, tuple) for arg in node.args}
+        given = {id(arg) for node in calls_of(NESTED, outcome.machine, outcome.made) if isinstance(node.args, tuple) for arg in node.args}
         for count, data in enumerate(outcome.texts):
             left, sure = isinstance(data, Left), id(data) in given
+            if sure and id(data) in self.read and self.looked_into >= _MOST_TOLD:  # which told what it found
+                continue
             if not (left or sure or count < _MOST_STRINGS or _is_marked(data[:6])):
                 continue
             found = piece.span.part(at + data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
@@ -448,99 +477,6 @@ class _Scan:
             self.content(piece.inner(found, "byte string"), sure=sure)
 
 
-def _acts(head: bytes) -> bool:
-    """Whether a pickle that begins with these bytes names something, ends, or goes on behind them; raw numbers break off at once."""
-    machine = _Sequential(head, persistent=lambda _: _LEAF, construct=lambda node: node)
-    try:
-        machine.run()
-    except FormatError:
-        return bool(machine.short or machine.globals or machine.calls)
-    return True
-
-
-class _Outcome(NamedTuple):
-    """A machine after its run, the calls of strangers, the value (what stood on the stack, where it broke), what broke it, and what
-    is wrong with the calls; and the byte strings.
-    """
-
-    machine: Machine
-    made: list[Inert]
-    root: Any
-    error: FormatError | None
-    misused: Mapping[str, str]
-    texts: list[Any]
-
-
-def _is_run_over(machine: Machine, file: FileRef, span: Span) -> bool:
-    """Whether a reader ran this machine over just these bytes, and to its end; and noted all that is noted here."""
-    if not (machine.end or machine.is_spent):
-        return False
-    if type(machine) is PayloadMachine:
-        return (span.file, span.start, span.nbytes) == (file, 0, file.size)
-    return type(machine) is Machine and machine.is_whole and len(machine.data) == span.nbytes and span.read() == machine.data
-
-
-def _ran(piece: Span, sure: bool, spent: tuple[int, int]) -> _Outcome:
-    """Run a machine over the first pickle there; what was `spent` before on the same file counts."""
-    made: list[Inert] = []
-    encoded: list[bytes] = []
-
-    def persistent(pid: Any) -> Any:
-        """What torch's own functions make of it: the class that it carries along with its source, or a storage."""
-        held = pid if isinstance(pid, tuple) else ()
-        found = next((item for item in held[:2] if isinstance(item, (Global, Inert))), None) if held[:1] != ("storage",) else None
-        if found is None:
-            return _LEAF
-        made.append(Inert(found, (), None, True, elements=[pid]))  # noted as an object that torch does not fill, for it refuses such ids
-        return found
-
-    def construct(node: Inert) -> Any:
-        args, dotted = node.args, node.dotted
-        if dotted == "_codecs.encode" and isinstance(args, tuple) and list(map(type, args)) == [str, str] and args[1] in _ENCODINGS:
-            encoded.append(args[0].encode(args[1], "replace"))
-            return encoded[-1]
-        if dotted not in PLAIN or dotted == WRAPPER:
-            made.append(node)
-        return node
-
-    def run(kind: type[Machine], data: Any, **how: Any) -> _Outcome:
-        made.clear()
-        encoded.clear()
-        machine = kind(data, persistent=persistent, construct=construct, **how)
-        machine.ran, machine.built = spent
-        root, broken = None, None
-        try:
-            root = machine.run()
-        except FormatError as error:
-            root, broken = machine.stack, error
-        return _Outcome(machine, made, root, broken, {}, machine.texts + encoded)
-
-    most = min(piece.nbytes, _LAST_READ)
-    data = piece.read(0, min(most, _SURE_READ if sure else _FIRST_READ))
-    outcome = run(
-        Machine, data, torch=_LEAVES, entries=carry_out_entries, size=most, more=lambda count: piece.read(0, min(most, 8 * count))
-    )
-    if outcome.error is not None and outcome.machine.short and most < piece.nbytes:
-        return run(PayloadMachine, Pages(lambda at, size: piece.read(at, at + size), piece.nbytes))
-    if outcome.machine.crossed:
-        return run(_Sequential, outcome.machine.data)._replace(error=outcome.error)
-    return outcome
-
-
-def _calls(dotted: str, machine: Machine, made: list[Inert]) -> list[Inert]:
-    return [node for node in made if node.dotted == dotted] if dotted in machine.calls else []
-
-
-def _is_bytes(value: object) -> bool:
-    return isinstance(value, bytes) or (isinstance(value, Left) and value.spelling == "bytes")
-
-
-class _Sequential(Machine):
-    """Reads on across the end of a frame, as C does over bytes and the other machine refuses to."""
-
-    frame_end = property(lambda _: 0, lambda _, end: None)
-
-
 _MARKS = (b"\x80", b"P", b"\x93")
 
 
@@ -549,26 +485,9 @@ def _is_marked(head: bytes) -> bool:
     return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or head.startswith((b"PK\x03\x04", b"\x93NUMPY"))
 
 
-def _archive_start(span: Span, end: int) -> int | None:
-    """Where the zip archive begins that ends at `end`; None where none does."""
-    for reach in (22, 65_557):
-        base = max(0, end - reach)
-        tail = span.read(base, end)
-        at = tail.rfind(b"PK\x05\x06")
-        while at >= 0 and (at + 22 > len(tail) or at + 22 + struct.unpack_from("<H", tail, at + 20)[0] != len(tail)):
-            at = tail.rfind(b"PK\x05\x06", 0, at)
-        if at >= 0:
-            size, offset, place = *struct.unpack_from("<II", tail, at + 12), base + at
-            record = span.read(max(0, place - 76), place)
-            if record[:4] == b"PK\x06\x06" and record[56:60] == b"PK\x06\x07":
-                (size, offset), place = struct.unpack_from("<QQ", record, 40), place - 76
-            return max(0, place - size - offset) if size or offset else None
-    return None
-
-
-def _inflated(body: bytes) -> bytes:
+def _inflated(body: bytes, most: int) -> bytes:
     try:
-        return zlib.decompressobj(-15).decompress(body, 64 * len(body) + (1 << 20))
+        return zlib.decompressobj(-15).decompress(body, min(64 * len(body) + (1 << 20), max(1, most)))
     except zlib.error:
         return body
 

@@ -17,7 +17,7 @@ from workbench.checkpoint import Finding
 from workbench.dtypes import DTYPES
 from workbench.formats.pickle_vm import Machine
 from workbench.tables import shorten
-from workbench.tree import NOTHING, Global, Inert
+from workbench.tree import NOTHING, Global, Inert, is_mapping, items_of
 
 STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
@@ -134,6 +134,7 @@ _CALLED_BY_PICKLE = frozenset({"append", "extend", "add", "__setstate__", "__set
 _ELEMENT = re.compile(r"[<>=|]?[biufcSUVmMO]\d*|\?")
 NESTED = "torch.storage._load_from_bytes"  # loads a whole pickle
 WRAPPER = "torch._tensor._rebuild_from_type_v2"  # plain, and calls its first argument
+STATEFUL = frozenset({WRAPPER, "torch._utils._rebuild_parameter_with_state"})  # plain, and give their last argument as a state
 HARMLESS = {dotted: (rule, why) for rule, why, names in _HARMLESS for dotted in _named(names)}
 _RULED = frozenset(dotted for dotted, (rule, _) in HARMLESS.items() if rule != "call") | _RANDOM | _ARRAYS
 _RULED |= {"numpy.dtype", "copyreg._reconstructor", "collections.defaultdict"}
@@ -176,15 +177,19 @@ def judge(found: Global, misuse: str | None = None, also: Names = ()) -> tuple[V
     return "unknown", f"is not known: importing {found.module} runs its code, and building the object runs the class's own"
 
 
-def misuses(made: Iterable[Inert], named: Iterable[Global]) -> dict[str, str]:
-    """Harmless names, of those that a pickle names, that its calls use in a way that is not harmless, and how."""
+def misuses(made: Collection[Inert], named: Iterable[Global], states: Iterable[Any] = ()) -> dict[str, str]:
+    """Harmless names, of those that a pickle names, that its calls use in a way that is not harmless, and how. `states`: of any objects."""
     out, patience = dict[str, str](), _Patience()
-    if any(found.dotted == NESTED for found in named) and _is_handed_on(NESTED, made):
+    states = [*states, *(node.args[-1] for node in made if node.dotted in STATEFUL and isinstance(node.args, tuple) and node.args)]
+    if any(found.dotted == NESTED for found in named) and _is_handed_on(NESTED, made, states):
         out[NESTED] = "is handed on as a value, and whatever calls it may give it any bytes to load"
+    for state in states:
+        for half in state if isinstance(state, tuple) else (state,):
+            entries = items_of(half) if is_mapping(half) else {}
+            for key in _CALLED_BY_PICKLE if entries else ():
+                if isinstance(value := entries.get(key), Global):
+                    out[value.dotted] = f"is put where pickle calls it, as {key}"
     for node in _with_inner_calls(made):
-        for key in _CALLED_BY_PICKLE if isinstance(node.state, dict) and node.state else ():
-            if isinstance(value := node.state.get(key), Global):
-                out[value.dotted] = f"is put where pickle calls it, as {key}"
         dotted = node.dotted
         if dotted not in _RULED:
             continue
@@ -216,9 +221,9 @@ def _with_inner_calls(made: Iterable[Inert]) -> Iterator[Inert]:
             yield Inert(node.args[0], node.args[2])
 
 
-def _is_handed_on(dotted: str, made: Iterable[Inert]) -> bool:
-    """Whether a name stands in what calls are given, or in a state: in containers that lie in each other, each looked into once."""
-    pending, seen = [held for node in made for held in (node.args, node.state, node.items, node.elements) if held], set[int]()
+def _is_handed_on(dotted: str, made: Iterable[Inert], states: Iterable[Any]) -> bool:
+    """Whether a name stands in what calls are given, or in a state: in whatever these hold, each part looked into once."""
+    pending, seen = [*states, *(held for node in made for held in _parts(node))], set[int]()
     while pending:
         node = pending.pop()
         if isinstance(node, Global):
@@ -227,7 +232,14 @@ def _is_handed_on(dotted: str, made: Iterable[Inert]) -> bool:
         elif isinstance(node, (dict, list, tuple, set, frozenset)) and id(node) not in seen:
             seen.add(id(node))
             pending += node.values() if isinstance(node, dict) else node
+        elif isinstance(node, Inert) and id(node) not in seen:
+            seen.add(id(node))
+            pending += _parts(node)
     return False
+
+
+def _parts(node: Inert) -> list[Any]:
+    return [held for held in (node.args, node.kwargs, node.state, node.items, node.elements) if held]
 
 
 def _is_element(value: object) -> bool:
@@ -292,7 +304,7 @@ def danger_findings(
     strangers together; one for each call of something that is no global. `made` are the calls of strangers that the machine met, and
     `misused` their `misuses`, where these are known.
     """
-    misused = misuses(made, machine.globals) if misused is None else misused
+    misused = misuses(made, machine.globals, machine.states) if misused is None else misused
     given = {node.dotted: node.args for node in reversed(list(made)) if node.args}
     out, harmless = list[Finding](), dict[str, int]()
     for count, (found, offset) in enumerate(machine.globals.items()):

@@ -15,6 +15,7 @@ from typing import Any
 from workbench.errors import UnsupportedError
 from workbench.tensors import LazyTensor
 
+_LONG_KEY = 1 << 14
 _STRTOL = re.compile(rb"[ \t\n\v\f\r]*[+-]?(?:0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z")
 
 
@@ -66,13 +67,16 @@ def pairs_of(items: list[Any]) -> dict[Any, Any]:
     if len(items) % 2:
         raise ValueError("odd number of items for a dict")
     keys = items[::2]
-    return dict(zip(keys if set(map(type, keys)) <= {str, int} else map(checked_key, keys), items[1::2], strict=True))
+    plain = set(map(type, keys)) == {str} and max(map(len, keys)) <= _LONG_KEY
+    return dict(zip(keys if plain else map(checked_key, keys), items[1::2], strict=True))
 
 
 def checked_key(value: Any) -> Any:
-    """A dict key or set member, refused where hashing it would never end (shared tuples) or overrun C's stack (deep ones)."""
+    """A dict key or set member, refused where hashing or comparing it takes long (shared tuples, very long ones) or overruns C's stack."""
     if isinstance(value, LazyTensor):
         raise UnsupportedError("a tensor stands as a key, where no name tells it")
+    if (isinstance(value, (str, bytes)) and len(value) > _LONG_KEY) or (isinstance(value, int) and value.bit_length() > 8 * _LONG_KEY):
+        raise UnsupportedError(f"a key of more than {_LONG_KEY:,} characters or bytes")
     if type(value) in (tuple, frozenset):
         level, parts = [value], 0
         for _ in range(16):

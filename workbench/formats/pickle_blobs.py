@@ -71,9 +71,13 @@ class PayloadMachine(Machine):
 
     def __init__(self, pages: Pages, *, start: int = 0, **how: Any) -> None:
         super().__init__(b"", size=pages.stop - start, **how)
-        self.base, self._pages = start, pages
+        self.base, self._pages, self._whole = start, pages, start == 0
         self._step, self._read, self._held = _PAGE, 0, 0
         self.torch = None  # its template looks ahead
+
+    @property
+    def is_whole(self) -> bool:
+        return self._whole
 
     def _read_more(self) -> None:
         rest = self.data[self.pos :]
@@ -102,6 +106,8 @@ class PayloadMachine(Machine):
         if (_LONG if self._held < _HELD else _PAGE) < count <= self.size - self.pos:
             if op not in _PAYLOADS:
                 raise ValueError(f"a number of {count} bytes")
+            if self.pos < self.frame_end < self.pos + count:
+                self.cross()
             payload = Left(self.place, count, "text" if op in _TEXTS else "bytes")
             self.stack.append(payload)
             self.texts += [payload] if payload.spelling == "bytes" else []
@@ -130,7 +136,7 @@ def kept(made: list[Inert]) -> Callable[[Inert], Inert]:
 
 def most_nested(file: FileRef) -> int:
     """How many byte strings of a pickle are read as files: each of them takes some hundred microseconds."""
-    return 1000 + (file.size >> 14)
+    return 4000 + (file.size >> 14)
 
 
 def payload_span(file: FileRef, payload: Any, nbytes: int | None = None) -> Span | None:

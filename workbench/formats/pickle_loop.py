@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from workbench.formats.pickle_vm import Machine
 
 MAX_OPCODES = 4_000_000  # run singly, at a tenth of a microsecond or two
-MAX_BUILT = 250_000  # of those that the table carries out or that call something, at some microseconds with what is said of them
+MAX_BUILT = 400_000  # of those that the table carries out, and two for each name or call, at some microseconds with what is said of it
 STORAGE = (100, 20)  # what one more storage allows of both, so that a file of a million tensors is listed, if slowly
 MAX_STACK = 1_000_000  # Python's own pickler empties its stack every 1,000 items
-TOO_MUCH = f"the pickle has more than {MAX_OPCODES:,} opcodes, or more than {MAX_BUILT:,} that build or call something"
+TOO_MUCH = f"the pickle has more than {MAX_OPCODES:,} opcodes, or builds more than {MAX_BUILT:,} things"
 _STRIDE = 1 << 16  # opcodes between two looks at the stack
 _SHORT = 1 << 10  # bytes of a text that is read at once, whatever it is read from
 _OPENERS, _FETCH = (b"(", b")"), b"hj"  # what stands behind the fetch that begins a template; what such a fetch is
-_ONE_BYTE = frozenset(b"Khq\x8c")  # opcodes here that look at one byte behind them
+_ONE_BYTE = frozenset(b"Khq\x8a\x8c")  # opcodes here that look at one byte behind them
 _UINT = struct.Struct("<I").unpack_from
 _DOUBLE = struct.Struct(">d").unpack_from
 
@@ -103,6 +103,12 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                         if len(stack) + count >= floor:
                             stack[count:] = (tuple(stack[count:]),)
                             continue
+                    elif op == 0x8A and data[pos] < 16:  # LONG1
+                        end = pos + 1 + data[pos]
+                        if not pos < frame_end < end and end <= len(data):
+                            stack.append(int.from_bytes(data[pos + 1 : end], "little", signed=True))
+                            pos = end
+                            continue
                     elif op == 0x89 or op == 0x88:  # NEWFALSE, NEWTRUE
                         stack.append(op == 0x88)
                         continue
@@ -117,7 +123,7 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                             pos = end
                             continue
                     if op == 0x52 and len(stack) > floor + 1 and type(func := stack[-2]) is Global and type(stack[-1]) is tuple:  # REDUCE
-                        vm.built += 1
+                        vm.built += 2
                         node = Inert(func, stack.pop())
                         if func.dotted not in calls:
                             calls[func.dotted] = vm.base + pos
@@ -136,6 +142,14 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                         if index in memo and pos + 4 <= len(data):
                             stack.append(memo[index])
                             pos += 4
+                            continue
+                    elif op == 0x65 and marks and floor and len(stack) > floor and type(stack[floor - 1]) is list:  # APPENDS
+                        at_end = marks[-2] if len(marks) > 1 else 0
+                        if floor > at_end:
+                            stack[floor - 1] += stack[floor:]
+                            del stack[floor:]
+                            marks.pop()
+                            floor = at_end
                             continue
                     elif op == 0x5D:  # EMPTY_LIST
                         stack.append([])

@@ -23,6 +23,7 @@ from workbench.tree import NOTHING, Global, Inert, is_mapping, makes_tensor, wra
 _FETCHES = (b"h", b"j")
 _CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
 SET_STATE = Global("torch.Tensor", "__setstate__")  # how `construct` is told of a state for what a call made: None, where it took it
+_MAX_COPIED = 64 << 20  # bytes
 _DOUBLE = struct.Struct(">d").unpack_from
 
 
@@ -36,7 +37,7 @@ class Machine:
     Attributes:
         globals: every global named, with the byte where it first was.
         calls: every callable called or built, with the byte where it first was.
-        texts: every byte string of four bytes and more, wherever it went.
+        texts: every byte string of four bytes and more, wherever it went; states: every state that an object was given.
         end: the byte after STOP.
         short: whether the machine stopped because the bytes ran out; crossed: because a frame ends inside an argument.
         ran, built: opcodes run singly, and those of them that the table carried out; bounded, and handed on to bound several pickles.
@@ -82,6 +83,9 @@ class Machine:
         self.unwritten = 0  # memo entries that a template left out of `memo`
         self.merged = 0  # entries of states that were given to one object after another state
         self.texts: list[Any] = []
+        self.states: list[Any] = []
+        self.names: dict[tuple[str, str], Global] = {}
+        self.copied = 0  # bytes of what may be asked for any number of times
         self.keys: set[str] = set()  # of storages that were named singly
         self.began = self.pos  # the opcode that is carried out
         self.end = 0
@@ -173,11 +177,11 @@ class Machine:
         if self.pos + count > len(self.data):
             raise Starved
         if self.pos < self.frame_end < self.pos + count:
-            self._cross()
+            self.cross()
         self.pos += count
         return self.data[self.pos - count : self.pos]
 
-    def _cross(self) -> NoReturn:
+    def cross(self) -> NoReturn:
         self.crossed = True
         raise ValueError(_CROSSES)
 
@@ -192,7 +196,7 @@ class Machine:
             self.short = True
             raise ValueError("a line without an end")
         if self.pos < self.frame_end <= end:
-            self._cross()
+            self.cross()
         line = self.data[self.pos : end]
         self.pos = end + 1
         return line
@@ -211,6 +215,11 @@ class Machine:
 
     def _sized(self, width: int, signed: bool = False) -> bytes:
         return self._take(int.from_bytes(self._take(width), "little", signed=signed))
+
+    def _spend(self, nbytes: int) -> None:
+        self.copied += nbytes
+        if self.copied > _MAX_COPIED:
+            raise ValueError("the pickle copies names and byte strings beyond all measure")
 
     def _push_bytes(self, data: Any) -> None:
         self.stack.append(data)
@@ -279,8 +288,10 @@ class Machine:
 
     def _persistent(self, pid: Any) -> None:
         self.stack.append(self.persistent(pid))
-        key = pid[2] if type(pid) is tuple and len(pid) > 4 else None
-        if type(key) is str and key not in self.keys:
+        key, held = pid[2] if type(pid) is tuple and len(pid) > 4 else None, self.stack[-1]
+        if not isinstance(held, LazyTensor) or held.locked is not None:
+            self.built += 10  # a storage that is not there takes time, and is told
+        elif type(key) is str and key not in self.keys:
             self.keys.add(key)
             self.ran, self.built = self.ran - STORAGE[0], self.built - STORAGE[1]
 
@@ -365,7 +376,10 @@ class Machine:
             elif module in _compat_pickle.IMPORT_MAPPING:
                 module = _compat_pickle.IMPORT_MAPPING[module]
         self.built += 1
-        found = Global(module, name)
+        found = self.names.get((module, name))
+        if found is None:
+            self._spend(len(module) + len(name))
+            found = self.names[module, name] = Global(module, name)
         self.globals.setdefault(found, self.place)
         self.stack.append(found)
 
@@ -395,6 +409,7 @@ class Machine:
             raise TypeError(f"{_kind(func)} cannot be called")
         if not isinstance(args, (tuple, Inert)):
             raise TypeError("call arguments must be a tuple")
+        self.built += 1
         node = Inert(func, args, kwargs, new)
         self.called(node.dotted)
         self.stack.append(self.construct(node))
@@ -424,6 +439,7 @@ class Machine:
         target = self._top()
         is_told = makes_tensor(target) or (isinstance(target, Inert) and is_mapping(target))
         self.built += 2 * is_told  # which copies it
+        self.states.append(state)
         if is_told and self.construct(Inert(SET_STATE, (target, state))) is None:
             self.called(SET_STATE.dotted)
             return
@@ -453,7 +469,7 @@ class Machine:
             self.short = True
             raise ValueError(f"a frame of {length} bytes, {self.size - self.pos} left")
         if self.pos < self.frame_end < self.pos + length:
-            self._cross()
+            self.cross()
         self.frame_end = max(self.frame_end, self.pos + length)
         self.torch = None
 
@@ -464,6 +480,7 @@ class Machine:
         buffer = self.pop()
         if not isinstance(buffer, (bytes, bytearray)):
             raise TypeError("only a buffer can be made read-only")
+        self._spend(len(buffer) if isinstance(buffer, bytearray) else 0)
         self.stack.append(bytes(buffer))
 
     def op_no_buffer(self) -> None:

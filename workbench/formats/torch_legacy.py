@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 from workbench.checkpoint import Checkpoint, Finding
@@ -146,8 +147,11 @@ class _Storages:
 
     _TENSOR = LazyTensor(TensorSpec(DTYPES["uint8"], ()), Derived(Block("", {}, (), ()), 0))
 
+    _ABSENT = replace(_TENSOR, locked="the file does not hold as many bytes")
+
     def __init__(self, whole: Span) -> None:
         self._whole = whole
+        self._needed = 0  # bytes of those that were named singly
         self._named: dict[str | int, tuple[int, int]] = {}  # elements and bytes
         self._places: dict[str, Span] = {}
 
@@ -155,8 +159,10 @@ class _Storages:
         if type(pid) is tuple and len(pid) == 4:
             return pid[1]  # a class, with its source
         if type(pid) is tuple and len(pid) >= 5 and isinstance(pid[1], Global) and type(pid[4]) is int and _is_key(pid[2]):
+            known = len(self._named)
             self.template_tensor(pid[1], pid[3], pid[2], pid[4])
-        return self._TENSOR
+            self._needed += 8 + max(0, self._named[pid[2]][1]) if len(self._named) > known else 0
+        return self._TENSOR if self._needed <= self._whole.nbytes else self._ABSENT
 
     def template_tensor(self, cls: Global, place: Any, key: str | int, numel: int, *_: Any) -> LazyTensor:
         self._named.setdefault(key, self.form(cls, place, numel))
@@ -270,7 +276,8 @@ class _PlainObjects(PayloadObjects):
 
     def are_plain(self, found: Global) -> bool:
         """Whether a name is plain here: torch's own call for a nested file, where each of them was read and its dangers are told."""
-        return found.dotted == NESTED and all(id(node) in self._read for node in self.strangers if node.dotted == NESTED)
+        calls = [node for node in self.strangers if node.dotted == NESTED] if found.dotted == NESTED else []
+        return bool(calls) and all(id(node) in self._read for node in calls)
 
     def _file(self, node: Inert) -> Any:
         if len(node.args) != 1:
@@ -285,6 +292,7 @@ class _PlainObjects(PayloadObjects):
                 ckpt = _open_nested(payload_span(self.file, payload))
                 self._nested[key] = (payload, ckpt.tree)
                 self._read.add(id(node))
+                self.read.append(payload)
             except FormatError as error:
                 self._nested[key], ckpt = (payload, node), error.partial
                 message = f"a torch file inside the pickle is not read: {error.message}"

@@ -22,7 +22,7 @@ from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES, SUB_BYTE, DType
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Storage
-from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, WRAPPER, Names, danger_findings, misuses
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, PLAIN, STATEFUL, WRAPPER, Names, danger_findings, misuses
 from workbench.formats.numpy_objects import numpy_number
 from workbench.formats.pickle_vm import SET_STATE, Machine
 from workbench.formats.python_objects import made_mapping, made_set, made_value
@@ -114,6 +114,7 @@ class TorchObjects:
         self._told: set[tuple[str, str]] = set()
         self.aside: list[Any] = []  # what objects hold beside what is listed of them
         self.encoded: dict[int, tuple[str, bytes]] = {}  # byte strings that were spelled as text, by the text's id
+        self.read: list[Any] = []  # byte strings that were read as files
         self.unclear = False  # whether a text was encoded in a way that is not followed
         self._spent = 0
         self.strangers: list[Inert] = []  # what was made of classes and functions that are not plain
@@ -236,7 +237,7 @@ class TorchObjects:
         if type(func) is not Global:
             return node
         dotted = func.dotted
-        if dotted not in PLAIN or dotted == WRAPPER:
+        if dotted not in PLAIN or dotted in STATEFUL:
             self.strangers.append(node)
         if node.kwargs or not isinstance(node.args, tuple):
             self.aside += [node.args, node.kwargs]
@@ -497,6 +498,7 @@ class Run(NamedTuple):
     strangers: list[Inert]
     misused: dict[str, str]
     texts: list[Any]  # byte strings
+    read: list[Any]  # those that were read as files of their own, and what was found in them told
 
 
 _WATCHED: ContextVar[list[Run] | None] = ContextVar("watched", default=None)
@@ -546,9 +548,10 @@ def unpickle(
     run = machine(data, persistent=objects.persistent, construct=objects.construct, torch=objects, entries=entries, start=start)
 
     def told() -> list[Finding]:
-        misused = misuses(objects.strangers, run.globals)
+        misused = misuses(objects.strangers, run.globals, run.states)
         if (watched := _WATCHED.get()) is not None and not objects.unclear:
-            watched.append(Run(file, run, objects.strangers, misused, [*run.texts, *(data for _, data in objects.encoded.values())]))
+            texts = [*run.texts, *(data for _, data in objects.encoded.values())]
+            watched.append(Run(file, run, objects.strangers, misused, texts, objects.read))
         return danger_findings(run, objects.strangers, plain, misused) + objects.troubles
 
     try:

@@ -118,7 +118,8 @@ def _carry_out_mixed(vm: Machine, start: int, pattern: Any) -> bool:
     rows = pattern.findall(data, start, stop)
     behind = rows.pop()[-1] if rows and rows[-1][-1] else b""
     vm.singly = end = stop - len(behind)
-    if len(rows) < 2:
+    if len(rows) < 2:  # tensors that are spelled otherwise, most often with others behind them that are
+        vm.singly = max(end, start + _APART)
         return False
     name_lengths, names, name_put, heads, key_lengths, keys, key_put, numels, pids, *rest = zip(*rows, strict=True)
     views, shape_put, strides, strides_put, hooks, puts, _ = rest
@@ -236,6 +237,7 @@ def _named_tensor(first: int) -> re.Pattern[bytes] | None:
 
 
 _TAILS = {8: struct.Struct("<xBxxBxxB"), 17: struct.Struct("<xIxxIxxI")}  # the last three memo writes of a tensor, by their length
+_APART = 1 << 11  # bytes, until a run is looked for again
 _PROBED = 32  # tensors that tell whether a run repeats
 _MOST = 1 << 17  # bytes of one run; Python's own pickler puts 1,000 items into a dict at once
 

@@ -20,7 +20,7 @@ from workbench.formats.torch_archive import pickle_root, read_byteorder
 from workbench.formats.torch_objects import TorchObjects, trailing_finding, unpickle
 from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
 
-_MAX_PICKLE = 1 << 30
+_MAX_PICKLE = 256 << 20
 
 
 def open_file(file: FileRef) -> Checkpoint:
