@@ -145,3 +145,61 @@ def variants(one, other):
 
 for one, other in (("local_attn", "global_attn"), ("img_attn", "txt_attn"), ("self_att", "src_att"), ("fwd", "bwd")):
     add(f"variants_of_one_module_{one}", "negative", "", variants(one, other))
+
+
+def norm(source, target, width):
+    ends = {"weight": (width,), "bias": (width,), "running_mean": (width,), "running_var": (width,)}
+    return [(f"{source}.{end}", f"{target}.{end}", shape) for end, shape in ends.items()]
+
+
+RESNET = [("conv1", "conv1", (8, 8, 3, 3)), ("conv2", "conv2", (8, 8, 3, 3))]
+add(
+    "numbered_words_beside_a_moved_container", "wrapper", "",
+    told(
+        [
+            ("model.backbone.conv1.weight", "encoder.conv1.weight", (8, 3, 7, 7)),
+            *norm("model.backbone.bn1", "encoder.bn1", 8),
+            *blocks("model.backbone.layer1.{}", "encoder.layer1.{}", RESNET),
+        ]
+    ),
+)  # fmt: skip
+add(
+    "container_of_another_word_moves_what_is_beside_it", "wrapper", "",
+    told([("image_encoder.neck.0.weight", "vision_encoder.neck.conv1.weight", (4, D, 1, 1)), *blocks("image_encoder.blocks.{}", "vision_encoder.layers.{}", MLP)]),
+)  # fmt: skip
+add(
+    "the_one_convolution_over_the_image", "rename", "",
+    told(
+        [
+            ("features.0.0.weight", "patch_embed.proj.weight", (8, 3, 4, 4)),
+            *((f"features.0.2.{end}", f"patch_embed.norm.{end}", (8,)) for end in ("weight", "bias")),
+            *blocks("layers.{}", "layers.{}", [*ATTENTION, *MLP]),
+        ]
+    ),
+)  # fmt: skip
+add(
+    "list_whose_ends_have_words", "index", "",
+    told(
+        [
+            ("mask.mlps.0.layers.0.weight", "mask.mlps.0.proj_in.weight", (D, D)),
+            *((f"mask.mlps.0.layers.{i + 1}.weight", f"mask.mlps.0.layers.{i}.weight", (D, D)) for i in range(2)),
+            ("mask.mlps.0.layers.3.weight", "mask.mlps.0.proj_out.weight", (4, D)),
+        ]
+    ),
+)  # fmt: skip
+add(
+    "list_of_which_the_file_has_one_more", "negative", "",
+    told(
+        [
+            *((f"head.layers.{i}.weight", f"head.layers.{i}.weight", (D, D)) for i in range(2)),
+            (None, "head.first.weight", (D, D)),
+            ("norm.weight", "norm.weight", (D,)),
+        ],
+        {"head.layers.2.weight": (D, D)},
+        ("head.layers.0.weight", "head.layers.1.weight", "head.first.weight"),
+    ),
+)  # fmt: skip
+add(
+    "decoder_counted_from_its_output", "index", "",
+    told([(f"decoder.up.{i}.block.{j}.norm1.weight", f"decoder.up_blocks.{2 - i}.resnets.{j}.norm1.weight", (D,)) for i in range(3) for j in range(2)]),
+)  # fmt: skip

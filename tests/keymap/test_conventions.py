@@ -4,11 +4,13 @@ A spelling is a line of words in the order of the roles; a word with a fused mat
 """
 
 import itertools
+import types
 
 import pytest
 import torch
 
 import workbench as wb
+from workbench.keymap.values import formula_code
 
 WIDTH, INNER = 8, 12
 ENCODERS = {
@@ -196,3 +198,117 @@ def test_the_two_norms_of_a_post_norm_block_under_llama_cpps_names():
     applied = wb.match(source, target).apply(source)
     assert all(torch.equal(tensor.load(), target[name]) for name, tensor in applied.items())
     assert len(applied) == 6
+
+
+def llama(words, biased=False):
+    """Two blocks' matrices under these words for q, k, v, o, gate, up and down."""
+    shapes = [(16, 16), (8, 16), (8, 16), (16, 16), (24, 16), (24, 16), (16, 24)]
+    shapes = {word.format(n): shape for n in range(2) for word, shape in zip(words.split(), shapes, strict=True)}
+    biases = (
+        {name.replace("weight", "bias"): shape[:1] for name, shape in list(shapes.items())[:3] + list(shapes.items())[7:10]}
+        if biased
+        else {}
+    )
+    return shapes | biases
+
+
+def with_heads(shapes, kinds=()):
+    """A model of these shapes, with four heads of queries and two of keys, and norms of these classes."""
+    model = torch.nn.Module()
+    model.config = types.SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)
+    for name, shape in shapes.items():
+        *path, leaf = name.split(".")
+        at = model
+        for word in path:
+            if word not in at._modules:
+                at.add_module(word, type(dict(kinds).get(word, "Module"), (torch.nn.Module,), {})())
+            at = at._modules[word]
+        at.register_parameter(leaf, torch.nn.Parameter(torch.zeros(shape)))
+    return model
+
+
+TORCHTUNE = " ".join(
+    f"layers.{{}}.{word}.weight" for word in ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w3", "mlp.w2"]
+)
+TRANSFORMERS = " ".join(
+    f"model.layers.{{}}.{word}.weight"
+    for word in [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+)
+
+
+def halves(matrix, heads):
+    """As transformers' convert_llama_weights_to_hf.py."""
+    return matrix.view(heads, matrix.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(matrix.shape)
+
+
+def test_torchtune_turns_no_rows_of_queries_with_biases():
+    source = {name: torch.randn(shape) for name, shape in llama(TORCHTUNE, biased=True).items()}
+    wanted = dict(zip(llama(TRANSFORMERS, biased=True), source.values(), strict=True))
+    values = {n: t.load() for n, t in wb.match(source, with_heads({n: v.shape for n, v in wanted.items()})).apply(source).items()}
+    assert values.keys() == wanted.keys()
+    assert all(torch.equal(values[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_rows_are_turned_before_they_are_put_together(heads):
+    source = {name: torch.randn(shape) for name, shape in llama(TORCHTUNE).items()}
+    wanted = {}
+    for n in range(2):
+        q, k, v = (source[f"layers.{n}.attn.{word}_proj.weight"] for word in "qkv")
+        wanted[f"transformer.h.{n}.attn.qkv.weight"] = torch.cat([halves(q, 4), halves(k, 2), v])
+        for word, name in (("fc_1", "w1"), ("fc_2", "w3"), ("proj", "w2")):
+            wanted[f"transformer.h.{n}.mlp.{word}.weight"] = source[f"layers.{n}.mlp.{name}.weight"]
+    shapes = {name: tuple(value.shape) for name, value in wanted.items()}
+    keymap = wb.match(source, with_heads(shapes) if heads else shapes)
+    values = {name: tensor.load() for name, tensor in keymap.apply(source).items()}
+    assert all(torch.equal(value, wanted[name]) for name, value in values.items())
+    fused = {name for name in wanted if ".qkv." in name}
+    assert values.keys() == (wanted.keys() if heads else wanted.keys() - fused)
+    assert heads or {a.target for a in keymap.ambiguous} == fused
+
+
+def test_experts_that_llama_cpp_merged():
+    source, wanted = {"output_norm.weight": torch.randn(16)}, {}
+    wanted["model.norm.weight"] = source["output_norm.weight"]
+    for n in range(2):
+        gate, up, down = torch.randn(3, 24, 16), torch.randn(3, 24, 16), torch.randn(3, 16, 24)
+        source |= {f"blk.{n}.ffn_{word}_exps.weight": value for word, value in (("gate", gate), ("up", up), ("down", down))}
+        source[f"blk.{n}.ffn_gate_inp.weight"] = wanted[f"model.layers.{n}.mlp.gate.weight"] = torch.randn(3, 16)
+        wanted |= {f"model.layers.{n}.mlp.experts.gate_up_proj": torch.cat([gate, up], 1), f"model.layers.{n}.mlp.experts.down_proj": down}
+    values = filled(source, wanted)
+    assert values.keys() == wanted.keys()
+    assert all(torch.equal(values[name], wanted[name]) for name in wanted)
+    square = {name: torch.randn(3, 16, 16) for name in source if "exps" in name}  # those of gpt-oss are [in, out]
+    assert not wb.match(square, {name: (3, 16, 16) for name in wanted if "down_proj" in name}).pairs
+
+
+@pytest.mark.parametrize(("kind", "more"), [("Gemma3RMSNorm", 1), ("RMSNorm", 0), ("", 1)])
+def test_norms_of_which_llama_cpp_stores_one_more(kind, more):
+    words = {
+        "attn_norm": "input",
+        "post_attention_norm": "post_attention",
+        "ffn_norm": "pre_feedforward",
+        "post_ffw_norm": "post_feedforward",
+    }
+    source, wanted = {}, {}
+    for n in range(2):
+        for word, name in words.items():
+            source[f"blk.{n}.{word}.weight"] = torch.randn(16)
+            wanted[f"model.layers.{n}.{name}_layernorm.weight"] = source[f"blk.{n}.{word}.weight"] - more
+        source[f"blk.{n}.ffn_up.weight"] = wanted[f"model.layers.{n}.mlp.up_proj.weight"] = torch.randn(24, 16)
+    shapes = {name: tuple(value.shape) for name, value in wanted.items()}
+    keymap = wb.match(source, with_heads(shapes, dict.fromkeys([f"{word}_layernorm" for word in words.values()], kind)) if kind else shapes)
+    values = {name: tensor.load() for name, tensor in keymap.apply(source).items()}
+    assert values.keys() == wanted.keys()
+    assert all(torch.allclose(values[name], wanted[name]) for name in wanted)
+    code = {pair.target: eval(formula_code(pair), {"torch": torch, "source": source}) for pair in keymap.pairs if pair.formula}
+    assert len(code) == 8 * more
+    assert all(torch.equal(value, values[name]) for name, value in code.items())

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own, where t
 
 UNSOLVED = {
     "mobilenet_v2_from_torchvision", "poolformer_from_sail", "segformer_from_nvidia", "swin_from_torchvision", "marian_npz_names",
-    "vit_from_jax", "siglip_from_timm", "beit_segmentation_from_hub", "olmo_hybrid_from_hub", "t5_from_t5x", "wav2vec2_from_fairseq",
+    "vit_from_jax", "siglip_from_timm", "beit_segmentation_from_hub", "olmo_hybrid_from_hub", "t5_from_t5x",
     "phi_from_mixformer", "albert_from_tensorflow", "albert_layer_into_torch_layer",
 }  # fmt: skip
 LEAST_SOLVED = 0.9

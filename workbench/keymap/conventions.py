@@ -60,8 +60,22 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     *((rf".multi.modal.projector.linear:{n + 1}", rf"\.mm\.projector\.{2 * n}", "LLaVA") for n in range(2)),
     (".stem.0", r"\.regnet\.embedder\.embedder\.convolution", "transformers RegNet"),
     (".stem.1", r"\.regnet\.embedder\.embedder\.norm", "transformers RegNet"),
+    *((rf".mask.embed.{word}", rf"\.mask\.downscaling\.{n}", "Segment Anything") for n, word in ((0, "conv:1"), (1, "norm:1"), (3, "conv:2"), (4, "norm:2"), (6, "conv:3"))),
+    *((rf".upscale.{word}", rf"\.output\.upscaling\.{n}", "Segment Anything") for n, word in ((0, "conv:1"), (1, "norm"), (3, "conv:2"))),
+    (".shared.embedding.positional.embedding", r"\.pe\.layer\.positional\.encoding\.gaussian\.matrix", "Segment Anything"),
     *((rf".neck.{word}", rf"\.neck\.{n}", "Segment Anything") for n, word in enumerate(("conv:1", "norm:1", "conv:2", "norm:2"))),
     (".norm.out", r"\.conv\.norm\.out", "diffusers"),
+    (r".\1.blocks.\2.resnets.\3", r"\.(down|up)\.(\d)\.block\.(\d)", "LDM, taming transformers"),
+    (r".\1.blocks.\2.\1samplers.0", r"\.(down|up)\.(\d)\.(?:down|up)sample", "LDM, taming transformers"),
+    (r"\1.to.out.0", r"(\.mid\.attn:1|\.(?:down|up)\.\d\.attn\.\d)\.proj\.out", "LDM, taming transformers"),
+    (r".\1.blocks.\2.attentions.\3", r"\.(down|up)\.(\d)\.attn\.(\d)", "LDM, taming transformers"),
+    (".mid.block.attentions.0", r"\.mid\.attn:1", "LDM, taming transformers"),
+    (r"\1.bias", r"(\.cls\.(?:predictions|seq\.relationship))\.output\.bias", "original BERT"),
+    (r"\1.weight", r"(\.cls\.seq\.relationship)\.output\.weights", "original BERT"),
+    (".rpn.head.conv", r"\.rpn\.head\.conv\.0\.0", "torchvision"),
+    (r".stem.\1", r"\.stem:([01])(?=\.(?:weight|bias)\.)", "timm's features_only"),
+    (".fc.norm", r"\.pooler\.(?:norm|layernorm)(?=\.(?:weight|bias)\.)", "transformers BEiT"),
+    (r".ffn.experts.\1", r"\.ffn\.(gate|up|down)\.exps\.weight", "llama.cpp"),
     (r"\1.layer.\2", r"(\.block[:.]\d+)\.layer:(\d)", "Mesh TensorFlow T5"),
     (".mlp.experts.gateup", r"\.block\.sparse\.moe\.input\.linear\.weight", "GraniteMoE"),
     (".mlp.experts.down", r"\.block\.sparse\.moe\.output\.linear\.weight", "GraniteMoE"),
@@ -74,7 +88,10 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (".relative.position", r"\.relative\.position\.bias\.relative\.position", "transformers Swin"),
     (".conv", r"\.(?:convolution|conv\.2d)", "transformers ResNet"),
     (r".conv.proj.\1", r"\.conv\.projection\.(q)uery\.conv\.projection|\.conv\.projection\.(k)ey\.conv\.projection|\.conv\.projection\.(v)alue\.conv\.projection", "transformers CvT"),
-    *((rf"\1.\2:{n + 1}", rf"(\.layers\.\d+)\.layer\.{n}\.(conv|norm)", "transformers ResNet") for n in range(3)),
+    *((rf"\1.\2:{min(n + 1, 3)}", rf"(\.layers\.\d+)\.layer\.{n}\.(conv|norm)", "transformers ResNet, RegNet") for n in range(4)),
+    *((rf"\1.se.fc:{n // 2 + 1}", rf"(\.layers\.\d+)\.layer\.2\.attention\.{n}", "transformers RegNet") for n in (0, 2)),
+    (r".stages.\1.layers.\2", r"\.s:([1-4])\.b:(\d+)", "timm RegNet"),
+    (r".conv:\1", r"\.conv:([1-3])\.conv", "timm RegNet"),
     (r"\1.\2:\3", r"(\.denselayer:\d+)\.(norm|conv)\.([12])", "first torchvision DenseNet"),
     (r".norm:\1", r"\.conv:(\d)\.norm", "detectron2"),
     (r"\1.weight", r"(\.norm(?:[.:]\w+)?)\.(?:gamma|scale)", "original BERT, OpenAI, flax, torchtune"),
@@ -126,10 +143,9 @@ DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ..
     ((".norm:0.", ".norm:2.", ".self.attention."), (".norm:1.",), {".norm:0.": ".norm.attn.", ".norm:2.": ".norm.mlp."}, "Google ViT"),
     ((".norm.", ".norm:1.", ".intermediate.dense.", ".attention.output.dense."), (".attention.output.norm.",), {".norm:1.": ".norm.after.", ".norm.weight.": ".norm.before.weight.", ".norm.bias.": ".norm.before.bias."}, "Google ALBERT"),
     ((".depthwise.conv.", ".project.conv.", ".norm:0.", ".norm:1.", ".norm:2."), (".norm:3.",), {".norm:0.": ".expand.norm.", ".norm:1.": ".depthwise.norm.", ".norm:2.": ".project.norm."}, "EfficientNet-PyTorch"),
-    *(
-        (present, absent, {".f.a.0.": ".conv:1.", ".f.a.1.": ".norm:1.", ".f.b.0.": ".conv:2.", ".f.b.1.": ".norm:2.", ".f.se.fc:1.": ".layer.2.attention.0.", ".f.se.fc:2.": ".layer.2.attention.2.", ".f.c.0.": conv, ".f.c.1.": norm, ".proj.0.": ".shortcut.conv.", ".proj.1.": ".shortcut.norm."}, "torchvision RegNet")
-        for present, absent, conv, norm in (((".f.a.0.", ".f.se.fc:1."), (), ".layer.3.conv.", ".layer.3.norm."), ((".f.a.0.", ".f.c.0."), (".f.se.",), ".conv:3.", ".norm:3."))
-    ),
+    ((".f.a.0.", ".f.c.0."), (), {".f.a.0.": ".conv:1.", ".f.a.1.": ".norm:1.", ".f.b.0.": ".conv:2.", ".f.b.1.": ".norm:2.", ".f.se.fc:1.": ".se.fc:1.", ".f.se.fc:2.": ".se.fc:2.", ".f.c.0.": ".conv:3.", ".f.c.1.": ".norm:3.", ".proj.0.": ".shortcut.conv.", ".proj.1.": ".shortcut.norm."}, "torchvision RegNet"),
+    ((".conv:1.", ".downsample.conv.", ".downsample.norm."), (), {".downsample.conv.": ".shortcut.conv.", ".downsample.norm.": ".shortcut.norm."}, "timm RegNet"),
+    ((".sa.norm.", ".sa.scale.", ".mlp.norm.", ".mlp.scale."), (), {".sa.scale.scale.": ".norm.attn.post.weight.", ".mlp.norm.": ".mlp.norm.or.scale."}, "torchtune Gemma 2, whose converter and forward disagree on which of the MLP's norms is the first"),
     ((".g.", ".b."), (), {".g.": ".weight.", ".b.": ".bias."}, "OpenAI GPT-2"),
     (
         (".post.attention.norm.", ".post.feedforward.norm.", ".pre.feedforward.norm."),
@@ -200,34 +216,39 @@ BLOCK: tuple[tuple[str, str, str], ...] = (
 
 # outside of blocks
 SINGLE: tuple[tuple[str, str, str], ...] = (
-    (".emb.pos", r"\.(?:embeddings\.position\.embeddings?|position\.embeddings?|positional\.embedding|posembed\.input\.pos\.embedding|pos\.embeddings?|pos\.embed|pos\.emb(?:\.emb)?|position\.embeds\.layer|embed\.positions|wpe|position\.embd)(?:\.weight)?", "BERT, GPT-2, ViT, CLIP"),
-    (".emb.type", r"\.(?:embeddings\.)?(?:token\.type|segment)\.embeddings(?:\.weight)?|\.token\.types\.weight", "BERT"),
+    (".emb.pos", r"\.(?:embeddings\.position\.embeddings?|position\.embeddings?|positional\.embedding|posembed\.input\.pos\.embedding|pos\.embeddings?|pos\.embed|pos\.emb(?:\.emb)?|(?:positional\.encoding|pos)\.(?:pos\.embedding|pe)|position\.embeds\.layer|embed\.positions|wpe|position\.embd)(?:\.weight)?", "BERT, GPT-2, ViT, CLIP"),
+    (".emb.type", r"\.(?:embeddings\.)?(?:token\.type|segment)\.embeddings(?:\.weight)?|\.(?:token\.type|segment|seg)\.emb(?:\.weight)?|\.token\.types\.weight", "BERT"),
     (".emb.mid", r"\.(?:mid\.pos\.embed|(?:encoder\.)?mid\.position\.embeddings)", "YOLOS"),
     (".det", r"\.(?:embeddings\.)?(?:det\.token|detection\.tokens)", "YOLOS"),
     (".emb.norm", r"\.(?:token\.embd|embeddings|emb|embedding|word\.embeddings|embed)\.norm|\.norm\.embeddings?", "BERT, fairseq, BART"),
-    (".emb.tok", r"\.(?:embeddings\.word\.embeddings|embedding\.word\.embeddings|word\.embeddings|token\.embeddings?|token\.embd|tok\.embeddings|embed\.tokens|embed\.in|embeddings\.token\.embedding|(?:embedder|embed)(?=\.weight\.$)|wte|shared(?:\.embedding)?|token\.embedder\.embedding|token\.emb(?:\.emb)?|tok\.embedding|tok\.emb|word\.emb|input\.embeds\.layer)(?:\.weight)?", "BERT, GPT-2, Llama, T5"),
+    (r".\1.emb.tok", r"\.(src|tgt)\.(?:tok\.emb\.embedding|embed)(?=\.weight\.$)(?:\.weight)?", "PyTorch's translation tutorial"),
+    (".emb.tok", r"\.(?:embeddings\.word\.embeddings|embedding\.word\.embeddings|word\.embeddings|token\.embeddings?|token\.embd|tok\.embeddings|embed\.tokens|embed\.in|embeddings\.token\.embedding|(?:embedder|embed)(?=\.weight\.$)|wte|shared(?:\.embedding)?|token\.embedder\.embedding|token\.emb(?:\.emb)?|tok\.embedding|tok\.emb|word\.emb|word\.embeds|input\.embeds\.layer)(?:\.weight)?", "BERT, GPT-2, Llama, T5"),
     (r"\1.emb.tok", r"^(\.(?:backbone|rwkv|model|transformer|encoder|decoder))?\.(?:embeddings?|emb)(?=\.weight\.$)(?:\.weight)?", "Mamba, RWKV"),
     (".dist", r"\.(?:embeddings\.)?(?:dist\.token|distillation\.token)", "DeiT"),
     (".head.dist", r"\.(?:head\.dist|distillation\.classifier)", "DeiT"),
     (".cls", r"\.(?:embeddings\.)?(?:cls\.token|class\.token|class\.embedding)", "ViT, CLIP"),
     (".text.projection", r"\.text\.projection(?:\.weight)?", "CLIP"),
-    (".visual.projection", r"\.visual\.proj(?:ection)?(?:\.weight)?", "CLIP"),
+    (".visual.projection", r"\.visual\.proj(?:ection)?(?:\.weight)?|^\.proj(?=\.$)", "CLIP"),
     (".mask.token", r"\.(?:embeddings\.)?(?:mask\.token|mask\.emb|masked\.spec\.embed)", "DINOv2, wav2vec 2.0"),
     (".patch", r"\.(?:patch\.embed\.proj(?:ection)?|patch\.embeddings?\.proj(?:ection)?|embeddings\.patch\.embeddings?(?:\.projection)?|patch\.embedding|conv\.proj|visual\.conv:1)", "ViT, CLIP"),
     (r".\1:1", r"\.embedder\.embedder\.(conv|norm)|\.stem\.(conv|norm):1", "transformers and detectron2 ResNet"),
     (".norm.pre", r"\.(?:norm\.pre|pre\.norm)", "CLIP"),
     (".norm.last", r"\.(?:norm\.post|post\.norm|norm\.final|norm\.f|norm\.out|out\.norm|after\.norm|final\.norm|output\.norm|norm)(?=\.(?:weight|bias)\.$)", "GPT-2, Llama, CLIP, OpenMMLab"),
-    (".lmhead", r"(?:\.(?:lm\.head|output|embed\.out|decoder\.logits|logits|decoder\.logits\.dense|output\.layer|out\.head|decoder\.output\.projection|w2v\.encoder\.proj|transformer\.ff\.out)|(?<=\d)\.final\.linear)(?=\.(?:weight|bias)\.$)", "transformers, Meta Llama, GPT-NeoX, Mesh T5, T5X, ChatGLM, fairseq"),
+    (".lmhead", r"(?:\.(?:lm\.head|output|embed\.out|decoder\.logits|logits|decoder\.logits\.dense|output\.layer|out\.head|decoder\.output\.projection|generator|w2v\.encoder\.proj|transformer\.ff\.out)|^\.fc\.out|(?<=\d)\.final\.linear)(?=\.(?:weight|bias)\.$)", "transformers, Meta Llama, GPT-NeoX, Mesh T5, T5X, ChatGLM, fairseq"),
     (".head", r"^(?:\.model|\.module)?\.(?:out|last\.linear)(?=\.(?:weight|bias)\.$)", "Cadene, plain words"),
-    (".head", r"(?<!\.lm)\.(?:heads?\.head|head\.layers\.head|head\.fc|cls\.classifier|classifier(?:\.1)?|head|fc)(?=\.(?:weight|bias)\.$)", "torchvision, timm, transformers"),
+    (".head", r"(?<!\.lm)\.(?:heads?\.head|head\.layers\.head|head\.fc|cls\.classifier|classifier(?:\.1)?|hidden2tag|head|fc)(?=\.(?:weight|bias)\.$)", "torchvision, timm, transformers"),
 )  # fmt: skip
 
 # the ends of names that are kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
-IN_OUT = ("kernel", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
+IN_OUT = ("kernel", "kernel:0", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
+
+# layer kinds that multiply by 1 + weight, and of which llama.cpp's files hold that sum
+ONE_MORE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "RecurrentGemmaRMSNorm", "Qwen3NextRMSNorm", "NemotronLayerNorm1P"})
 
 # which rows of a head a rotary embedding turns together: neighbours ("pairs") or the two halves
 ROTARY: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("pairs", (".attention.wq.",), "Meta Llama"),
+    ("halves", (".attn.q_proj.bias", ".mlp.w1."), "torchtune Qwen 2"),
     ("pairs", (".attn.q_proj.", ".mlp.w1."), "torchtune"),
     ("halves", (".self_attn.q_proj.",), "transformers"),
     ("halves", (".self_attn.qkv_proj.",), "transformers"),

@@ -35,6 +35,11 @@ def product(p: Params, original: Tensor, mask: Tensor) -> Tensor:
     return original * mask.to(original.dtype)
 
 
+def shifted(p: Params, weight: Tensor) -> Tensor:
+    out: Tensor = weight.float() + p["by"]
+    return out
+
+
 def lora(p: Params, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
     delta: Tensor = p["scale"] * (b.float().flatten(1) @ a.float().flatten(1))
     return base + delta.reshape(base.shape)

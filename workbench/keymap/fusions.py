@@ -44,7 +44,7 @@ FUSIONS = (
     Fusion(".attn.kv.", (".attn.k.", ".attn.v.")),
     Fusion(".mlp.gateup.", (".mlp.gate.", ".mlp.up.")),
     Fusion(".mlp.upgate.", (".mlp.up.", ".mlp.gate.")),
-    Fusion(".experts.gateup.", (".experts.gate.", ".experts.up.")),
+    Fusion(".mlp.experts.gateup.", (".mlp.experts.gate.", ".mlp.experts.up.")),
 )
 
 
@@ -52,7 +52,7 @@ def fused_pairs(
     fusion: Fusion, held: Mapping[str, str], wanted: Mapping[str, str], items: Mapping[str, Item], target: Target
 ) -> Iterator[Pair | Ambiguous]:
     """What one block's free tensors (role -> source name) make of its open ones (role -> target name), by this fusion."""
-    for param in ("weight.", "bias."):
+    for param in ("weight.", "bias.", ""):
         whole, parts = fusion.whole + param, [part + param for part in fusion.parts]
         if whole in held and any(part in wanted for part in parts) and not any(part in held for part in parts):
             yield from _taken_apart(held[whole], [wanted.get(part, "") for part in parts], fusion, items, target)
@@ -142,10 +142,12 @@ def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[s
     if any(item.formula or not item.shape for item in held) or not shape:
         return
     turns = {i.name: Regroup(i.shape, (1, 0), i.shape[::-1]) for i in held if len(i.shape) == 2 and i.name.endswith(IN_OUT)}
+    if stacked := len(shape) == 3 and shape[1] != shape[2] and "experts" in fusion.whole and all(len(i.shape) == 3 for i in held):
+        turns = {i.name: Regroup(i.shape, (1, 0, 2), (i.shape[1], i.shape[0] * i.shape[2])) for i in held}
     items = {i.name: i._replace(shape=turns[i.name].shape) if i.name in turns else i for i in held}
     held = list(items.values())
     turned = len(shape) == 2 and held[0].shape[1:] != shape[1:] and shape[0] == held[0].shape[-1]
-    full = shape[::-1] if turned else shape
+    full = (shape[1], shape[0] * shape[2]) if stacked else shape[::-1] if turned else shape
     sizes = [items[name].shape[0] if name else 0 for name in names]
     empty = [i for i, name in enumerate(names) if not name]
     if empty and len(shape) == 1 and len(empty) == 1 and fusion.parts[empty[0]].endswith(".k."):
@@ -160,7 +162,7 @@ def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[s
         return
     own = {name: turns[name].view if name in turns else item.shape for name, item in items.items()} | {"": ()}
     parts = tuple(Part(name, turns.get(name), (0, size), own[name]) for name, size in zip(names, sizes, strict=True))
-    after = Regroup(full, (1, 0), shape) if turned else None
+    after = Regroup((shape[1], shape[0], shape[2]), (1, 0, 2), shape) if stacked else Regroup(full, (1, 0), shape) if turned else None
     if layout == "per head":
         after = Regroup((3, heads, sizes[0] // heads, *full[1:]), (1, 0, 2, *range(3, 2 + len(full))), full)
     zeros = "; keys without a bias get zeros" if empty else ""

@@ -23,8 +23,8 @@ from workbench.formats import collector_paused
 from workbench.keymap.composites import Spelling, canonical, composites, locked_raw
 from workbench.keymap.containers import SAME_NUMBERS, Pairing, number_first, pairings
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
-from workbench.keymap.layouts import IN_OUT, SAME, Fit, fit, orient, stack, turn, unstack
-from workbench.keymap.leftovers import follow, nearest, rest, set_aside, settle_swapped
+from workbench.keymap.layouts import IN_OUT, SAME, Fit, fit, orient, stack, turn, unstack, withdraw
+from workbench.keymap.leftovers import doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem
 from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part
 from workbench.keymap.naming import (
     Block,
@@ -42,6 +42,8 @@ from workbench.keymap.naming import (
     tokens_of,
     wrapper_rule,
 )
+from workbench.keymap.order import in_order
+from workbench.keymap.published import counted, one_more
 from workbench.keymap.rules import is_single_role
 from workbench.keymap.targets import Target, read_target
 from workbench.keymap.values import starts_alike
@@ -72,7 +74,7 @@ def match(source: Any, target: Any) -> KeyMap:
         raise SelectionError("the target names no tensors")
     section = ckpt.weights_section
     tensors = dict(ckpt.weights.items())
-    found = Search(tensors, wanted).run()
+    found = Search(tensors, wanted, ckpt.metadata.get("general.architecture", "")).run()
     used = {part.source for pair in found.pairs.values() for part in pair.parts}
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}
@@ -102,7 +104,7 @@ _MOST_WORDS = 40  # of the end of a name
 class Search:
     """One search: what was found so far."""
 
-    def __init__(self, tensors: dict[str, LazyTensor], wanted: Target) -> None:
+    def __init__(self, tensors: dict[str, LazyTensor], wanted: Target, architecture: str = "") -> None:
         self.wanted, self.tensors = wanted, tensors
         self.items = {name: Item(name, t.spec.shape, t.spec.dtype.name, (Part(name),)) for name, t in tensors.items()}
         self.refused: dict[str, str] = {}
@@ -112,6 +114,7 @@ class Search:
         self.sides: set[tuple[bool, str, Shape]] = set()  # in a head or not, last word, shape: what is free outside of blocks
         told = canonical(wanted.shapes)
         self._compose(told)
+        self.items |= {item.name: item for item in one_more(self.items.values(), wanted, architecture)}
         spelt, wants = self._spelt(told)
         self.source_names, self.target_names = read_names(spelt), read_names(wants)
         self.bare = {name: read.bare for names in (self.source_names, self.target_names) for name, read in names.items()}
@@ -166,6 +169,9 @@ class Search:
         wants = {name: name for name in shapes}
         for name, spelling in told.items():
             wants[name] = spelling.also[0] if spelling.also and spelling.role not in roles else spelling.name
+        ours, theirs = counted(spelt.values(), wants.values()), counted(wants.values(), spelt.values())
+        spelt = {name: ours.get(text, text) for name, text in spelt.items()} if ours else spelt
+        wants = {name: theirs.get(text, text) for name, text in wants.items()} if theirs else wants
         self.strange = strange_wrappers(spelt.values(), wants.values())
         for extra in self.strange:
             spelt = {name: ".".join(part for part in text.split(".") if part != extra) for name, text in spelt.items()}
@@ -186,9 +192,12 @@ class Search:
         follow(self, chosen)
         self._singles({p.target for p in chosen if p.reading != SAME_NUMBERS})
         self._join_single_fusions()
+        in_order(self)
+        stem(self)
         if not self.pairs:  # beside other pairs, what is left may be another head
             rest(self, Pairing("", "", {(): ()}, "", 0))
         self._doubt_lonely()
+        doubt_shifted(self)
         self._ties()
         settle_swapped(self)
         self._name_candidates()
@@ -264,7 +273,9 @@ class Search:
         return f"{shown(p.source)} becomes {shown(p.target)}", "likely"
 
     def fits(self, source: str, target: str) -> Fit | None:
-        return fit(self.shapes[0][source], self.shapes[1][target], source.endswith(IN_OUT) != target.endswith(IN_OUT))
+        if source.endswith("_exps.weight") and self.shapes[0][source][-2] == self.shapes[0][source][-1]:
+            return None  # experts of llama.cpp are [out, in], and those of gpt-oss and Llama 4 [in, out]
+        return fit(self.shapes[0][source], self.shapes[1][target], _in_out(source) != _in_out(target))
 
     def take(self, target: str, source: str, rule: str, confidence: Confidence, reason: str) -> None:
         item, how = self.items[source], self.fits(source, target)
@@ -399,18 +410,12 @@ class Search:
 
     def _doubt_lonely(self) -> None:
         """A transposed shape by itself proves nothing: it counts where a word or a layer kind says so, or where several agree."""
-        turned = [
-            p
-            for p in self.pairs.values()
-            if p.rule.endswith(", transposed") and not p.source.endswith(IN_OUT) and not p.target.endswith(IN_OUT)
-        ]
+        turned = [p for p in self.pairs.values() if p.rule.endswith(", transposed") and not _in_out(p.source) and not _in_out(p.target)]
         if len({self.target_names[p.target].role for p in turned}) < 2:
             for pair in turned:
                 if self.wanted.kinds.get(pair.target) != "Conv1D":
-                    del self.pairs[pair.target]
-                    self.used.difference_update(pair.sources)
                     why = f"{list(self.items[pair.source].shape)} in the file and {list(self.wanted.shapes[pair.target])} in the model: only a transposed shape"
-                    self.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, why)
+                    withdraw(self, pair, why)
 
     def _name_candidates(self) -> None:
         """What could fill the names that are left, by the last word and the shape alone; none of it is chosen."""
@@ -442,6 +447,10 @@ class Search:
             return a.parts == b.parts
         one, other = self.tensors[a.source], self.tensors[b.source]
         return one.source == other.source or (one.locked is None and other.locked is None and starts_alike(one, other))
+
+
+def _in_out(name: str) -> bool:
+    return name.endswith(IN_OUT) or name == "proj"  # of a CLIP tower by itself
 
 
 def _asked(parts: set[str], wanted: set[str]) -> set[str]:

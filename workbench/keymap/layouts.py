@@ -51,7 +51,7 @@ def fit(source: Shape, target: Shape, turned: bool = False) -> Fit | None:
 
 
 # kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
-IN_OUT = ("kernel", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
+IN_OUT = ("kernel", "kernel:0", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
 
 
 def stack(search: Search) -> bool:
@@ -128,7 +128,7 @@ def orient(search: Search, p: Pairing, names: list[str]) -> None:
     straight = {t for pair in mine if len(shapes[t := pair.target]) == 2 and shapes[t][0] != shapes[t][1] and t not in turned}
     for pair in [pair for pair in mine if straight and pair.rule.endswith(", transposed")]:
         if not pair.source.endswith(IN_OUT) and not pair.target.endswith(IN_OUT) and kinds.get(pair.target) != "Conv1D":
-            _withdraw(search, pair, "only transposed it would fit, and other matrices of the block fit as they are")
+            withdraw(search, pair, "only transposed it would fit, and other matrices of the block fit as they are")
             turned.discard(pair.target)
     classes, others = {kinds.get(name) for name in turned}, {kinds.get(name) for name in straight}
     for pair in [pair for pair in mine if turned and len(pair.parts) == 1 and pair.target in search.pairs]:
@@ -140,10 +140,10 @@ def orient(search: Search, p: Pairing, names: list[str]) -> None:
             told = f"the other matrices of its {'layer kind' if kind in classes else 'block'} are transposed, and a square one is too"
             search.pairs[pair.target] = replace(pair, parts=(part,), rule=f"{p_rule(pair)}, transposed", confidence="likely", reason=told)
         elif kind is None or kind not in others:
-            _withdraw(search, pair, "other matrices of the block are transposed, and nothing tells whether this square one is")
+            withdraw(search, pair, "other matrices of the block are transposed, and nothing tells whether this square one is")
 
 
-def _withdraw(search: Search, pair: Pair, why: str) -> None:
+def withdraw(search: Search, pair: Pair, why: str) -> None:
     del search.pairs[pair.target]
     search.used.difference_update(pair.sources)
     search.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, why)
@@ -154,36 +154,38 @@ _POSITIONS = re.compile(r"\.emb\.pos\.|\.relative\.|\.relpos\.")  # of a model t
 
 def turn(search: Search, p: Pairing, names: list[str]) -> None:
     """The row order of rotary embeddings: regrouped where both sides' conventions and the heads are known, left open where not."""
-    names = [name for name in names if search.target_names[name].role.startswith((".attn.q.", ".attn.k."))]
+    roles = {name: search.target_names[name].role for name in names}
+    names = [n for n in names if re.match(r"\.attn\.[qk]\.", roles[n]) or (".attn.qkv." in roles[n] and len(search.pairs[n].parts) == 3)]
     sides = [search.by_context[0][p.source].values(), search.by_context[1][p.target].values()]
     gated = bool(names) and any(".gate" in role for blocks in sides for block in blocks for role in block)
     if not gated or any(_POSITIONS.search(role) for role in search.roles):
         return
     orders = [rotary_order(name for block in blocks for names in block.values() for name in names) for blocks in sides]
     for name in names if not orders[0] == orders[1] != "" else ():
-        pair, told = search.pairs[name], search.target_names[name]
+        pair, word = search.pairs[name], roles[name].split(".")[2]
         if pair.confidence == "certain":
             continue
-        shape = search.wanted.shapes[name]
-        heads = search.wanted.heads(told.role[len(".attn.")])
-        if "" in orders or not heads or shape[0] % (2 * heads) or not pair.is_plain:
-            del search.pairs[name]
-            search.used.difference_update(pair.sources)
-            why = "its rows may be in the order of Meta's rotary embeddings or of transformers', and " + (
-                "the number of heads is not known" if "" not in orders else "the names do not tell"
-            )
-            search.ambiguous[name] = Ambiguous(name, pair.sources, why)
+        shape, counts = search.wanted.shapes[name], [search.wanted.heads(each) for each in word if each != "v"]
+        turned = [(*both, both[0].shape or shape) for both in zip(pair.parts, counts, strict=False)]  # of a fused matrix without the values
+        known = pair.is_plain or (len(pair.parts) == 3 and not any(part.regroup for part in pair.parts))
+        if "" in orders or not known or any(not heads or rows[0] % (2 * heads) for part, heads, rows in turned if part.source):
+            why = "the names do not tell" if "" in orders else "the number of heads is not known"
+            withdraw(search, pair, f"its rows may be in the order of Meta's rotary embeddings or of transformers', and {why}")
             continue
-        half, rest = shape[0] // heads // 2, shape[1:]
-        view = (heads, half, 2, *rest) if orders[0] == "pairs" else (heads, 2, half, *rest)
-        part = Part(pair.source, Regroup(view, (0, 2, 1, *range(3, 3 + len(rest))), shape), None, shape)
+        parts = tuple(p._replace(regroup=_halves(orders[0], n, rows), shape=rows) if p.source else p for p, n, rows in turned)
         search.pairs[name] = replace(
             pair,
-            parts=(part,),
+            parts=parts + pair.parts[len(parts) :],
             rule=f"{pair.rule}, rotary rows regrouped",
             confidence="likely",
-            reason=f"{orders[0]} in the file, {orders[1]} in the model; {heads} heads",
+            reason=f"{orders[0]} in the file, {orders[1]} in the model; {counts[0]} heads",
         )
+
+
+def _halves(order: str, heads: int, shape: Shape) -> Regroup:
+    half, rest = shape[0] // heads // 2, shape[1:]
+    view = (heads, half, 2, *rest) if order == "pairs" else (heads, 2, half, *rest)
+    return Regroup(view, (0, 2, 1, *range(3, 3 + len(rest))), shape)
 
 
 def p_rule(pair: Pair) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.keymap.fusions import relaid
+from workbench.keymap.layouts import withdraw
 from workbench.keymap.maps import Unmatched
 from workbench.keymap.naming import Block, Indices, bare_names, opposed, outside
 from workbench.keymap.rules import normal, role_of, words_of
@@ -168,14 +169,14 @@ def follow(search: Search, chosen: Iterable[Pairing]) -> None:
     moved: dict[str, list[str]] = defaultdict(list)  # role in the target's place -> sources
     for source, told in search.source_names.items() if ways else ():
         if not told.context and source not in search.used and told.bare not in theirs:
-            words = _tokens(normal(told.bare))
+            words = normal(told.bare).strip(".").split(".")
             for cut in range(len(words)):
-                for new in there if len(there := ways.get(words[:cut], ())) <= _MOST_WAYS else ():
-                    moved[role_of(words_of(f".{'.'.join((*new, *words[cut:]))}."), False)].append(source)
+                for new in there if len(there := ways.get(_tokens(".".join(words[:cut])), ())) <= _MOST_WAYS else ():
+                    moved[role_of(words_of(f".{'.'.join((*new, *words[cut:]))}."), False).replace(":", ".")].append(source)
     fits: dict[str, list[str]] = {}
     for target, told in search.target_names.items() if moved else ():
         if not told.context and target not in search.pairs and target not in search.ambiguous:
-            held = moved.get(told.role, ())
+            held = moved.get(told.role.replace(":", "."), ())
             fits[target] = [s for s in held if not opposed(s, target) and search.fits(s, target) and search.same_kind(target, s)]
     claims = Counter(source for held in fits.values() for source in held)
     for target, held in fits.items():
@@ -195,11 +196,62 @@ def _way(p: Pairing) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 def _before(context: str, indices: list[Indices], depth: int) -> tuple[str, ...]:
     """The words before that of a block which is numbered `depth` times, inside of what is numbered besides."""
     pieces = context.split("#")[:-depth]
-    return _tokens("".join(f"{piece}{n}" for piece, n in zip(pieces, (*indices[0], ""), strict=False)))[:-1]
+    return _tokens("".join(f"{piece}{n}" for piece, n in zip(pieces, (*indices[0][: len(pieces) - 1], ""), strict=True)))[:-1]
 
 
 def _tokens(text: str) -> tuple[str, ...]:
     return tuple(word for word in re.split(r"[.:]", text) if word)
+
+
+def doubt_shifted(search: Search) -> None:
+    """Members of a list are not known by their numbers where the file has more of them and modules beside the model's list are left:
+    with `layers.0`, `layers.1` for `proj_in`, `layers.0`, the same number is another layer."""
+    free = {(place, shape): name for place, shape, name in _weights(search, 1, search.pairs)}
+    spare = {(place, shape) for place, shape, _ in _weights(search, 0, search.used)} if free else set()
+    for place, shape, name in _weights(search, 1, ()) if spare else ():
+        other, module = free.get((_module(place), shape)), _module(search.bare[name])
+        if (place, shape) in spare and other and module.rpartition(".")[2].isdigit():
+            for target in (name, name.removesuffix("weight") + "bias"):
+                if (pair := search.pairs.get(target)) and pair.is_plain and search.bare[target] == search.bare[pair.source]:
+                    withdraw(search, pair, f"the file's list has more members than the model's, and one of them may be {other!r}")
+
+
+def _weights(search: Search, side: int, done: Container[str]) -> Iterator[tuple[str, Shape, str]]:
+    """What the modules lie in of which the weight is not done, and that."""
+    for name, told in (search.source_names, search.target_names)[side].items():
+        if name not in done and told.bare.endswith(".weight"):
+            yield _module(_module(told.bare)), search.shapes[side][name], name
+
+
+def stem(search: Search) -> None:
+    """The one convolution of either side that takes an image, and the norm beside it, whatever they are called, where half is known."""
+    sides: list[list[dict[str, str]]] = []  # the convolution and what is left beside it: parameter -> name
+    inside = True
+    for side, (names, done) in enumerate(((search.source_names, search.used), (search.target_names, search.pairs))):
+        shapes = search.shapes[side]
+        first = [name for name in names if len(shapes[name]) == 4 and shapes[name][1] == 3]
+        if len(first) != 1 or first[0] in done or 2 * len(search.pairs) < len(search.wanted.shapes):
+            return
+        held: dict[str, dict[str, str]] = {(own := _module(names[first[0]].bare)): {}}
+        for name, told in names.items():
+            module, _, param = told.bare.rpartition(".")
+            if name not in done and _module(module) == _module(own) and (module == own or shapes[name] in ((), shapes[first[0]][:1])):
+                held.setdefault(module, {})[param] = name
+        sides.append(list(held.values()))
+        inside = inside and "." in own  # what stands there belongs to the stem
+    (one, *norms), (other, *others) = sides
+    if one.keys() != other.keys() or not search.fits(one["weight"], other["weight"]):
+        return
+    params = [norm.keys() - {_COUNT} for norm in (*norms, *others)]
+    known = len(norms) == len(others) == 1 and params[0] == params[1] and (inside or "running_mean" in params[0])
+    for ours, theirs in ((one, other), *(zip(norms, others, strict=True) if known else ())):
+        for param in [param for param in theirs if param in ours and not opposed(ours[param], theirs[param])]:
+            why = "the only convolution that takes an image, or the norm beside it"
+            search.take(theirs[param], ours[param], "the stem", "likely", why)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 _HEADS = ("head.weight.", "head.bias.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -218,11 +218,23 @@ def in_head(name: str) -> bool:
 _OPPOSED = ({"encoder", "decoder"}, {"forward", "backward"}, {"vision", "text"}, {"audio", "text"}, {"audio", "vision"})
 
 
+_RIVALS = ({"actor", "critic"}, {"policy", "value"}, {"student", "teacher"}, {"generator", "discriminator"})
+
+
+@lru_cache(maxsize=1 << 14)
+def _rivals(name: str) -> frozenset[str]:
+    return frozenset().union(*_RIVALS) & set(re.split(r"[._/#]", name.lower()))
+
+
 def opposed(a: str, b: str) -> bool:
-    one, other = domain(a), domain(b)
+    """Whether the words of two names, or containers, tell that one is no part of what the other is a part of."""
+    return _clash(_rivals(a), _rivals(b), _RIVALS) or _clash(domain(a), domain(b), _OPPOSED)
+
+
+def _clash(one: frozenset[str], other: frozenset[str], pairs: Iterable[set[str]]) -> bool:
     if not one or not other:
         return False
-    return any(pair <= one | other and not pair & one & other and pair & one and pair & other for pair in _OPPOSED)
+    return any(pair <= one | other and not pair & one & other and pair & one and pair & other for pair in pairs)
 
 
 def words_in(context: str) -> set[str]:

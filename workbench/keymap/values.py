@@ -128,6 +128,7 @@ _ROWS = (
     Formula("norm", "torch.linalg.vector_norm({0}, dim={over}, keepdim={over} is not None)", "torch.norm_except_dim"),
     Formula("spectral_norm", "{0} / {1}.dot({0}.movedim({dim}, 0).flatten(1).mv({2}))", "torch.nn.utils.spectral_norm, in eval mode"),
     Formula("product", "{0} * {1}.to({0}.dtype)", "torch.nn.utils.prune"),
+    Formula("shifted", "({0}.float() + {by})", "llama.cpp, convert_hf_to_gguf.py: GemmaModel, NemotronModel"),
     Formula("lora", "{0} + {scale} * ({2}.float().flatten(1) @ {1}.float().flatten(1)).reshape({0}.shape)", "Hu et al. 2021, arXiv:2106.09685; peft.tuners.lora"),
     Formula("lora_transposed", "{0} + {scale} * ({2}.float() @ {1}.float()).T", "peft.tuners.lora: embeddings and fan_in_fan_out"),
     Formula("scale", f"{{0}}.float() * {_SCALES}", "DeepSeek-V3 inference/fp8_cast_bf16.py; compressed-tensors; FBGEMM"),

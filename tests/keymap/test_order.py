@@ -1,0 +1,148 @@
+"""Whole models under foreign names: what their modules hold, and the order in which they stand, fills them, or is told not to do so.
+
+The oracle is the model's output: both modules are written by hand and compute the same, each under names of its own.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import workbench as wb
+
+
+def numbered(*modules):
+    return nn.Sequential(*modules)
+
+
+def named(**modules):
+    return nn.ModuleDict(modules)
+
+
+def run(model, x):
+    for module in model.values() if isinstance(model, nn.ModuleDict) else model:
+        x = run(module, x) if isinstance(module, (nn.ModuleDict, nn.Sequential)) else module(x)
+    return x
+
+
+def lenet(make):
+    conv = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(384, 16), nn.ReLU(), nn.Linear(16, 5)]
+    return make(conv, ["conv1", "r1", "conv2", "r2", "flat", "fc1", "r3", "out"]), (2, 1, 12, 12)
+
+
+def mlp(make):
+    layers = [m for width in (6, 8, 8) for m in (nn.Linear(width, 8), nn.BatchNorm1d(8), nn.ReLU())]
+    return make([*layers, nn.Linear(8, 3)], ["fc1", "bn1", "r1", "fc2", "bn2", "r2", "fc3", "bn3", "r3", "head"]), (4, 6)
+
+
+def separable(make):
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    for width in (8, 12, 16):
+        layers += [nn.Conv2d(width, width, 3, groups=width, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width + 4, 1, bias=False), nn.BatchNorm2d(width + 4), nn.ReLU()]
+    words = [f"{kind}_{at}" for at in "abcdefg" for kind in ("mix", "scale", "act")]
+    return make(layers, words), (2, 3, 12, 12)
+
+
+MODELS = {"lenet": lenet, "mlp": mlp, "separable": separable}
+
+
+def pair_of(model, seed=0):
+    """The model with numbers, trained a little, and the same one with words, which is empty."""
+    torch.manual_seed(seed)
+    source, shape = model(lambda layers, words: numbered(*layers))
+    for layer in source:
+        if hasattr(layer, "running_mean"):
+            nn.init.uniform_(layer.running_mean)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+    target, _ = model(lambda layers, words: named(**dict(zip(words, layers, strict=True))))
+    return source.eval(), target.eval(), torch.rand(shape)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("backwards", [False, True], ids=["numbers to words", "words to numbers"])
+def test_a_model_of_the_same_modules_is_filled_and_computes_the_same(model, backwards):
+    source, target, x = pair_of(model)
+    if backwards:
+        source, target = target, source
+    keymap = wb.match(source.state_dict(), target)
+    assert not keymap.unmatched
+    assert not keymap.ambiguous
+    assert {pair.confidence for pair in keymap.pairs} == {"likely"}
+    wb.load_into(target, source.state_dict(), keymap=keymap)
+    torch.testing.assert_close(run(target, x), run(source, x))
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_a_shuffled_file_fills_what_shapes_and_numbers_tell_and_no_more(model):
+    source, target, _ = pair_of(model)
+    right = dict(zip(target.state_dict(), source.state_dict().values(), strict=True))
+    for seed in range(20):
+        names = list(source.state_dict())
+        random.Random(seed).shuffle(names)
+        keymap = wb.match({name: source.state_dict()[name] for name in names}, target)
+        for name, tensor in keymap.apply({name: source.state_dict()[name] for name in names}).items():
+            assert torch.equal(tensor.load(), right[name]), name
+        assert {t.target for t in (*keymap.pairs, *keymap.ambiguous, *keymap.unmatched)} == set(right)
+
+
+def test_another_head_is_left_and_told():
+    source, target, _ = pair_of(mlp)
+    target["head"] = nn.Linear(8, 7)
+    keymap = wb.match(source.state_dict(), target)
+    assert {told.target for told in keymap.unmatched} == {"head.weight", "head.bias"}
+    assert len(keymap.pairs) == len(target.state_dict()) - 2
+
+
+def test_matrices_kept_as_in_and_out_are_turned():
+    source, target, x = pair_of(lenet)
+    file = {}
+    for name, at in (("conv1", 0), ("conv2", 2)):
+        file |= {f"conv2d_{name[-1]}/kernel:0": source[at].weight.permute(2, 3, 1, 0), f"conv2d_{name[-1]}/bias:0": source[at].bias}
+    for name, at in (("dense_1", 5), ("dense_2", 7)):
+        file |= {f"{name}/kernel:0": source[at].weight.t(), f"{name}/bias:0": source[at].bias}
+    file = {name: tensor.detach().contiguous() for name, tensor in file.items()}
+    wb.load_into(target, file, keymap=wb.match(file, target))
+    torch.testing.assert_close(run(target, x), run(source, x))
+
+
+def square(*names, width=8):
+    return {f"{name}.{param}": shape for name in names for param, shape in (("weight", (width, width)), ("bias", (width,)))}
+
+
+REFUSED = {
+    "queries and keys for numbers": (square("k_proj", "q_proj", "v_proj"), square("0", "1", "2")),
+    "words that nobody knows, side by side": (square("red", "green", "blue"), square("x", "y", "z")),
+    "two towers that nobody's words tell apart": (
+        {f"{tower}.{n}.weight": shape for tower in ("left", "right") for n, shape in enumerate([(8, 4), (6, 8)])},
+        {f"{tower}.{n}.weight": shape for tower in ("one", "two") for n, shape in enumerate([(8, 4), (6, 8)])},
+    ),
+    "an actor for a critic": ({"actor.0.weight": (8, 4), "actor.2.weight": (3, 8)}, {"critic.0.weight": (8, 4), "critic.2.weight": (3, 8)}),
+    "one module alone": ({"one.weight": (8, 4)}, {"other.weight": (8, 4)}),
+    "another module among them": (
+        {"a.weight": (8, 4), "b.weight": (9, 8), "c.weight": (3, 8)},
+        {"x.weight": (8, 4), "y.weight": (3, 8)},
+    ),
+    "a file sorted by name": (
+        {f"block{i}{part}": shape for i in sorted(map(str, range(12))) for part, shape in ((".m.weight", (8, 8)), (".n.weight", (8,)))},
+        {f"{word}{part}": shape for word in "abcdefghijkl" for part, shape in (("x.weight", (8, 8)), ("y.weight", (8,)))},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "target"), REFUSED.values(), ids=REFUSED)
+def test_what_could_be_exchanged_is_left_and_told(source, target):
+    keymap = wb.match({name: torch.rand(shape) for name, shape in source.items()}, target)
+    assert not keymap.pairs
+    assert {told.target for told in itertools.chain(keymap.ambiguous, keymap.unmatched)} == set(target)
+
+
+def test_numbers_tell_which_of_several_is_which():
+    names = [f"hidden{i}" for i in range(12)]
+    source = {name: torch.rand(shape) for name, shape in sorted(square(*names).items())}  # 1, 10, 11, 2, …
+    keymap = wb.match(source, square(*(f"stack.{2 * i}" for i in range(12))))
+    assert {pair.target: pair.source for pair in keymap.pairs} == {
+        f"stack.{2 * i}.{param}": f"hidden{i}.{param}" for i in range(12) for param in ("weight", "bias")
+    }

@@ -1,0 +1,165 @@
+"""A whole model under foreign names, by what its modules hold and the order in which they stand.
+
+Asked only where names have explained next to nothing. Both sides are cut into modules: what lies under one path, by parameter and
+shape. Where both hold the same modules, but for a head of another size, one that is the only one of its shapes is paired with the only
+one on the other side; those that share their shapes go by their numbers, or by their order where the whole order is one. Two that stand
+side by side, and could be exchanged without a trace (queries and keys), are told by their numbers or words, or left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from workbench.keymap.layouts import IN_OUT
+from workbench.keymap.maps import Ambiguous
+from workbench.keymap.naming import Name, opposed
+
+if TYPE_CHECKING:
+    from workbench.keymap.inference import Search
+
+Shape = tuple[int, ...]
+Sign = tuple[tuple[str, Shape], ...]
+
+_FEW = 10  # per cent of the target's names, which others may have paired
+_LEAST = 3  # modules: fewer are no model
+_ROWS = re.compile(r"qkv|query_key_value|c_attn|in_proj|kv_proj|gate_up|w12|ada_?ln|modulation", re.I)  # parts in an order that is not told
+_PARAM = re.compile(r"(running\.mean|running\.var|num\.batches\.tracked|[^.]+?)(?::\d+)?\.$")
+_WORDS = frozenset({"weight", "bias"})
+_COUNTER = "num.batches.tracked"  # a norm may be without
+_ALIKE = "the numbers of modules that hold the same shapes"
+_ONLY = "the only one of its shapes, in two models that hold the same modules"
+_PLACE = "its place in the order of the modules, which hold the same shapes from first to last"
+_EXCHANGEABLE = "several modules hold the same shapes, and neither numbers nor the order tell which is which"
+_TOLD = re.compile(r"\.x?attn\.(?:q|k|v|o|qkv|kv)$|\.emb\.\w+$")  # roles that another would be wrong for
+_APART = ({"gate", "up"}, {"source", "target"}, {"src", "tgt"}, {"key", "query"})
+
+
+class Module(NamedTuple):
+    """What lies under one path: the path with its numbers masked, those numbers, its role, and its tensors by parameter."""
+
+    path: str
+    mask: str
+    numbers: tuple[int, ...]
+    role: str
+    names: dict[str, str]
+    sign: Sign
+
+
+def in_order(search: Search) -> None:
+    """Pair the modules of two models that hold the same ones."""
+    if 100 * len(search.pairs) > _FEW * len(search.wanted.shapes):
+        return
+    held = {name: told for name, told in search.source_names.items() if name not in search.used and name in search.items}
+    ours = _modules(held, {name: item.shape for name, item in search.items.items()})
+    theirs = _modules({name: told for name, told in search.target_names.items() if name not in search.pairs}, search.wanted.shapes)
+    found = list(_paired(ours, theirs)) or list(_paired(ours[:-1], theirs[:-1], 1 + _LEAST))  # which may have another head
+    if any(_speaks_against(one, other) for one, other, why in found if why):
+        return
+    for one, other, why in found:
+        for param, target in other.names.items():
+            if (source := one.names.get(param)) is None:
+                continue
+            if why:
+                search.take(target, source, f"{one.path} becomes {other.path}", "likely", why)
+            else:
+                search.ambiguous[target] = Ambiguous(target, (source,), _EXCHANGEABLE)
+
+
+def _modules(names: Mapping[str, Name], shapes: Mapping[str, Shape]) -> list[Module]:
+    """In the order of the names, but for what a path holds further on."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, told in names.items():
+        param = _PARAM.search(told.role or ".")
+        found["".join(re.split(r"([./])", told.bare)[:-2])][param[1] if param else ""] = name
+    out = []
+    for path, held in found.items():
+        lone = len(held) == 1 and held.keys().isdisjoint(_WORDS)  # a scale of a block's own has many names
+        held = dict.fromkeys(("",), *held.values()) if lone else held
+        sign = tuple(sorted((param, _turned(name, shapes[name])) for param, name in held.items() if param != _COUNTER))
+        role = names[next(iter(held.values()))].role
+        out.append(Module(path, re.sub(r"\d+", "#", path), tuple(map(int, re.findall(r"\d+", path))), role, held, sign))
+    return [module for module in out if module.sign]
+
+
+def _turned(name: str, shape: Shape) -> Shape:
+    """A shape without ones, and that of a matrix kept as [..., in, out] as torch keeps it."""
+    turned = (shape[-1], shape[-2], *shape[:-2]) if name.endswith(IN_OUT) and len(shape) > 1 else shape
+    return tuple(n for n in turned if n != 1)
+
+
+def _paired(ours: list[Module], theirs: list[Module], least: int = _LEAST) -> Iterator[tuple[Module, Module, str]]:
+    """Modules of both sides, and what tells that they are one; nothing, where they are of one form and nothing tells it."""
+    groups: tuple[dict[Sign, list[Module]], ...] = (defaultdict(list), defaultdict(list))
+    for side, modules in zip(groups, (ours, theirs), strict=True):
+        for module in modules:
+            side[module.sign].append(module)
+    counts = [{sign: len(held) for sign, held in side.items()} for side in groups]
+    if counts[0] != counts[1] or len(theirs) < least:
+        return
+    one_order = [m.sign for m in ours] == [m.sign for m in theirs] and _ascend(ours) and _ascend(theirs)
+    exchangeable = _exchangeable(ours) | _exchangeable(theirs)
+    for sign, wanted in groups[1].items():
+        held = groups[0][sign]
+        numbered = all(len({m.mask for m in side}) == 1 and len({m.numbers for m in side}) == len(side) for side in (held, wanted))
+        if any(_ROWS.search(module.path) for module in (*held, *wanted)):
+            yield from ((*both, "") for both in zip(held, wanted, strict=True))
+        elif len(held) == 1:
+            yield held[0], wanted[0], _ONLY
+        elif numbered:
+            yield from ((*both, _ALIKE) for both in zip(*(sorted(side, key=lambda m: m.numbers) for side in (held, wanted)), strict=True))
+        else:
+            for one, other in zip(held, wanted, strict=True):
+                free = one.path not in exchangeable and other.path not in exchangeable
+                yield one, other, _PLACE if one_order and (free or _same_role(one, other)) else ""
+
+
+def _exchangeable(modules: list[Module]) -> set[str]:
+    """Modules that stand side by side in one form, and those in two parts of one module that hold the same, told by words alone, with
+    nothing between them that is the only one of its shapes: two towers, or queries and keys, may stand in any order."""
+    often = Counter(module.sign for module in modules)
+    singles = [0, *accumulate(often[module.sign] == 1 for module in modules)]
+    parts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # path -> part -> where its modules stand
+    for at, module in enumerate(modules):
+        words = module.path.split(".")
+        for depth, word in enumerate(words):
+            parts[".".join(words[:depth])][word].append(at)
+    out = {one.path for a, b in pairwise(modules) if a.sign == b.sign and a.mask != b.mask for one in (a, b)}
+    for inside in parts.values():
+        alike: dict[tuple[Sign, ...], list[str]] = defaultdict(list)
+        for word, places in inside.items():
+            alike[tuple(modules[at].sign for at in places)].append(word)
+        for one, other in (both for same in alike.values() for both in pairwise(same)):
+            apart = singles[inside[other][0]] > singles[inside[one][-1] + 1]
+            if re.sub(r"\d+", "#", one) != re.sub(r"\d+", "#", other) and not apart:
+                out.update(modules[at].path for word in (one, other) for at in inside[word])
+    return out
+
+
+def _ascend(modules: list[Module]) -> bool:
+    """Whether what is numbered alike stands in the order of its numbers: a file that is sorted or shuffled tells no order."""
+    last: dict[str, tuple[int, ...]] = {}
+    for module in modules:
+        if module.numbers < last.get(module.mask, ()):
+            return False
+        last[module.mask] = module.numbers
+    return True
+
+
+def _unit(module: Module) -> str:
+    return _PARAM.sub("", module.role).rstrip(".")
+
+
+def _same_role(one: Module, other: Module) -> bool:
+    return bool(_unit(one)) and _unit(one) == _unit(other)
+
+
+def _speaks_against(one: Module, other: Module) -> bool:
+    """Whether the words of two modules tell that they are not one."""
+    roles = [found[0] if (found := _TOLD.search(_unit(module))) else "" for module in (one, other)]
+    words = [set(re.findall("[a-z]+", module.path.lower())) for module in (one, other)]
+    apart = any(pair & words[0] and pair & words[1] and not pair & words[0] & words[1] for pair in _APART)
+    return (all(roles) and roles[0] != roles[1]) or apart or opposed(one.path, other.path)
