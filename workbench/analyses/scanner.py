@@ -37,7 +37,7 @@ from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, danger_findings, judge, misuses
 from workbench.formats.pickle_blobs import Left, most_nested, payload_span
-from workbench.formats.pickle_loop import TOO_MUCH
+from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, TOO_MUCH
 from workbench.formats.torch_archive import pickle_roots
 from workbench.formats.torch_objects import Run, watched_runs
 from workbench.formats.torch_tar import walk
@@ -150,7 +150,8 @@ class _Scan:
         self.ends = 0  # marks of an archive's end that ended none
         self.read: set[int] = set()  # byte strings, by their ids, that wb.open read as files
         self.looked_into = 0  # byte strings of its pickles
-        self.spent = (0, 0)  # opcodes that were run over it, and those that built something
+        self.is_spent = False  # which was told
+        self.spent = {True: (0, 0), False: (0, 0)}  # opcodes run over sure pickles and others, and those that built something
         self.loads = True  # whether torch would load it, once the harmless classes are allowed
         self.element_types: set[str] = set()  # of NumPy
 
@@ -201,7 +202,7 @@ class _Scan:
 
     def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
         """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
-        here, seen, self.spent = Place(file.name), len(self.pickles), (0, 0)
+        here, seen, self.spent = Place(file.name), len(self.pickles), {True: (0, 0), False: (0, 0)}
         ckpt = self.open(lambda: ckpt or open_file(file), here, must)
         form = "" if ckpt is None else ckpt.format
         self.content(_Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
@@ -403,6 +404,11 @@ class _Scan:
 
     def run(self, piece: _Piece, at: int, *, sure: bool) -> tuple[int, Any] | None:
         """One pickle: what it names and calls is noted. The byte after it and its value, or None where none ends."""
+        if self.spent[sure][0] >= MAX_OPCODES or self.spent[sure][1] >= MAX_BUILT:
+            if not self.is_spent:
+                self.tell("not scanned", "danger", f"{piece.name}, and what follows it: its pickles ask for too much", piece.place(at))
+            self.is_spent = True
+            return None
         outcome = self.outcome(piece.span.part(at, piece.span.nbytes - at), sure)
         machine, made, root, error, misused, _ = outcome
         seen = len(self.findings)
@@ -435,13 +441,13 @@ class _Scan:
         """The run that wb.open made of the same bytes, or a new one. What is done for one file is bounded in all."""
         for known in self.known.get(span.nbytes, ()):
             if is_run_over(machine := known.machine, known.file, span):
-                self.spent = (self.spent[0] + machine.ran, self.spent[1] + machine.built)
+                self.spent[sure] = (self.spent[sure][0] + machine.ran, self.spent[sure][1] + machine.built)
                 error = None if machine.end else UnsupportedError(TOO_MUCH, offset=machine.place)
                 self.read.update(map(id, known.read))
                 return Outcome(machine, known.strangers, None, error, known.misused, known.texts)
-        outcome = run_first(span, sure, self.spent)
+        outcome = run_first(span, sure, self.spent[sure])
         odd = outcome.made or (sure and outcome.error is not None)  # tensors of a .distcp are many, and plain
-        self.spent = (outcome.machine.ran, outcome.machine.built + (_EACH if odd else 0))
+        self.spent[sure] = (outcome.machine.ran, outcome.machine.built + (_EACH if odd else 0))
         return outcome._replace(misused=misuses(outcome.made, outcome.machine.globals, outcome.machine.states))
 
     def note(self, outcome: Outcome, piece: _Piece, at: int, also: Callable[[Global], bool]) -> None:

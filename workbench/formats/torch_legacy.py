@@ -286,8 +286,7 @@ class _PlainObjects(PayloadObjects):
         key = payload.start if isinstance(payload, (Placed, Left)) else id(payload)
         if key not in self._nested:
             if len(self._nested) >= (most := most_nested(self.file)):
-                self.tell("nested file", "danger", f"of the torch files inside the pickle only {most:,} are read", {})
-                return node
+                raise UnsupportedError(f"of the torch files inside this pickle only {most:,} are read: save it with torch.save instead")
             try:
                 ckpt = _open_nested(payload_span(self.file, payload))
                 self._nested[key] = (payload, ckpt.tree)
