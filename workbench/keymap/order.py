@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,10 +25,28 @@ Shape = tuple[int, ...]
 Sign = tuple[tuple[str, Shape], ...]
 
 _FEW = 10  # per cent of the target's names, which others may have paired
+_OUTPUTS = frozenset(
+    [
+        "fc",
+        "linear",
+        "lin",
+        "head",
+        "classifier",
+        "last",
+        "conv",
+        "out",
+        "output",
+        "logits",
+        "dense",
+        "final",
+        "proj",
+        "projection",
+        "score",
+    ]
+)
 _LEAST = 3  # modules: fewer are no model
 _ROWS = re.compile(r"qkv|query_key_value|c_attn|in_proj|kv_proj|gate_up|w12|ada_?ln|modulation", re.I)  # parts in an order that is not told
 _PARAM = re.compile(r"(running\.mean|running\.var|num\.batches\.tracked|[^.]+?)(?::\d+)?\.$")
-_WORDS = frozenset({"weight", "bias"})
 _COUNTER = "num.batches.tracked"  # a norm may be without
 _ALIKE = "the numbers of modules that hold the same shapes"
 _ONLY = "the only one of its shapes, in two models that hold the same modules"
@@ -50,13 +68,18 @@ class Module(NamedTuple):
 
 
 def in_order(search: Search) -> None:
-    """Pair the modules of two models that hold the same ones."""
-    if 100 * len(search.pairs) > _FEW * len(search.wanted.shapes):
-        return
-    held = {name: told for name, told in search.source_names.items() if name not in search.used and name in search.items}
+    """Pair the modules of two models that hold the same ones, or those that are all that is left of both."""
+    held = {name: told for name, told in search.source_names.items() if name in search.items}
     ours = _modules(held, {name: item.shape for name, item in search.items.items()})
-    theirs = _modules({name: told for name, told in search.target_names.items() if name not in search.pairs}, search.wanted.shapes)
-    found = list(_paired(ours, theirs)) or list(_paired(ours[:-1], theirs[:-1], 1 + _LEAST))  # which may have another head
+    theirs = _modules(search.target_names, search.wanted.shapes)
+    ours, broken = _open(ours, search.used)
+    theirs, parted = _open(theirs, search.pairs.keys())
+    if broken or parted:  # of which a part went elsewhere: what is left of both is not the same
+        return
+    if 100 * len(search.pairs) > _FEW * len(search.wanted.shapes):
+        found = _all_that_is_left(search, ours, theirs)
+    else:
+        found = list(_paired(ours, theirs)) or list(_paired(ours[:-1], theirs[:-1], 1 + _LEAST))  # which may have another head
     if any(_speaks_against(one, other) for one, other, why in found if why):
         return
     for one, other, why in found:
@@ -69,15 +92,47 @@ def in_order(search: Search) -> None:
                 search.ambiguous[target] = Ambiguous(target, (source,), _EXCHANGEABLE)
 
 
+def _open(modules: list[Module], done: Collection[str]) -> tuple[list[Module], bool]:
+    """Those of which nothing is done, and whether there are some of which a part is."""
+    counts = [sum(name in done for param, name in module.names.items() if param != _COUNTER) for module in modules]
+    return [m for m, count in zip(modules, counts, strict=True) if not count], any(
+        0 < count < len(m.sign) for m, count in zip(modules, counts, strict=True)
+    )
+
+
+def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) -> list[tuple[Module, Module, str]]:
+    """Beside others that are paired: only where nothing else is left of the file but vectors, and one alone by general words on both sides."""
+    if search.ambiguous.keys() - search.pairs.keys():  # what is left may be what another was meant for
+        return []
+    wanted = Counter(module.sign for module in theirs)
+    ours = [module for module in ours if module.sign in wanted or any(len(shape) > 1 for _, shape in module.sign)]
+    if Counter(module.sign for module in ours) != wanted:
+        return []
+    found = list(_paired(ours, theirs, 1))
+    return found if len(found) > 1 or all(_kind_of(one) and _kind_of(one) == _kind_of(other) for one, other, _ in found) else []
+
+
+def _kind_of(module: Module) -> str:
+    """What the last word of a module's path says in general: an output layer, a table, a table of positions; nothing, if it says more."""
+    words = re.findall("[a-z]+", next((part for part in reversed(module.path.lower().split(".")) if not part.isdigit()), ""))
+    tables = [word for word in words if word.startswith("emb") or word in ("wte", "wpe", "pos", "position", "positional")]
+    if tables:
+        return "positions" if any(word.startswith(("pos", "wpe")) for word in words) else "table"
+    return "output" if words and _OUTPUTS.issuperset(words) else ""
+
+
 def _modules(names: Mapping[str, Name], shapes: Mapping[str, Shape]) -> list[Module]:
     """In the order of the names, but for what a path holds further on."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for name, told in names.items():
         param = _PARAM.search(told.role or ".")
-        found["".join(re.split(r"([./])", told.bare)[:-2])][param[1] if param else ""] = name
+        path, word = "".join(re.split(r"([./])", told.bare)[:-2]), param[1] if param else ""
+        while word in found[path]:  # two of one name: wrappers, or adapters
+            path += "'"
+        found[path][word] = name
     out = []
     for path, held in found.items():
-        lone = len(held) == 1 and held.keys().isdisjoint(_WORDS)  # a scale of a block's own has many names
+        lone = len(held) == 1 and "bias" not in held  # tables and scales have many names
         held = dict.fromkeys(("",), *held.values()) if lone else held
         sign = tuple(sorted((param, _turned(name, shapes[name])) for param, name in held.items() if param != _COUNTER))
         role = names[next(iter(held.values()))].role
