@@ -230,6 +230,10 @@ def with_heads(shapes, kinds=()):
 TORCHTUNE = " ".join(
     f"layers.{{}}.{word}.weight" for word in ["attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "mlp.w1", "mlp.w3", "mlp.w2"]
 )
+META = " ".join(
+    f"layers.{{}}.{word}.weight"
+    for word in ["attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2"]
+)
 TRANSFORMERS = " ".join(
     f"model.layers.{{}}.{word}.weight"
     for word in [
@@ -249,9 +253,12 @@ def halves(matrix, heads):
     return matrix.view(heads, matrix.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(matrix.shape)
 
 
-def test_torchtune_turns_no_rows_of_queries_with_biases():
-    source = {name: torch.randn(shape) for name, shape in llama(TORCHTUNE, biased=True).items()}
-    wanted = dict(zip(llama(TRANSFORMERS, biased=True), source.values(), strict=True))
+@pytest.mark.parametrize("biased", [True, False])
+def test_torchtune_turns_no_rows_of_queries_with_biases_or_norms(biased):
+    source = {name: torch.randn(shape) for name, shape in llama(TORCHTUNE, biased).items()}
+    wanted = dict(zip(llama(TRANSFORMERS, biased), source.values(), strict=True))
+    for n, word in itertools.product(range(2), () if biased else "qk"):  # Qwen 3
+        source[f"layers.{n}.attn.{word}_norm.scale"] = wanted[f"model.layers.{n}.self_attn.{word}_norm.weight"] = torch.randn(4)
     values = {n: t.load() for n, t in wb.match(source, with_heads({n: v.shape for n, v in wanted.items()})).apply(source).items()}
     assert values.keys() == wanted.keys()
     assert all(torch.equal(values[name], wanted[name]) for name in wanted)
@@ -259,13 +266,13 @@ def test_torchtune_turns_no_rows_of_queries_with_biases():
 
 @pytest.mark.parametrize("heads", [True, False])
 def test_rows_are_turned_before_they_are_put_together(heads):
-    source = {name: torch.randn(shape) for name, shape in llama(TORCHTUNE).items()}
+    source = {name: torch.randn(shape) for name, shape in llama(META).items()}
     wanted = {}
     for n in range(2):
-        q, k, v = (source[f"layers.{n}.attn.{word}_proj.weight"] for word in "qkv")
+        q, k, v = (source[f"layers.{n}.attention.w{word}.weight"] for word in "qkv")
         wanted[f"transformer.h.{n}.attn.qkv.weight"] = torch.cat([halves(q, 4), halves(k, 2), v])
         for word, name in (("fc_1", "w1"), ("fc_2", "w3"), ("proj", "w2")):
-            wanted[f"transformer.h.{n}.mlp.{word}.weight"] = source[f"layers.{n}.mlp.{name}.weight"]
+            wanted[f"transformer.h.{n}.mlp.{word}.weight"] = source[f"layers.{n}.feed_forward.{name}.weight"]
     shapes = {name: tuple(value.shape) for name, value in wanted.items()}
     keymap = wb.match(source, with_heads(shapes) if heads else shapes)
     values = {name: tensor.load() for name, tensor in keymap.apply(source).items()}
@@ -273,6 +280,16 @@ def test_rows_are_turned_before_they_are_put_together(heads):
     fused = {name for name in wanted if ".qkv." in name}
     assert values.keys() == (wanted.keys() if heads else wanted.keys() - fused)
     assert heads or {a.target for a in keymap.ambiguous} == fused
+
+
+def test_torchtune_does_not_tell_the_rows_of_what_others_keep_in_one():
+    """Its Llama is in pairs and its Phi 3 in halves, under the same names."""
+    source = {name: torch.randn(shape) for name, shape in llama(TORCHTUNE).items()}
+    words = {"self_attn.qkv_proj": (32, 16), "self_attn.o_proj": (16, 16), "mlp.gate_up_proj": (48, 16), "mlp.down_proj": (16, 24)}
+    shapes = {f"model.layers.{n}.{word}.weight": shape for n in range(2) for word, shape in words.items()}
+    keymap = wb.match(source, with_heads(shapes))
+    assert {a.target for a in keymap.ambiguous} == {name for name in shapes if "qkv" in name}
+    assert len(keymap.pairs) == 6
 
 
 def test_experts_that_llama_cpp_merged():

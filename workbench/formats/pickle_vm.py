@@ -353,6 +353,8 @@ class Machine:
             target.items.update(pairs)
         elif isinstance(target, (list, bytearray)):
             for key, value in pairs.items():
+                if not isinstance(key, int):
+                    raise TypeError(f"{_kind(key)} is no place in a {_kind(target)}")
                 target[key] = value
         else:
             raise TypeError(f"cannot set items of {_kind(target)}")

@@ -245,11 +245,13 @@ IN_OUT = ("kernel", "kernel:0", "text_projection", "visual.proj", "Attention/q",
 # layer kinds that multiply by 1 + weight, and of which llama.cpp's files hold that sum
 ONE_MORE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "RecurrentGemmaRMSNorm", "Qwen3NextRMSNorm", "NemotronLayerNorm1P"})
 
-# which rows of a head a rotary embedding turns together: neighbours ("pairs") or the two halves
+# which rows of a head a rotary embedding turns together: neighbours ("pairs") or the two halves; "apart" are
+# pairs where the other side keeps queries and keys apart too, and unknown where it has them in one
 ROTARY: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("pairs", (".attention.wq.",), "Meta Llama"),
     ("halves", (".attn.q_proj.bias", ".mlp.w1."), "torchtune Qwen 2"),
-    ("pairs", (".attn.q_proj.", ".mlp.w1."), "torchtune"),
+    ("halves", (".attn.q_proj.", ".attn.q_norm.scale", ".mlp.w1."), "torchtune Qwen 3"),
+    ("apart", (".attn.q_proj.", ".mlp.w1."), "torchtune: pairs, but for Phi 3, whose names are the same and which others keep fused"),
     ("halves", (".self_attn.q_proj.",), "transformers"),
     ("halves", (".self_attn.qkv_proj.",), "transformers"),
     ("halves", (".attn.qkv.",), "litgpt"),

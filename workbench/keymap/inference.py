@@ -3,9 +3,9 @@
 Each name is read (naming.py) as (context, indices, role): the container of a repeated block, its numbers, and what the tensor does in
 it, in the words of rules.py where they are known. Contexts are paired (containers.py) by how many of their roles and shapes agree;
 inside a pair of contexts, roles are joined, then fused and split (fusions.py) and mended (layouts.py). What lies in no container is
-paired by the end of its name, and what is left where it is the only one of its shapes. `Search.run` is that order. The result is a
-KeyMap; loading is loading.py's. Whatever is decided here for each of a hundred thousand names has to be cheap: what is the same for a
-container, a block or an end is decided once for it.
+paired by the end of its name, and what is left where it is the only one of its shapes, or by the order of two models that hold the
+same modules (order.py). `Search.run` is that order. The result is a KeyMap; loading is loading.py's. Whatever is decided here for each
+of a hundred thousand names has to be cheap: what is the same for a container, a block or an end is decided once for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from workbench.errors import SelectionError
 from workbench.formats import collector_paused
 from workbench.keymap.composites import Spelling, canonical, composites, locked_raw
 from workbench.keymap.containers import SAME_NUMBERS, Pairing, number_first, pairings
+from workbench.keymap.doubts import doubt
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
 from workbench.keymap.layouts import IN_OUT, SAME, Fit, fit, orient, stack, turn, unstack, withdraw
 from workbench.keymap.leftovers import doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem
@@ -198,6 +199,7 @@ class Search:
             rest(self, Pairing("", "", {(): ()}, "", 0))
         self._doubt_lonely()
         doubt_shifted(self)
+        doubt(self)
         self._ties()
         settle_swapped(self)
         self._name_candidates()

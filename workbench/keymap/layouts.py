@@ -161,6 +161,8 @@ def turn(search: Search, p: Pairing, names: list[str]) -> None:
     if not gated or any(_POSITIONS.search(role) for role in search.roles):
         return
     orders = [rotary_order(name for block in blocks for names in block.values() for name in names) for blocks in sides]
+    fused = any(".attn.qkv." in role for blocks in sides for block in blocks for role in block)
+    orders = [("" if fused else "pairs") if order == "apart" else order for order in orders]
     for name in names if not orders[0] == orders[1] != "" else ():
         pair, word = search.pairs[name], roles[name].split(".")[2]
         if pair.confidence == "certain":

@@ -59,7 +59,8 @@ def rest(search: Search, p: Pairing) -> None:
             _pair(search, p, one, other, f"the same word under {one.place!r} and {other.place!r}, in all blocks")
     for one, other in _only(_open(held, search.used), _open(wanted, search.pairs), lambda unit: unit.sign):
         vectors = all(len(shape) < 2 for *_, shape in one.sign)  # are many, and of one length
-        if whole or len(_words(one.role) & _words(other.role)) > vectors:
+        alike = vectors and any(u is not one and u.sign & one.sign for u in held)  # in one of the blocks
+        if (whole and not alike) or len(_words(one.role) & _words(other.role)) > vectors:
             _pair(search, p, one, other, "the only ones of their shapes that are left")
 
 
@@ -124,7 +125,7 @@ def _apart(one: Unit, other: Unit) -> bool:
     if len(set(settled)) == 2 and tuple(settled) == roles:
         return True
     paths = (f"{unit.place}.{unit.word}".split(".")[::-1] for unit in (one, other))
-    if any(_variants(*words) for words in zip(*paths, strict=False)):
+    if any(variants(*words) for words in zip(*paths, strict=False)):
         return True
     if one.word == other.word and one.place and one.place.split(".")[-1] == other.place.split(".")[-1]:
         return False
@@ -132,7 +133,7 @@ def _apart(one: Unit, other: Unit) -> bool:
     return len(set(settled)) == 2 or (all(families) and not families[0] & families[1])
 
 
-def _variants(one: str, other: str) -> bool:
+def variants(one: str, other: str) -> bool:
     """Whether two words tell kinds of one thing apart (`local_attn`, `global_attn`), and none of them is short for the other."""
     mine, theirs = (re.findall("[a-z]+", word.lower()) for word in (one, other))
     left, right = [w for w in mine if w not in theirs], [w for w in theirs if w not in mine]

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.keymap.layouts import IN_OUT
+from workbench.keymap.leftovers import variants
 from workbench.keymap.maps import Ambiguous
 from workbench.keymap.naming import Name, opposed
 
@@ -109,7 +110,8 @@ def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) 
     if Counter(module.sign for module in ours) != wanted:
         return []
     found = list(_paired(ours, theirs, 1))
-    return found if len(found) > 1 or all(_kind_of(one) and _kind_of(one) == _kind_of(other) for one, other, _ in found) else []
+    several = len({(one.mask, other.mask) for one, other, _ in found}) > 1
+    return found if several or all(_kind_of(one) and _kind_of(one) == _kind_of(other) for one, other, _ in found) else []
 
 
 def _kind_of(module: Module) -> str:
@@ -217,4 +219,5 @@ def _speaks_against(one: Module, other: Module) -> bool:
     roles = [found[0] if (found := _TOLD.search(_unit(module))) else "" for module in (one, other)]
     words = [set(re.findall("[a-z]+", module.path.lower())) for module in (one, other)]
     apart = any(pair & words[0] and pair & words[1] and not pair & words[0] & words[1] for pair in _APART)
-    return (all(roles) and roles[0] != roles[1]) or apart or opposed(one.path, other.path)
+    parts = zip(*(module.path.split(".")[::-1] for module in (one, other)), strict=False)
+    return (all(roles) and roles[0] != roles[1]) or apart or opposed(one.path, other.path) or any(variants(*both) for both in parts)

@@ -1,0 +1,116 @@
+"""What each name and shape allows by itself and all of them together speak against: such pairs are withdrawn, and it is told why.
+
+Each of the functions looks at one search of inference.py when all pairs are made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from workbench.keymap.conventions import IN_OUT
+from workbench.keymap.layouts import withdraw
+from workbench.keymap.naming import Name
+
+if TYPE_CHECKING:
+    from workbench.keymap.inference import Search
+
+_RUNNING = re.compile(r"(?:^|\.)running\.(?:mean|var)\.$")
+_AFFINE = re.compile(r"(?:^|\.)(weight|bias)\.$")
+
+
+def doubt(search: Search) -> None:
+    for step in (split_norms, flattened, other_roots, moved_norms):
+        step(search)
+
+
+def _module(name: str) -> str:
+    return re.split(r"[./][^./]*$", name)[0]
+
+
+def split_norms(search: Search) -> None:
+    """The statistics of a norm and its weight belong together: they come from one module of the file, or not at all."""
+    modules: dict[str, list[str]] = defaultdict(list)
+    for target, told in search.target_names.items():
+        modules[_module(told.bare)].append(target)
+    affine: dict[str, set[str]] = defaultdict(set)  # module of the file -> weight and bias that it has
+    for told in search.source_names.values():
+        if found := _AFFINE.search(told.role):
+            affine[_module(told.bare)].add(found[1])
+    for names in modules.values():
+        pairs = [pair for name in names if (pair := search.pairs.get(name)) and pair.is_plain and pair.source in search.source_names]
+        if not any(_RUNNING.search(search.target_names[pair.target].role) for pair in pairs):
+            continue
+        places = {_module(search.source_names[pair.source].bare) for pair in pairs}
+        left = {found[1] for n in names if n not in search.pairs and (found := _AFFINE.search(search.target_names[n].role))}
+        if len(places) > 1 or any(left & affine[place] for place in places):
+            for pair in pairs:
+                withdraw(search, pair, "the weight and the statistics of one norm would not come from one norm of the file")
+
+
+def flattened(search: Search) -> None:
+    """A dense layer that reads a flattened convolution: where channels stand last on one side alone, its inputs stand in another order."""
+    channels = 0  # of the convolution that the next dense layer reads
+    for target, shape in search.wanted.shapes.items():
+        if len(shape) < 2 or not target.endswith(("weight", *IN_OUT)):
+            continue
+        turned, pair = target.endswith(IN_OUT), search.pairs.get(target)
+        if len(shape) > 2:
+            channels = shape[-1] if turned else shape[0]
+            continue
+        inputs = shape[0] if turned else shape[1]
+        if (
+            pair
+            and len(pair.parts) == 1
+            and pair.source.endswith(IN_OUT) != turned
+            and channels
+            and inputs > channels
+            and not inputs % channels
+        ):
+            why = "its rows are in the order height, width, channels on one side and channels, height, width on the other: the size is not known"
+            withdraw(search, pair, why)
+        channels = 0
+
+
+def other_roots(search: Search) -> None:
+    """One lone module of another root of the file is not known by the end of its name where most come from a root that has more such."""
+    roots = {name: told.bare.split(".")[0] for name, told in search.source_names.items()}
+    held: dict[str, set[str]] = defaultdict(set)  # root -> modules that are used
+    often: Counter[str] = Counter()
+    for pair in search.pairs.values():
+        for source in [source for source in pair.sources if source in roots]:
+            held[roots[source]].add(_module(search.source_names[source].bare))
+            often[roots[source]] += 1
+    most, count = often.most_common(1)[0] if len(often) > 1 else ("", 0)
+    if 2 * count <= often.total():
+        return
+    spare = {
+        (n.rpartition(".")[2], search.items[n].shape) for n in roots if roots[n] == most and n in search.items and n not in search.used
+    }
+    for pair in [pair for pair in search.pairs.values() if pair.rule == "the end of the name" and pair.is_plain]:
+        root, bare = roots[pair.source], search.source_names[pair.source].bare
+        own, alone = search.target_names[pair.target].bare.split("."), len(held[root]) == 1 and bare.count(".") > 1
+        if root not in (most, *own) and alone and (bare.rpartition(".")[2], search.items[pair.source].shape) in spare:
+            withdraw(search, pair, f"nothing else comes from {root!r}, and {most!r}, which most come from, has others of that shape")
+
+
+def moved_norms(search: Search) -> None:
+    """Norms that stand before what they norm are none that stand after it: one side ends its blocks with a norm, and the other begins with one."""
+    sides = [_ends_and_begins(names.values()) for names in (search.source_names, search.target_names)]
+    if sides[0] == sides[1] or any(ends == begins for ends, begins in sides):
+        return
+    for target, told in search.target_names.items():
+        pair = search.pairs.get(target)
+        if pair and re.match(r"\.?norm\." if told.context else r"(?:.*\.)?(?:emb\.norm|norm\.last)\.", told.role):
+            withdraw(search, pair, "norms stand before attention and MLP on one side and after them on the other")
+
+
+def _ends_and_begins(names: Iterable[Name]) -> tuple[bool, bool]:
+    """Whether a norm stands beside the blocks, and whether one stands at the embeddings."""
+    names = list(names)
+    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in names if told.context and told.indices}
+    norms = [told for told in names if not told.context and told.role.endswith("weight.")]
+    begins = any(re.search(r"(?:^|\.)emb\.norm\.", told.role) for told in norms)
+    return any(re.search(r"(?:^|\.)norm\.last\.", t.role) and _module(_module(t.bare)) in places for t in norms), begins
