@@ -6,11 +6,13 @@ import struct
 import time
 import zipfile
 
+import numpy as np
 import pytest
 import torch
-from hostile_makers import REAL, REAL_DATA, Record, good_records, pickled, raw_zip, tensor, torch_zip
+from hostile_makers import PROTO, REAL, REAL_DATA, Record, good_records, pickled, raw_zip, tensor, torch_zip
 
 import workbench as wb
+from workbench.analyses import scanner
 from workbench.errors import CorruptFileError, FormatError, UnknownFormatError, UnsupportedError
 
 GOOD = {"weight": [1, 2, 3], "bias": [4, 5, 6]}
@@ -244,3 +246,24 @@ def test_what_torch_reads_of_these_we_read_alike(tmp_path):
             both += 1
             assert ours == theirs, case
     assert both
+
+
+@pytest.mark.parametrize("content", [b"N.", PROTO + b"N.", b"text"])
+def test_very_many_records_that_are_no_tensors_are_told_and_not_all_looked_into(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(scanner, "_MOST_RECORDS", 50)
+    looked = []
+    monkeypatch.setattr(scanner._Scan, "record", lambda *given, own=scanner._Scan.record: looked.append(given) or own(*given))
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        for count in range(200):
+            archive.writestr(f"a/{count}x", content)
+    report = wb.scan(tmp_path / "many.zip")
+    assert len(looked) == 50
+    assert any(finding.kind == "not scanned" for finding in report.dangers)
+
+
+def test_very_many_arrays_are_all_looked_at_and_their_numbers_are_no_danger(tmp_path, monkeypatch):
+    monkeypatch.setattr(scanner, "_MOST_RECORDS", 50)
+    np.savez(tmp_path / "many.npz", **{f"a{count}": np.ones(2) for count in range(200)})
+    assert wb.scan(tmp_path / "many.npz").ok
+    np.savez(tmp_path / "one.npz", **{f"a{count}": np.ones(2) for count in range(200)}, last=np.array([print], object))
+    assert "print" in "".join(finding.message for finding in wb.scan(tmp_path / "one.npz").dangers)

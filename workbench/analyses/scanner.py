@@ -49,6 +49,7 @@ _HEAD = 4096  # which is_tar wants to see
 _MOST_READ = 128 << 20  # bytes of packed records
 _EACH = 60  # what each pickle of strangers counts for among the things that are built for one file
 _MOST_ENDS = 100_000  # marks of an archive's end that are looked at
+_ARRAY_HEAD, _MOST_RECORDS = 256, 4000  # bytes of an array's header; records of one archive that are no tensors
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
@@ -312,7 +313,8 @@ class _Scan:
         kind = next((form.name for form in ARCHIVES if form.claims(names)), "")
         if len(pickle_roots(names)) > 1:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
-        whole = True
+        whole, looked = True, 0
+        first = {"torch-export": _HEAD, "npz": _ARRAY_HEAD}.get(kind, 16)  # torch may unpickle what a .pt2 holds, as its config says
         with piece.span.file.kept_open() as source:
             heads = index.first_bytes(source.pread) if not self.crc and kind != "torch-export" else ()
             quiet = {name for name, first in heads if first not in _MARKS and _STORAGE.fullmatch(name)}
@@ -323,13 +325,19 @@ class _Scan:
                     payload = storage if isinstance(storage, Span) else storage.span
                     record.prove(source.pread, payload.start)
                     payload = payload._replace(check=None)  # once is enough
-                    count = _HEAD if kind == "torch-export" else 16  # whose records torch may unpickle, as their config says
                     stored = isinstance(storage, Span)
-                    head = source.pread(payload.start, min(count, record.size)) if stored else read_span(storage, 0, count)
+                    head = source.pread(payload.start, min(first, record.size)) if stored else read_span(storage, 0, first)
                     if self.crc and record.crc and checksum(storage) != record.crc:  # torch writes 0 where it was told to count none
                         where = piece.inner(payload, name).place()
                         self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
+                    if kind == "npz" and _is_numbers(head):
+                        continue
+                    if looked == _MOST_RECORDS:
+                        told = f"{piece.name} holds more records that are no tensors than were looked into"
+                        self.tell("not scanned", "danger", told, piece.place())
+                        break
                     may_run = _is_marked(head) or (kind == "torch-export" and acts_at_all(head))
+                    looked += may_run or not _RAW_VALUES.search(name)
                     if may_run or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
                         self.record(piece, index, name, head, kind, payload if stored else None)
                 except FormatError as error:
@@ -393,7 +401,7 @@ class _Scan:
     def run_all(self, piece: _Piece, *, sure: bool = False, gap: Callable[[Any, bytes], int] | None = None) -> None:
         """The pickle at the start and those that follow it; `gap` tells how many other bytes stand behind each but the first."""
         at = 0
-        for count in range(_MOST_PICKLES if gap is None else 1_000_000):
+        for count in range(_MOST_PICKLES if gap is None else 12 * _MOST_PICKLES):
             ended = self.run(piece, at, sure=sure and (count == 0 or gap is not None))
             if ended is None:
                 return
@@ -489,6 +497,12 @@ _MARKS = (b"\x80", b"P", b"\x93")
 def _is_marked(head: bytes) -> bool:
     """Whether bytes begin as a pickle of protocol 1 to 5, an archive or an array says: with one of the marks."""
     return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or head.startswith((b"PK\x03\x04", b"\x93NUMPY"))
+
+
+def _is_numbers(head: bytes) -> bool:
+    """Whether these bytes hold the whole header of an array, and none of objects."""
+    length = 10 + int.from_bytes(head[8:10], "little")
+    return head[:7] == b"\x93NUMPY\1" and 10 < length <= len(head) and not _OBJECTS.search(head[10:length])
 
 
 def _inflated(body: bytes, most: int) -> bytes:

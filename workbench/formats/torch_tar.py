@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import Checkpoint, Finding
-from workbench.errors import CorruptFileError, FormatError, UnknownFormatError
+from workbench.errors import CorruptFileError, FormatError, UnknownFormatError, UnsupportedError
 from workbench.files import FileRef, Span
 from workbench.formats import FILES
 from workbench.formats.known_globals import danger_findings
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _MEMBERS = ("pickle", "storages", "tensors")
 _MOST_HEADERS = 32  # four members have eight at most
+_MOST = 20_000  # storages, or tensors: torch wrote such files in 2016 and 2017
 _BLOCK, _HEAD = 512, 4096
 _REGULAR, _SPECIAL = (b"0", b"\0"), b"1234567LKSxgX"  # kinds of members: plain files, and what tarfile treats otherwise
 _RENAMES = re.compile(rb"(?m)(?:^|[0-9] )(?:path|size|linkpath|GNU\.sparse[^=]*)=")
@@ -167,6 +168,8 @@ class _Stream:
         value = self.pickle()
         if type(value) is not int or not 0 <= value <= (self._end - self._at) // 4:
             raise CorruptFileError(f"no count, or one of more {self._name} than fit the member", record=self._name, offset=self._at)
+        if value > _MOST:
+            raise UnsupportedError(f"{value:,} {self._name} in a file of this age; at most {_MOST:,} are read", record=self._name)
         return value
 
     def three(self) -> tuple[Any, Any, Any]:
