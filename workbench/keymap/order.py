@@ -1,9 +1,10 @@
 """A whole model under foreign names, by what its modules hold and the order in which they stand.
 
-Asked only where names have explained next to nothing. Both sides are cut into modules: what lies under one path, by parameter and
-shape. Where both hold the same modules, but for a head of another size, one that is the only one of its shapes is paired with the only
-one on the other side; those that share their shapes go by their numbers, or by their order where the whole order is one. Two that stand
-side by side, and could be exchanged without a trace (queries and keys), are told by their numbers or words, or left.
+Asked where names have explained next to nothing, and for what is left of both sides where that is the same. Both are cut into modules:
+what lies under one path, by parameter and shape. Where they hold the same modules, but for a head of another size, one that is the
+only one of its shapes is paired with the only one on the other side; those that share their shapes go by their numbers, or by their
+order where the whole order is one. Two that stand side by side, and could be exchanged without a trace (queries and keys), are told by
+their numbers or words, or left.
 """
 
 from __future__ import annotations
@@ -26,25 +27,8 @@ Shape = tuple[int, ...]
 Sign = tuple[tuple[str, Shape], ...]
 
 _FEW = 10  # per cent of the target's names, which others may have paired
-_OUTPUTS = frozenset(
-    [
-        "fc",
-        "linear",
-        "lin",
-        "head",
-        "classifier",
-        "last",
-        "conv",
-        "out",
-        "output",
-        "logits",
-        "dense",
-        "final",
-        "proj",
-        "projection",
-        "score",
-    ]
-)
+_MOST = 50_000  # names of both sides
+_OUTPUTS = frozenset(("fc", "linear", "lin", "head", "classifier", "last", "conv", "out", "output", "logits", "dense", "final", "proj", "projection", "score"))  # fmt: skip
 _LEAST = 3  # modules: fewer are no model
 _ROWS = re.compile(r"qkv|query_key_value|c_attn|in_proj|kv_proj|gate_up|w12|ada_?ln|modulation", re.I)  # parts in an order that is not told
 _PARAM = re.compile(r"(running\.mean|running\.var|num\.batches\.tracked|[^.]+?)(?::\d+)?\.$")
@@ -70,6 +54,8 @@ class Module(NamedTuple):
 
 def in_order(search: Search) -> None:
     """Pair the modules of two models that hold the same ones, or those that are all that is left of both."""
+    if len(search.pairs) == len(search.wanted.shapes) or len(search.items) + len(search.wanted.shapes) > _MOST:
+        return
     held = {name: told for name, told in search.source_names.items() if name in search.items}
     ours = _modules(held, {name: item.shape for name, item in search.items.items()})
     theirs = _modules(search.target_names, search.wanted.shapes)
