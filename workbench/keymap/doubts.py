@@ -32,6 +32,8 @@ def _module(name: str) -> str:
 
 def split_norms(search: Search) -> None:
     """The statistics of a norm and its weight belong together: they come from one module of the file, or not at all."""
+    if not search.running:
+        return
     modules: dict[str, list[str]] = defaultdict(list)
     for target, told in search.target_names.items():
         modules[_module(told.bare)].append(target)
@@ -76,6 +78,9 @@ def flattened(search: Search) -> None:
 
 def other_roots(search: Search) -> None:
     """One lone module of another root of the file is not known by the end of its name where most come from a root that has more such."""
+    ends = [pair for pair in search.pairs.values() if pair.rule == "the end of the name" and pair.is_plain]
+    if not ends:
+        return
     roots = {name: told.bare.split(".")[0] for name, told in search.source_names.items()}
     held: dict[str, set[str]] = defaultdict(set)  # root -> modules that are used
     often: Counter[str] = Counter()
@@ -89,7 +94,7 @@ def other_roots(search: Search) -> None:
     spare = {
         (n.rpartition(".")[2], search.items[n].shape) for n in roots if roots[n] == most and n in search.items and n not in search.used
     }
-    for pair in [pair for pair in search.pairs.values() if pair.rule == "the end of the name" and pair.is_plain]:
+    for pair in ends:
         root, bare = roots[pair.source], search.source_names[pair.source].bare
         own, alone = search.target_names[pair.target].bare.split("."), len(held[root]) == 1 and bare.count(".") > 1
         if root not in (most, *own) and alone and (bare.rpartition(".")[2], search.items[pair.source].shape) in spare:
@@ -110,7 +115,8 @@ def moved_norms(search: Search) -> None:
 def _ends_and_begins(names: Iterable[Name]) -> tuple[bool, bool]:
     """Whether a norm stands beside the blocks, and whether one stands at the embeddings."""
     names = list(names)
-    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in names if told.context and told.indices}
+    blocks = {told.context: told for told in names if told.indices}  # one name of each container tells where it stands
+    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in blocks.values()}
     norms = [told for told in names if not told.context and told.role.endswith("weight.")]
     begins = any(re.search(r"(?:^|\.)emb\.norm\.", told.role) for told in norms)
     return any(re.search(r"(?:^|\.)norm\.last\.", t.role) and _module(_module(t.bare)) in places for t in norms), begins
