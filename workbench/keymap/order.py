@@ -101,12 +101,13 @@ def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) 
 
 
 def _kind_of(module: Module) -> str:
-    """What the last word of a module's path says in general: an output layer, a table, a table of positions; nothing, if it says more."""
-    words = re.findall("[a-z]+", next((part for part in reversed(module.path.lower().split(".")) if not part.isdigit()), ""))
+    """What the last word of a module's path says in general: an output layer, a table, a table of positions; the word, if it says more."""
+    last = next((part for part in reversed(module.path.lower().split(".")) if not part.isdigit()), "")
+    words = re.findall("[a-z]+", last)
     tables = [word for word in words if word.startswith("emb") or word in ("wte", "wpe", "pos", "position", "positional")]
     if tables:
         return "positions" if any(word.startswith(("pos", "wpe")) for word in words) else "table"
-    return "output" if words and _OUTPUTS.issuperset(words) else ""
+    return "output" if words and _OUTPUTS.issuperset(words) else last
 
 
 def _modules(names: Mapping[str, Name], shapes: Mapping[str, Shape]) -> list[Module]:
@@ -206,4 +207,10 @@ def _speaks_against(one: Module, other: Module) -> bool:
     words = [set(re.findall("[a-z]+", module.path.lower())) for module in (one, other)]
     apart = any(pair & words[0] and pair & words[1] and not pair & words[0] & words[1] for pair in _APART)
     parts = zip(*(module.path.split(".")[::-1] for module in (one, other)), strict=False)
-    return (all(roles) and roles[0] != roles[1]) or apart or opposed(one.path, other.path) or any(variants(*both) for both in parts)
+    return (all(roles) and roles[0] != roles[1]) or apart or opposed(one.path, other.path) or any(_are_variants(*both) for both in parts)
+
+
+def _are_variants(one: str, other: str) -> bool:
+    """Whether two words are of one kind, which stands last, and tell two of it apart."""
+    kinds = [re.findall("[a-z]+", word.lower())[-1:] for word in (one, other)]
+    return kinds[0] == kinds[1] and variants(one, other)
