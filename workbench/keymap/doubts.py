@@ -115,8 +115,7 @@ def moved_norms(search: Search) -> None:
 def _ends_and_begins(names: Iterable[Name]) -> tuple[bool, bool]:
     """Whether a norm stands beside the blocks, and whether one stands at the embeddings."""
     names = list(names)
-    blocks = {told.context: told for told in names if told.indices}  # one name of each container tells where it stands
-    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in blocks.values()}
+    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in names if told.context and told.indices}
     norms = [told for told in names if not told.context and told.role.endswith("weight.")]
     begins = any(re.search(r"(?:^|\.)emb\.norm\.", told.role) for told in norms)
     return any(re.search(r"(?:^|\.)norm\.last\.", t.role) and _module(_module(t.bare)) in places for t in norms), begins

@@ -101,12 +101,14 @@ def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) 
 
 
 def _kind_of(module: Module) -> str:
-    """What the last word of a module's path says in general: an output layer, a table, a table of positions; the word, if it says more."""
+    """What the last word of a module's path says in general: an output layer, a table, one of positions, a norm; the word, if it says more."""
     last = next((part for part in reversed(module.path.lower().split(".")) if not part.isdigit()), "")
     words = re.findall("[a-z]+", last)
     tables = [word for word in words if word.startswith("emb") or word in ("wte", "wpe", "pos", "position", "positional")]
     if tables:
         return "positions" if any(word.startswith(("pos", "wpe")) for word in words) else "table"
+    if any(word.startswith("norm") or word in ("ln", "bn") for word in words):
+        return "norm"
     return "output" if words and _OUTPUTS.issuperset(words) else last
 
 
