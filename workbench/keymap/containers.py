@@ -12,8 +12,9 @@ from functools import lru_cache
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.fusions import fused_from
-from workbench.keymap.layouts import IN_OUT, SAME, fit
+from workbench.keymap.layouts import SAME, fit
 from workbench.keymap.maps import Ambiguous
 from workbench.keymap.naming import Block, Indices, domain, opposed, shown, words_in
 from workbench.keymap.rules import role_of

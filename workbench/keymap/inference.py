@@ -22,9 +22,10 @@ from workbench.errors import SelectionError
 from workbench.formats import collector_paused
 from workbench.keymap.composites import Spelling, canonical, composites, locked_raw
 from workbench.keymap.containers import SAME_NUMBERS, Pairing, number_first, pairings
+from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.doubts import doubt
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
-from workbench.keymap.layouts import IN_OUT, SAME, Fit, fit, orient, stack, turn, unstack, withdraw
+from workbench.keymap.layouts import SAME, Fit, fit, orient, stack, turn, unstack, withdraw
 from workbench.keymap.leftovers import doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem
 from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part
 from workbench.keymap.naming import (

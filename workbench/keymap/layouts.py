@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.fusions import Item
 from workbench.keymap.maps import Ambiguous, Pair, Part, Regroup
 from workbench.keymap.naming import Indices, Name
@@ -48,10 +49,6 @@ def fit(source: Shape, target: Shape, turned: bool = False) -> Fit | None:
     if len(bare) == 2 and bare[::-1] == target:
         return Fit("transposed", Regroup(bare, (1, 0), target))
     return None
-
-
-# kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
-IN_OUT = ("kernel", "kernel:0", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
 
 
 def stack(search: Search) -> bool:

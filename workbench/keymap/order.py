@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from workbench.keymap.layouts import IN_OUT
+from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.leftovers import variants
 from workbench.keymap.maps import Ambiguous
 from workbench.keymap.naming import Name, opposed
