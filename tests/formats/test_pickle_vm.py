@@ -511,7 +511,13 @@ def test_pickles_that_only_build_end_soon_and_those_that_name_storages_are_read(
     monkeypatch.setattr(pickle_loop, "_STRIDE", 100)
     monkeypatch.setattr(pickle_vm, "MAX_BUILT", 1000)
     monkeypatch.setattr(pickle_vm, "STORAGE", (100, 20))
-    for bomb in (b"cos\nsystem\n0" * 2000 + b"N.", b"cos\nsystem\nq\x00" + b"h\x00)R0" * 2000 + b"N."):
+    for bomb in (
+        b"cos\nsystem\n0" * 2000 + b"N.",
+        b"cos\nsystem\nq\x00" + b"h\x00)R0" * 400 + b"N.",
+        b"cos\nsystem\n)R" + b"}b" * 600 + b".",
+        b"C\4abcd0" * 600 + b"N.",
+        b"\x82\x010" * 600 + b"N.",
+    ):
         with pytest.raises(UnsupportedError, match="more than"):
             run(bomb)
     with pytest.raises(UnsupportedError):  # one storage, named often, allows for one
@@ -521,6 +527,8 @@ def test_pickles_that_only_build_end_soon_and_those_that_name_storages_are_read(
     monkeypatch.setattr(pickle_vm, "MAX_OPCODES", 1000)
     with pytest.raises(UnsupportedError, match="more than"):
         run(b"N0" * 2000 + b"N.")
+    with pytest.raises(UnsupportedError, match="more than"):
+        run(b"X\1\0\0\0a0" * 400 + b"N.")
 
 
 def test_floats_keep_their_bits():

@@ -66,6 +66,8 @@ def text_of(data: bytes) -> str | bytes:
 def pairs_of(items: list[Any]) -> dict[Any, Any]:
     if len(items) % 2:
         raise ValueError("odd number of items for a dict")
+    if len(items) == 2:
+        return {checked_key(items[0]): items[1]}
     keys = items[::2]
     plain = set(map(type, keys)) == {str} and max(map(len, keys)) <= _LONG_KEY
     return dict(zip(keys if plain else map(checked_key, keys), items[1::2], strict=True))

@@ -136,7 +136,7 @@ def kept(made: list[Inert]) -> Callable[[Inert], Inert]:
 
 def most_nested(file: FileRef) -> int:
     """How many byte strings of a pickle are read as files: each of them takes some hundred microseconds."""
-    return 6000 + (file.size >> 14)
+    return 2000 + (file.size >> 14)
 
 
 def payload_span(file: FileRef, payload: Any, nbytes: int | None = None) -> Span | None:

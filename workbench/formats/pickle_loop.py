@@ -15,8 +15,10 @@ from workbench.tree import Global, Inert
 if TYPE_CHECKING:
     from workbench.formats.pickle_vm import Machine
 
-MAX_OPCODES = 4_000_000  # run singly, at a tenth of a microsecond or two
-MAX_BUILT = 400_000  # of those that the table carries out, and two for each name or call, at some microseconds with what is said of it
+MAX_OPCODES = 3_000_000  # run singly, at a tenth of a microsecond or two; a text or a long number counts as two
+MAX_BUILT = (
+    300_000  # of those that the table carries out, and two or three for each name, call, state or payload, at some microseconds each
+)
 STORAGE = (100, 20)  # what one more storage allows of both, so that a file of a million tensors is listed, if slowly
 MAX_STACK = 1_000_000  # Python's own pickler empties its stack every 1,000 items
 TOO_MUCH = f"the pickle has more than {MAX_OPCODES:,} opcodes, or builds more than {MAX_BUILT:,} things"
@@ -43,7 +45,7 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
     at = pos
     floor, bare = marks[-1] if marks else 0, vm.torch is None
     free, singly = bare, bare and vm.entries is None
-    calls, construct = vm.calls, vm.construct
+    calls, construct, dear = vm.calls, vm.construct, 0
     try:
         while not vm.is_spent:
             if len(stack) + len(marks) > MAX_STACK:
@@ -97,6 +99,7 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                         if not pos < frame_end < end and end <= len(data):
                             stack.append(data[pos + 1 : end].decode("utf-8", "surrogatepass"))
                             pos = end
+                            dear += 1
                             continue
                     elif 0x85 <= op <= 0x87:  # TUPLE1, TUPLE2, TUPLE3
                         count = 0x84 - op
@@ -108,6 +111,7 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                         if not pos < frame_end < end and end <= len(data):
                             stack.append(int.from_bytes(data[pos + 1 : end], "little", signed=True))
                             pos = end
+                            dear += 1
                             continue
                     elif op == 0x89 or op == 0x88:  # NEWFALSE, NEWTRUE
                         stack.append(op == 0x88)
@@ -121,9 +125,10 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                         if free and not pos < frame_end < end and pos < end <= len(data) and end - pos < _SHORT:
                             stack.append(data[pos + 4 : end].decode("utf-8", "surrogatepass"))
                             pos = end
+                            dear += 1
                             continue
                     if op == 0x52 and len(stack) > floor + 1 and type(func := stack[-2]) is Global and type(stack[-1]) is tuple:  # REDUCE
-                        vm.built += 2
+                        vm.built += 3
                         node = Inert(func, stack.pop())
                         if func.dotted not in calls:
                             calls[func.dotted] = vm.base + pos
@@ -186,7 +191,8 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
                 pos, highest, frame_end, unwritten = vm.pos, vm.highest, vm.frame_end, vm.unwritten
                 floor, bare = marks[-1] if marks else 0, vm.torch is None
                 free, singly = bare, bare and vm.entries is None
-            vm.ran += _STRIDE
+            vm.ran += _STRIDE + dear
+            dear = 0
         raise UnsupportedError(TOO_MUCH, offset=vm.base + pos)
     except FormatError:
         raise
@@ -199,4 +205,4 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
         raise CorruptFileError(what, offset=vm.place) from error
     finally:
         vm.began, vm.highest = at, max(highest, vm.highest)
-        vm.ran += done
+        vm.ran += done + dear

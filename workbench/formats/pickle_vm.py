@@ -224,6 +224,7 @@ class Machine:
     def _push_bytes(self, data: Any) -> None:
         self.stack.append(data)
         if len(data) > 3 and not isinstance(data, str):
+            self.built += 1
             self.texts.append(data)
 
     # text
@@ -399,6 +400,7 @@ class Machine:
         code = int.from_bytes(self._take(width), "little", signed=width == 4)
         if code <= 0:
             raise ValueError("EXT specifies code <= 0")
+        self.built += 1
         found = Global("copyreg", f"extension {code}")
         self.globals.setdefault(found, self.place)
         self.stack.append(found)
@@ -411,7 +413,7 @@ class Machine:
             raise TypeError(f"{_kind(func)} cannot be called")
         if not isinstance(args, (tuple, Inert)):
             raise TypeError("call arguments must be a tuple")
-        self.built += 1
+        self.built += 2
         node = Inert(func, args, kwargs, new)
         self.called(node.dotted)
         self.stack.append(self.construct(node))
@@ -440,7 +442,7 @@ class Machine:
         state = self.pop()
         target = self._top()
         is_told = makes_tensor(target) or (isinstance(target, Inert) and is_mapping(target))
-        self.built += 2 * is_told  # which copies it
+        self.built += 1 + is_told  # which copies it
         self.states.append(state)
         if is_told and self.construct(Inert(SET_STATE, (target, state))) is None:
             self.called(SET_STATE.dotted)
