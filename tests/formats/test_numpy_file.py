@@ -16,6 +16,7 @@ from strategies import bits, same
 
 import workbench as wb
 from workbench.errors import CorruptFileError, UnsupportedError
+from workbench.formats import numpy_file
 
 
 def arrays():
@@ -176,6 +177,16 @@ def test_an_array_of_objects_is_never_unpickled_and_its_dangers_are_named(tmp_pa
     assert "would call" in ckpt.findings[0].message
     np.save(tmp_path / "x.npy", np.array([Evil()], dtype=object))
     assert wb.open(tmp_path / "x.npy").dangers == ("posix.system",)
+
+
+def test_only_so_many_pickles_of_one_archive_are_looked_at_and_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(numpy_file, "_MOST_ODD", 3)
+    odd = {f"a{i}": np.array([None], dtype=object) for i in range(5)}
+    np.savez(tmp_path / "x.npz", **odd, evil=np.array([Evil()], dtype=object), w=np.ones(2))
+    ckpt = wb.open(tmp_path / "x.npz")
+    assert list(ckpt) == ["w"]
+    assert [f.where["record"] for f in ckpt.findings if f.kind == "unreadable pickle"][-1] == "evil.npy"
+    assert "posix.system" in {f.where.get("global") for f in wb.scan(tmp_path / "x.npz").dangers}
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x02", b"\x80\x04I0x10\n", b"garbage", b"\x80\x02(X\xff\xff\xff\xff"])

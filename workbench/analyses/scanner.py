@@ -49,7 +49,7 @@ _HEAD = 4096  # which is_tar wants to see
 _MOST_READ = 128 << 20  # bytes of packed records
 _EACH = 60  # what each pickle of strangers counts for among the things that are built for one file
 _MOST_ENDS = 100_000  # marks of an archive's end that are looked at
-_ARRAY_HEAD, _MOST_RECORDS = 256, 4000  # bytes of an array's header; records of one archive that are no tensors
+_ARRAY_HEAD, _MOST_RECORDS = 256, 3000  # bytes of an array's header; records of one archive that are no tensors
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})

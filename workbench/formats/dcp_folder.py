@@ -220,7 +220,7 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
         file = files[path]
         if file is None:
             spans[name, offsets] = f"{path} is not there"
-        elif _fields(node).get("transform_descriptors"):
+        elif type(node) is not PlaceEntry and _fields(node).get("transform_descriptors"):
             spans[name, offsets] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
         else:
             cut = start + nbytes > file.size

@@ -68,7 +68,9 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     if not isinstance(module, Inert) or not isinstance(constants, tuple):
         raise CorruptFileError("data.pkl must hold an object and constants.pkl a tuple", path=index.file.url, record=f"{root}data.pkl")
     findings.append(Finding("program", "info", "this is a program: its tensors are listed and it is not run", hint=_HINT))
-    state, attributes = _split(module, _modules(index, root, findings), findings)
+    with index.file.kept_open():
+        modules = _modules(index, root, findings)
+    state, attributes = _split(module, modules, findings)
     program = {"class": module.dotted, "code": _sizes(index, f"{root}code/", ".py"), "extra": _sizes(index, f"{root}extra/")}
     named = {f"c{at}": value for at, value in enumerate(constants)}
     tree = with_asides(_flat(state, findings), {"attributes": attributes, "CONSTANTS": named, "program": program})
@@ -99,7 +101,8 @@ def _sources(index: ZipIndex, root: str, max_nbytes: int) -> Iterator[tuple[str,
 
 
 def _sizes(index: ZipIndex, prefix: str, suffix: str = "") -> dict[str, int]:
-    return {name[len(prefix) :]: record.size for name, record in index.records.items() if name.startswith(prefix) and name.endswith(suffix)}
+    records = index.records
+    return {name[len(prefix) :]: records[name].size for name in records if name.startswith(prefix) and name.endswith(suffix)}
 
 
 def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, Tensors]:

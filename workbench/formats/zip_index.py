@@ -145,11 +145,14 @@ class ZipIndex:
         return self.records.at(self._in_order[bisect_left(self._in_order, start, key=headers.__getitem__) - 1])
 
     def first_bytes(self, pread: Callable[[int, int], bytes]) -> Iterator[tuple[str, bytes]]:
-        """Name and first byte of each record that lies as torch lays it and whose local header repeats what the directory says."""
-        (names, entries, lengths, _, headers, kinds), take = self.records.columns, Window(pread, self.file.size).take
-        for name, entry, length, header, (flags, _), start in zip(names, entries, lengths, headers, kinds, self._plain, strict=True):
-            if start is None:
-                continue
+        """Name and first byte of each stored record whose local header repeats what the directory says."""
+        (names, entries, lengths, sizes, headers, kinds), take = self.records.columns, Window(pread, self.file.size).take
+        rows = zip(names, entries, lengths, sizes, headers, kinds, self._plain, strict=True)
+        for name, entry, length, packed, header, (flags, method), start in rows:
+            if start is None:  # its payload is not where torch lays it
+                start = header + 30 + length + int.from_bytes(take(header + 28, 2), "little")
+                if method or flags & 0x2041 or start + packed > self._next[header]:
+                    continue
             told, head = self.records.directory[entry : entry + 46 + length], take(header, start + 1 - header)
             sizes_agree = head[14:26] == told[16:28] or (flags & 8 and not any(head[14:26]))
             names_agree = head[26:28] == told[28:30] and head[30 : 30 + length] == told[46:]
