@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from strategies import FLOATS, SAFETENSORS_DTYPES, TORCH_DTYPES, bits, leaves, names, same, state_dicts, tensors, training_trees, views
@@ -66,6 +66,7 @@ def test_views_of_one_storage_still_share_it(tmp_path):
 
 
 @given(tree=training_trees())
+@example(tree={"config": {-9, 7}})  # which iterate as they were put in
 def test_a_saved_tree_keeps_every_tensor_and_every_other_value(tree, tmp_path):
     torch.save(tree, tmp_path / "a.pt")
     source = wb.open(tmp_path / "a.pt")

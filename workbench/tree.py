@@ -184,10 +184,15 @@ def children(node: Any) -> Iterator[tuple[Any, Any]] | None:
     if isinstance(node, (list, tuple)):
         return enumerate(node)
     if isinstance(node, (set, frozenset)):
-        return enumerate(node)
+        return enumerate(sorted(node, key=_member))
     if isinstance(node, Inert):
         return _inert_children(node)
     return None
+
+
+def _member(value: Any) -> tuple[str, Any]:
+    """A place for each member of a set that does not hang on how the set was built, for numbers and text."""
+    return type(value).__name__, value if isinstance(value, (int, float, str, bytes)) else 0
 
 
 def _inert_children(node: Inert) -> Iterator[tuple[Any, Any]]:
@@ -221,7 +226,9 @@ def _inert_children(node: Inert) -> Iterator[tuple[Any, Any]]:
     yield from enumerate(node.elements)
 
 
-_LEAVES = frozenset({LazyTensor, str, int, float, bool, bytes, type(None)})  # those that a walk meets most
+_PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
+_LEAVES = _PLAIN | {LazyTensor}  # those that a walk meets most
+_FEW = 64
 
 
 def walk(root: Any, *, objects: bool = False, values: bool = True) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -259,7 +266,7 @@ def walk(root: Any, *, objects: bool = False, values: bool = True) -> Iterator[t
         while iterators:
             parent, iterator, own, _ = iterators[-1]
             for key, node in iterator:
-                if type(node) not in _LEAVES:
+                if type(node) not in _LEAVES and (values or not _is_record(node)):
                     path = (*parent, key)
                     break
                 visits += 1
@@ -272,6 +279,13 @@ def walk(root: Any, *, objects: bool = False, values: bool = True) -> Iterator[t
             break
         else:
             return
+
+
+def _is_record(node: Any) -> bool:
+    """Whether this is a small container of text and numbers alone, as the lines of a log are, or the pairs of a vocabulary."""
+    if type(node) is dict:
+        return len(node) <= _FEW and _PLAIN.issuperset(map(type, node.values()))
+    return type(node) in (tuple, list) and len(node) <= _FEW and _PLAIN.issuperset(map(type, node))
 
 
 def _characters(container: Any, prefix: int) -> int:
