@@ -10,24 +10,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.errors import MissingDependencyError, UnsupportedError, WriteError
+from workbench.errors import MissingDependencyError
 from workbench.exporting.advice import Advice, advise, chain_text
 from workbench.exporting.listening import Heard, listening
 from workbench.exporting.onnx_file import Graph, check_file, clashes, put_in_place, read_graph, strip_weight_shapes, weights_to_inputs
+from workbench.exporting.proving import Failed, differs, prove, trials, workplace
 from workbench.exporting.report import Exported
-from workbench.verification.comparison import ParityReport, parity
-from workbench.verification.runners import evaluating, fed_names, running
+from workbench.verification.runners import evaluating, fed_names
 from workbench.verification.values import Call, leaves
-from workbench.verification.variations import resized, variations
 
 if TYPE_CHECKING:
     import torch
@@ -38,23 +33,15 @@ if TYPE_CHECKING:
 _CLASSIC_NEWEST = 20  # the newest opset that torch's classic exporter knows
 
 
-class _Failed(Exception):
-    """This export ends here, for a reason in plain words. Never leaves this module."""
-
-    def __init__(self, advice: Advice, error: str = "") -> None:
-        super().__init__(advice.cause)
-        self.advice, self.error = advice, error
-
-
 def export_onnx(request: Request, path: Path) -> Exported:
     """One ONNX file from a request; a failure is a value with its cause, and leaves what stood at `path` as it was."""
     _require_onnx()
     started = time.perf_counter()
     export = _Export(request, path)
-    with _workplace(path) as folder, evaluating(request.model):
+    with workplace(path) as folder, evaluating(request.model):
         try:
             done = export.run(folder / path.name)
-        except _Failed as failure:
+        except Failed as failure:
             advice = failure.advice
             done = replace(export.done, files={}, sha256=None, cause=advice.cause, cure=advice.cure, error=failure.error)
     return replace(done, log=export.log, notes=tuple(export.notes), seconds=time.perf_counter() - started)
@@ -102,17 +89,17 @@ class _Export:
         except Exception as error:  # torch's exporters raise everything under the sun, and run a stranger's forward
             refusal = error
             if advise(error).tracing_hides_it:
-                raise _Failed(advise(error), chain_text(error)) from error
+                raise Failed(advise(error), chain_text(error)) from error
             why = f"failed ({advise(error).cause})"
         if not _classic_can(self.request):
-            raise _Failed(_without_classic(refusal, asked), chain_text(refusal) if refusal else "")
+            raise Failed(_without_classic(refusal, asked), chain_text(refusal) if refusal else "")
         try:
             _empty(made.parent)
             self._heard(lambda: _classic(self.request, made))
         except Exception as error:  # as above
             advice = advise(refusal or error)
             texts = [f"dynamo: {chain_text(refusal)}"] if refusal else []
-            raise _Failed(advice, "\n\n".join([*texts, f"classic: {chain_text(error)}"])) from error
+            raise Failed(advice, "\n\n".join([*texts, f"classic: {chain_text(error)}"])) from error
         self.notes.append(f"The dynamo exporter {why}, so the classic exporter made the file, by tracing.")
         return "classic"
 
@@ -128,67 +115,27 @@ class _Export:
         request = self.request
         if request.opset_version is not None and graph.opset != request.opset_version:
             cure = "Leave `opset_version` out, or ask for 18 to 20."
-            raise _Failed(Advice(f"opset {request.opset_version} was asked and {graph.opset} was written", cure))
+            raise Failed(Advice(f"opset {request.opset_version} was asked and {graph.opset} was written", cure))
         shared = clashes(made)
         if shared:
             cure = "Choose `input_names` and `output_names` that no parameter has."
-            raise _Failed(Advice(f"the graph calls a value {shared[0]!r} by the name of a weight", cure))
+            raise Failed(Advice(f"the graph calls a value {shared[0]!r} by the name of a weight", cure))
         fixed = _fixed_axes(request, graph)
         if fixed:
             cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
-            raise _Failed(Advice(f"an axis asked to be dynamic is not dynamic in the file: {fixed}", cure))
+            raise Failed(Advice(f"an axis asked to be dynamic is not dynamic in the file: {fixed}", cure))
 
     def _prove(self, made: Path, graph: Graph, exporter: str) -> None:
         objection = check_file(made)
         self.done = replace(self.done, checked=not objection)
         if objection:
-            raise _Failed(Advice("ONNX's own checker refuses the file", "Try another `opset_version`."), objection)
-        batches = self._batches(graph)
-        if exporter == "classic":
-            self._prove_tracing(batches, graph)
-        try:
-            report = parity(self.request.model, made, list(batches.values()), rtol=self.request.rtol, atol=self.request.atol)
-        except UnsupportedError as error:
-            cure = "Export a float32 copy (`model.float()`), or use `check=False` for a runtime that has what is missing."
-            raise _Failed(Advice(error.message, cure), str(error)) from error
-        report = replace(report, candidate=self.path.name)
-        self.done = replace(self.done, parity=report, tried=tuple(batches))
+            raise Failed(Advice("ONNX's own checker refuses the file", "Try another `opset_version`."), objection)
+        tried = trials(self.request, _other_sizes(graph, self.request.example), self.notes)
+        traced, any_size = exporter == "classic", any(isinstance(size, str) for shape in graph.inputs.values() for size in shape)
+        report = prove(self.request, made, self.path.name, tried, traced=traced, any_size=any_size)
+        self.done = replace(self.done, parity=report, tried=tuple(tried))
         if not report:
-            raise _Failed(_differs(report, exporter))
-
-    def _prove_tracing(self, batches: dict[str, Call], graph: Graph) -> None:
-        """Tracing proves nothing by itself: it needs a second input, and another size where it claims that any will do."""
-        if len(batches) < 2:
-            cause = "the file was made by tracing and could not be tried on a second, different input"
-            raise _Failed(Advice(cause, "Give example inputs whose values may be changed, or make the model exportable by torch.export."))
-        if "resized" not in batches and any(isinstance(size, str) for shape in graph.inputs.values() for size in shape):
-            cause = "the file was made by tracing, and the model itself does not take another size of the axis asked to be dynamic"
-            raise _Failed(Advice(cause, "Leave that axis fixed, or remove what pins it in the model's code."))
-
-    def _batches(self, graph: Graph) -> dict[str, Call]:
-        """The example, other values of its shape, and another size of each dynamic axis, as far as the model itself takes them."""
-        example = self.request.example
-        wanted = dict(variations(example))
-        dynamic = _other_sizes(graph, example)
-        if dynamic:
-            wanted["resized"] = resized(example, dynamic)
-        usable = {"example": example}
-        with running(self.request.model) as runner:
-            finite = _finite(runner(example.fresh()))
-            for name, call in wanted.items():
-                if not _differ(call, example):
-                    continue
-                try:
-                    outputs = runner(call.fresh())
-                except Exception as error:  # the model itself refuses this input: it proves nothing about the file
-                    why = f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
-                    self.notes.append(f"The model does not take the {name} inputs ({why}), so they were not tried.")
-                    continue
-                if finite and not _finite(outputs):
-                    self.notes.append(f"The model gives NaN or infinity on the {name} inputs, so they were not tried.")
-                    continue
-                usable[name] = call
-        return usable
+            raise Failed(differs(report, traced=traced))
 
     def _leave_out_weights(self, made: Path) -> None:
         count = weights_to_inputs(made)
@@ -199,7 +146,7 @@ class _Export:
         self.done = replace(self.done, inputs=read_graph(made).inputs)
         objection = check_file(made) if self.request.check else ""
         if objection:
-            raise _Failed(Advice("ONNX's own checker refuses the file without its weights", "Leave the weights in."), objection)
+            raise Failed(Advice("ONNX's own checker refuses the file without its weights", "Leave the weights in."), objection)
 
 
 def _dynamo(request: Request, made: Path) -> None:
@@ -292,26 +239,6 @@ def _other_sizes(graph: Graph, example: Call) -> dict[tuple[int, int], int]:
     }
 
 
-def _finite(outputs: dict[str, torch.Tensor]) -> bool:
-    return all(bool(value.isfinite().all()) for value in outputs.values() if value.is_floating_point() or value.is_complex())
-
-
-def _differ(call: Call, example: Call) -> bool:
-    import torch
-
-    pairs = zip(call.tensors().values(), example.tensors().values(), strict=True)
-    return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
-
-
-def _differs(report: ParityReport, exporter: str) -> Advice:
-    cause = f"the file does not answer as the model does: {report.headline}"
-    if any("keeps state" in problem for problem in report.problems):
-        return Advice(cause, "Make the state an argument and an output of `forward`; a graph keeps nothing between calls.")
-    if exporter == "classic":
-        return Advice(cause, "Tracing bakes branches and sizes in: write them with `torch.where` or `torch.cond`.")
-    return Advice(cause, "If a difference of that size is acceptable, say so with `rtol` and `atol`.")
-
-
 def _classic_can(request: Request) -> bool:
     newer = request.dynamic_shapes is not None or request.custom_translation_table is not None
     return not newer and (request.opset_version or 0) <= _CLASSIC_NEWEST
@@ -332,22 +259,6 @@ def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(f"exporting to ONNX needs {', '.join(missing)}", hint=f"pip install {' '.join(missing)}")
-
-
-@contextmanager
-def _workplace(path: Path) -> Iterator[Path]:
-    """A folder beside the target for work in progress: the same disk, the same rights, and nothing left of it afterwards."""
-    if path.is_dir():
-        raise WriteError("a folder of that name stands here", path=str(path))
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".export.", dir=path.parent))
-    except OSError as error:
-        hint = "choose a folder that exists and that you may write to"
-        raise WriteError(f"cannot write here: {error.strerror}", path=str(path), hint=hint) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 def _empty(folder: Path) -> None:
