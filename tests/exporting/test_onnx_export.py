@@ -313,9 +313,9 @@ def test_an_existing_file_outlives_a_failed_export(tmp_path):
 
 
 def test_weights_beside_come_first_so_that_no_graph_names_absent_ones(tmp_path, monkeypatch):
-    from workbench.exporting import onnx_file
+    from workbench.exporting import proving
 
-    path, honest = tmp_path / "m.onnx", onnx_file._copy
+    path, honest = tmp_path / "m.onnx", proving._copy
     path.write_bytes(b"yesterday's model")
 
     def full_disk(source, goal):
@@ -323,7 +323,7 @@ def test_weights_beside_come_first_so_that_no_graph_names_absent_ones(tmp_path, 
             raise WriteError("the disk is full", path=str(goal))
         return honest(source, goal)
 
-    monkeypatch.setattr(onnx_file, "_copy", full_disk)
+    monkeypatch.setattr(proving, "_copy", full_disk)
     with pytest.raises(WriteError, match="disk is full"):
         export_model(nn.Linear(4, 2), torch.randn(2, 4), path=path, external_data=True)
     assert path.read_bytes() == b"yesterday's model"

@@ -341,15 +341,30 @@ def test_onnx_files_pair_by_position_and_need_their_inputs(tmp_path):
 
 def test_what_cannot_be_run_is_said(tmp_path, batch):
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
+    torch.save(mlp().state_dict(), tmp_path / "weights.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(mlp().eval(), (batch,)), tmp_path / "program.pt2")
     for thing, error in (
         (tmp_path / "none.onnx", MissingFileError),
         (tmp_path / "bad.onnx", UnsupportedError),
-        (tmp_path / "weights.pt", SelectionError),
+        (tmp_path / "none.pt", MissingFileError),
+        (tmp_path / "weights.pt", UnsupportedError),
         (tmp_path / "program.pt2", UntrustedError),
         (3, SelectionError),
     ):
         with pytest.raises(error):
             parity(mlp(), thing, batch)
+
+
+def test_stored_programs_run_when_they_are_trusted(tmp_path, batch):
+    model = mlp().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(model, (batch,)), tmp_path / "program.pt2")
+        torch.jit.save(torch.jit.script(model), tmp_path / "program.pt")
+    for name in ("program.pt2", "program.pt"):
+        assert parity(model, tmp_path / name, batch, trust=True)
 
 
 def test_live_programs_run(batch):

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workbench.errors import MissingDependencyError
 from workbench.exporting.advice import Advice, advise, chain_text
-from workbench.exporting.listening import Heard, listening
-from workbench.exporting.onnx_file import Graph, check_file, clashes, put_in_place, read_graph, strip_weight_shapes, weights_to_inputs
-from workbench.exporting.proving import Failed, differs, prove, trials, workplace
+from workbench.exporting.onnx_file import Graph, check_file, clashes, read_graph, strip_weight_shapes, weights_to_inputs
+from workbench.exporting.proving import Export, Failed
 from workbench.exporting.report import Exported
-from workbench.verification.runners import evaluating, fed_names
-from workbench.verification.values import Call, leaves
+from workbench.exporting.wrappers import flat, input_names, output_names
+from workbench.verification.runners import fed_names
+from workbench.verification.values import Call
 
 if TYPE_CHECKING:
-    import torch
-
     from workbench.exporting.targets import Request
 
 
@@ -34,27 +30,13 @@ _CLASSIC_NEWEST = 20  # the newest opset that torch's classic exporter knows
 
 
 def export_onnx(request: Request, path: Path) -> Exported:
-    """One ONNX file from a request; a failure is a value with its cause, and leaves what stood at `path` as it was."""
+    """One ONNX file from a request."""
     _require_onnx()
-    started = time.perf_counter()
-    export = _Export(request, path)
-    with workplace(path) as folder, evaluating(request.model):
-        try:
-            done = export.run(folder / path.name)
-        except Failed as failure:
-            advice = failure.advice
-            done = replace(export.done, files={}, sha256=None, cause=advice.cause, cure=advice.cure, error=failure.error)
-    return replace(done, log=export.log, notes=tuple(export.notes), seconds=time.perf_counter() - started)
+    return _OnnxExport(request, path).carry_out()
 
 
-class _Export:
-    """One export in progress: the request, what is known of the result, and what was heard and noticed."""
-
-    def __init__(self, request: Request, path: Path) -> None:
-        self.request, self.path = request, path
-        self.done = Exported("onnx", str(path), opset_asked=request.opset_version)
-        self.notes: list[str] = []
-        self.log = ""
+class _OnnxExport(Export):
+    target = "onnx"
 
     def run(self, made: Path) -> Exported:
         exporter = self._make(made)
@@ -70,18 +52,18 @@ class _Export:
             self.notes.append("The file was not checked and not compared with the model, as asked.")
         if not self.request.export_params:
             self._leave_out_weights(made)
-        sizes, digest = put_in_place(made, self.path)
+        done = self.finish(made)
         beside = self.path.with_name(self.path.name + ".data")
-        if beside.name not in sizes and beside.exists():
+        if beside.name not in done.files and beside.exists():
             self.notes.append(f"{beside.name} stands beside it from an earlier export and does not belong to this file.")
-        return replace(self.done, files=sizes, sha256=digest)
+        return done
 
     def _make(self, made: Path) -> str:
         """Write the graph by the first exporter that can; returns its name."""
         asked = self.request.opset_version
         refusal: BaseException | None = None
         try:
-            self._heard(lambda: _dynamo(self.request, made))
+            self.heard(lambda: _dynamo(self.request, made))
             wrote = read_graph(made).opset
             if asked is None or wrote == asked:
                 return "dynamo"
@@ -95,21 +77,13 @@ class _Export:
             raise Failed(_without_classic(refusal, asked), chain_text(refusal) if refusal else "")
         try:
             _empty(made.parent)
-            self._heard(lambda: _classic(self.request, made))
+            self.heard(lambda: _classic(self.request, made))
         except Exception as error:  # as above
             advice = advise(refusal or error)
             texts = [f"dynamo: {chain_text(refusal)}"] if refusal else []
             raise Failed(advice, "\n\n".join([*texts, f"classic: {chain_text(error)}"])) from error
         self.notes.append(f"The dynamo exporter {why}, so the classic exporter made the file, by tracing.")
         return "classic"
-
-    def _heard(self, export: Any) -> None:
-        heard = Heard()
-        try:
-            with listening(heard):
-                export()
-        finally:
-            self.log = "\n".join(text for text in (self.log, heard.text) if text)
 
     def _judge_graph(self, made: Path, graph: Graph) -> None:
         request = self.request
@@ -130,12 +104,8 @@ class _Export:
         self.done = replace(self.done, checked=not objection)
         if objection:
             raise Failed(Advice("ONNX's own checker refuses the file", "Try another `opset_version`."), objection)
-        tried = trials(self.request, _other_sizes(graph, self.request.example), self.notes)
-        traced, any_size = exporter == "classic", any(isinstance(size, str) for shape in graph.inputs.values() for size in shape)
-        report = prove(self.request, made, self.path.name, tried, traced=traced, any_size=any_size)
-        self.done = replace(self.done, parity=report, tried=tuple(tried))
-        if not report:
-            raise Failed(differs(report, traced=traced))
+        any_size = any(isinstance(size, str) for shape in graph.inputs.values() for size in shape)
+        self.prove(made, _other_sizes(graph, self.request.example), traced=exporter == "classic", any_size=any_size)
 
     def _leave_out_weights(self, made: Path) -> None:
         count = weights_to_inputs(made)
@@ -155,7 +125,7 @@ def _dynamo(request: Request, made: Path) -> None:
     example = request.example.fresh()
     torch.onnx.export(
         request.model, example.args, str(made), kwargs=dict(example.kwargs) or None, dynamo=True,
-        input_names=request.input_names, output_names=_output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
+        input_names=request.input_names, output_names=output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
         dynamic_shapes=request.dynamic_shapes, opset_version=request.opset_version, export_params=True,
         do_constant_folding=request.do_constant_folding, verbose=request.verbose, external_data=request.external_data,
         custom_translation_table=dict(request.custom_translation_table) if request.custom_translation_table else None,
@@ -167,50 +137,10 @@ def _classic(request: Request, made: Path) -> None:
     import torch
 
     torch.onnx.export(
-        _flat(request.model, request.example), tuple(request.example.fresh().tensors().values()), str(made), dynamo=False,
-        input_names=_input_names(request), output_names=_output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
+        flat(request.model, request.example), tuple(request.example.fresh().tensors().values()), str(made), dynamo=False,
+        input_names=input_names(request), output_names=output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
         opset_version=request.opset_version, export_params=True, do_constant_folding=request.do_constant_folding, verbose=request.verbose,
     )  # fmt: skip
-
-
-def _flat(model: torch.nn.Module, example: Call) -> torch.nn.Module:
-    import torch
-
-    class Flat(torch.nn.Module):
-        """Takes tensors in order, returns a flat tuple: what tracing can follow."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            order = iter(tensors)
-            call = example.map(lambda _: next(order))
-            return tuple(torch.as_tensor(leaf) for leaf in leaves(self.model(*call.args, **call.kwargs)))
-
-    return Flat().eval()
-
-
-def _input_names(request: Request) -> list[str]:
-    """Names as forward calls its arguments: `x`, `batch.mask`."""
-    if request.input_names:
-        return list(request.input_names)
-    positional = list(inspect.signature(request.model.forward).parameters)
-    names = []
-    for path in request.example.tensors():
-        head, dot, rest = path.partition(".")
-        called = positional[int(head)] if head.isdigit() and int(head) < len(positional) else head
-        names.append(called + dot + rest)
-    return names if len(set(names)) == len(names) else [f"input_{i}" for i in range(len(names))]
-
-
-def _output_names(request: Request) -> list[str]:
-    """Names as the model's own paths, clear of inputs and weights."""
-    if request.output_names:
-        return list(request.output_names)
-    taken = {*_input_names(request), *request.model.state_dict()}
-    names = [f"output_{path}" if path[0].isdigit() else path for path in (p or "output" for p in request.outputs)]
-    return [f"{name}_out" if name in taken else name for name in names]
 
 
 def _fixed_axes(request: Request, graph: Graph) -> str:

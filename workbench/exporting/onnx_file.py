@@ -1,4 +1,4 @@
-"""The ONNX file itself: read back what an exporter wrote, repair it, check it, and put it in place.
+"""The ONNX file itself: read back what an exporter wrote, repair it, and check it.
 
 The graph is read without its external data, so a file of any size costs only its graph. Layout: one protobuf `ModelProto`
 (onnx.proto, IR version 10), with tensors past the size limit in a file beside it.
@@ -6,14 +6,11 @@ The graph is read without its external data, so a file of any size costs only it
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.files import Span, atomic_write, file_ref
-
-_BLOCK = 1 << 20
+from workbench.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -88,36 +85,6 @@ def check_file(path: Path) -> str:
     except (onnx.checker.ValidationError, ValueError) as error:
         return str(error)
     return ""
-
-
-def put_in_place(made: Path, target: Path) -> tuple[dict[str, int], str]:
-    """Copy a finished file, and its external data first, over the target; each file whole or not at all.
-
-    Returns:
-        ({file name: bytes}, SHA-256 of the graph file).
-    Raises:
-        WriteError: the folder refuses; the file that stood there is intact.
-    """
-    sizes: dict[str, int] = {}
-    digest = ""
-    sources = sorted(made.parent.iterdir(), key=lambda file: file.name == made.name)  # the graph last: it never names absent data
-    for source in sources:
-        goal = target if source.name == made.name else target.parent / source.name
-        sizes[goal.name], digest = _copy(source, goal)
-    return sizes, digest
-
-
-def _copy(source: Path, goal: Path) -> tuple[int, str]:
-    ref = file_ref(source)
-    digest, done = hashlib.sha256(), 0
-    with atomic_write(goal) as out, Span(ref, 0, ref.size).open() as reader:
-        while done < ref.size:
-            buffer = memoryview(bytearray(min(_BLOCK, ref.size - done)))
-            reader.readinto(buffer, done)
-            digest.update(buffer)
-            out.write(buffer, done)
-            done += buffer.nbytes
-    return ref.size, digest.hexdigest()
 
 
 def _rewrite(path: Path, model: Any) -> None:

@@ -1,14 +1,16 @@
 """Proving: what every target does before a file takes its place. Exported beside the target, tried on other inputs, compared.
 
-Owns the temporary folder, the batches that an artefact is tried on, and the verdict. A file that was made by tracing needs more than the
-example: another input at least, and another size of each axis that is said to be free.
+Owns the course of an export, its temporary folder, the batches that an artefact is tried on, and the verdict. A file that was made by
+tracing needs more than the example: another input at least, and another size of each axis that is said to be free.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UnsupportedError, WriteError
 from workbench.exporting.advice import Advice
+from workbench.exporting.listening import Heard, listening
+from workbench.exporting.report import Exported
+from workbench.files import Span, atomic_write, file_ref
 from workbench.verification.comparison import ParityReport, parity
-from workbench.verification.runners import running
+from workbench.verification.runners import evaluating, running
 from workbench.verification.values import Call
 from workbench.verification.variations import resized, variations
 
@@ -27,12 +32,70 @@ if TYPE_CHECKING:
     from workbench.exporting.targets import Request
 
 
+_BLOCK = 1 << 20
+
+
 class Failed(Exception):
     """This export ends here, for a reason in plain words. Never leaves this room."""
 
     def __init__(self, advice: Advice, error: str = "") -> None:
         super().__init__(advice.cause)
         self.advice, self.error = advice, error
+
+
+class Export:
+    """One export in progress: the request, what is known of the result, and what was heard and noticed.
+
+    A target subclasses it with `run(made)`, which writes `made` in a folder of its own, proves it, and ends in `finish`.
+    """
+
+    target = ""
+
+    def __init__(self, request: Request, path: Path) -> None:
+        self.request, self.path = request, path
+        self.done = Exported(self.target, str(path), opset_asked=request.opset_version)
+        self.notes: list[str] = []
+        self.log = ""
+
+    def run(self, made: Path) -> Exported:
+        raise NotImplementedError
+
+    def carry_out(self) -> Exported:
+        """A failure is a value with its cause, and leaves what stood at the path as it was."""
+        started = time.perf_counter()
+        with workplace(self.path) as folder, evaluating(self.request.model):
+            try:
+                done = self.run(folder / self.path.name)
+            except Failed as failure:
+                advice = failure.advice
+                done = replace(self.done, files={}, sha256=None, cause=advice.cause, cure=advice.cure, error=failure.error)
+        return replace(done, log=self.log, notes=tuple(self.notes), seconds=time.perf_counter() - started)
+
+    def heard(self, export: Callable[[], Any]) -> Any:
+        """The result of `export`; what it prints, logs and warns goes to the log."""
+        heard = Heard()
+        try:
+            with listening(heard):
+                return export()
+        finally:
+            self.log = "\n".join(text for text in (self.log, heard.text) if text)
+
+    def prove(self, candidate: Any, free: Mapping[tuple[int, int], int], *, traced: bool, any_size: bool) -> None:
+        """Compare what was made with the model, on the example and beyond it.
+
+        Args:
+            candidate: what `parity` takes.
+            free, any_size, traced: see `trials` and `prove`.
+        """
+        tried = trials(self.request, free, self.notes)
+        report = prove(self.request, candidate, self.path.name, tried, traced=traced, any_size=any_size)
+        self.done = replace(self.done, parity=report, tried=tuple(tried))
+        if not report:
+            raise Failed(differs(report, traced=traced))
+
+    def finish(self, made: Path) -> Exported:
+        sizes, digest = put_in_place(made, self.path)
+        return replace(self.done, files=sizes, sha256=digest)
 
 
 def trials(request: Request, free: Mapping[tuple[int, int], int], notes: list[str]) -> dict[str, Call]:
@@ -63,6 +126,33 @@ def trials(request: Request, free: Mapping[tuple[int, int], int], notes: list[st
                 continue
             usable[name] = call
     return usable
+
+
+def other_sizes(request: Request) -> dict[str, Call]:
+    """The example with other sizes that the model itself takes: each group of axes of one size, one longer and one shorter."""
+    example = request.example
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for number, tensor in enumerate(example.tensors().values()):
+        for axis, size in enumerate(tensor.shape):
+            if size:
+                groups.setdefault(size, []).append((number, axis))
+    leading = [(number, 0) for number, tensor in enumerate(example.tensors().values()) if tensor.ndim]
+    found: dict[str, Call] = {}
+    with running(request.model) as runner:
+        for axes in [leading, *groups.values(), *([axis] for held in groups.values() if len(held) > 1 for axis in held)]:
+            sizes = [example.tensors()[name].shape for name in example.tensors()]
+            for step in (1, -1):
+                told = {axis: sizes[axis[0]][axis[1]] + step for axis in axes}
+                name = ", ".join(f"axis {axis} of input {number} at {size}" for (number, axis), size in told.items())
+                if min(told.values(), default=0) < 1 or name in found:
+                    continue
+                call = resized(example, told)
+                try:
+                    runner(call.fresh())
+                except Exception:  # a size that the model itself does not take says nothing
+                    continue
+                found[name] = call
+    return found
 
 
 def prove(request: Request, candidate: Any, name: str, tried: Mapping[str, Call], *, traced: bool, any_size: bool) -> ParityReport:
@@ -122,3 +212,39 @@ def _differ(call: Call, example: Call) -> bool:
 
     pairs = zip(call.tensors().values(), example.tensors().values(), strict=True)
     return any(a.shape != b.shape or not torch.equal(a, b) for a, b in pairs)
+
+
+def put_in_place(made: Path, target: Path) -> tuple[dict[str, int], str]:
+    """Copy a finished file, and its external data first, over the target; each file whole or not at all.
+
+    Returns:
+        ({file name: bytes}, SHA-256 of the graph file).
+    Raises:
+        WriteError: the folder refuses; the file that stood there is intact.
+    """
+    sizes: dict[str, int] = {}
+    digest = ""
+    sources = sorted(made.parent.iterdir(), key=lambda file: file.name == made.name)  # the graph last: it never names absent data
+    for source in sources:
+        goal = target if source.name == made.name else target.parent / source.name
+        sizes[goal.name], digest = _copy(source, goal)
+    return sizes, digest
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy(source: Path, goal: Path) -> tuple[int, str]:
+    ref = file_ref(source)
+    digest, done = hashlib.sha256(), 0
+    with atomic_write(goal) as out, Span(ref, 0, ref.size).open() as reader:
+        while done < ref.size:
+            buffer = memoryview(bytearray(min(_BLOCK, ref.size - done)))
+            reader.readinto(buffer, done)
+            digest.update(buffer)
+            out.write(buffer, done)
+            done += buffer.nbytes
+    return ref.size, digest.hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ class Request:
     check: bool
     rtol: float | None
     atol: float | None
+    exporter: str | None = None
+    methods: Mapping[str, Call] = field(default_factory=dict)
 
 
 def _onnx(request: Request, path: Path) -> Exported:
@@ -49,7 +51,21 @@ def _onnx(request: Request, path: Path) -> Exported:
     return export_onnx(request, path)
 
 
-_TARGETS: dict[str, tuple[str, Callable[[Request, Path], Exported]]] = {"onnx": (".onnx", _onnx)}
+def _torchscript(request: Request, path: Path) -> Exported:
+    from workbench.exporting.torchscript import export_torchscript
+
+    return export_torchscript(request, path)
+
+
+def _pt2(request: Request, path: Path) -> Exported:
+    from workbench.exporting.exported_program import export_program
+
+    return export_program(request, path)
+
+
+_TARGETS: dict[str, tuple[str, Callable[[Request, Path], Exported]]] = {
+    "onnx": (".onnx", _onnx), "torchscript": (".torchscript.pt", _torchscript), "pt2": (".pt2", _pt2),
+}  # fmt: skip
 _ONE_FILE = 1_500_000_000  # protobuf ends at 2 GiB; the graph needs room beside the weights
 
 
@@ -71,6 +87,8 @@ def export_model(
     verbose: bool = False,
     external_data: bool | None = None,
     custom_translation_table: Mapping[Any, Any] | None = None,
+    exporter: str | None = None,
+    methods: Mapping[str, Any] | None = None,
     check: bool = True,
     rtol: float | None = None,
     atol: float | None = None,
@@ -80,7 +98,7 @@ def export_model(
     Args:
         args: example inputs: a tensor, or a tuple of positional arguments.
         kwargs: example keyword arguments.
-        to: the target, or several; `onnx` is the one there is.
+        to: the target, or several: `onnx`, `torchscript`, `pt2`.
         path: the file to write, for one target. Otherwise `folder`: files named after the model's class.
         input_names, output_names: names in the graph, in order; outputs are by default called as the model calls them.
         dynamic_axes: {input name: {axis: name} or [axis]}; or dynamic_shapes, as torch.export takes them.
@@ -89,8 +107,10 @@ def export_model(
         do_constant_folding, verbose: the exporter's own; what it says is kept in `report["onnx"].log`, never printed.
         external_data: weights in a `.data` file beside; None does so from 1.5 GB on.
         custom_translation_table: {torch operator: onnxscript function}, for operators ONNX has no translation of.
-        check: run the format's checker, and compare with the model in ONNX Runtime on the example, on other values of the same shape, and
-            at another size of each dynamic axis. A file that fails is not put in place. False writes it unproved, and the report says so.
+        exporter: only this one: `dynamo` or `classic` for onnx, `script` or `trace` for torchscript; None tries them in that order.
+        methods: {method name: its example inputs} of further methods to export: in the same file for torchscript, one file each otherwise.
+        check: run the format's checker, and compare what was written with the model, on the example, on other values of the same shape,
+            and at other sizes. A file that fails is not put in place. False writes it unproved, and the report says so.
         rtol, atol: for that comparison; by default measured rounding (see `parity`).
     Returns:
         A report, false when a target failed: then with cause, cure and the exporter's own text, and no file is written or changed.

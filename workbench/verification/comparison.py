@@ -176,17 +176,25 @@ def _counted(n: int, one: str, many: str | None = None) -> str:
 
 
 def parity(
-    reference: Any, candidate: Any, inputs: Any, *, rtol: float | None = None, atol: float | None = None, calls: int = 2
+    reference: Any,
+    candidate: Any,
+    inputs: Any,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    calls: int = 2,
+    trust: bool = False,
 ) -> ParityReport:
     """Compare what two runners answer to the same inputs.
 
     Args:
         reference, candidate: an nn.Module (run in eval mode, then given back as it was), the path of an `.onnx` file (run in ONNX
-            Runtime), an ExportedProgram, or any callable.
+            Runtime), of a TorchScript or `.pt2` file, an ExportedProgram, or any callable.
         inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of those (several batches).
         rtol, atol: |candidate - reference| <= atol + rtol |reference|, element by element; when one is given, the other is 0. When both
             are None the limit is 8 × the reference's own rounding, measured in float64, between 4 eps and √eps of the largest value.
         calls: runs of each batch in a row; the second finds state that one side keeps and the other does not.
+        trust: run a stored program that this process did not write, once a scan finds nothing dangerous in it.
     Returns:
         A report that is true when every output agrees. Outputs pair by path; an ONNX graph whose names are its own pairs by position.
         Whole numbers and booleans must be equal; shapes and dtypes must match; NaN agrees only with NaN.
@@ -199,7 +207,7 @@ def parity(
         raise SelectionError(f"calls is {calls}; at least one run is needed")
     if (rtol or 0) < 0 or (atol or 0) < 0:
         raise SelectionError("rtol and atol are zero or more")
-    with running(reference) as first, running(candidate) as second, noise_floor(reference) as floor:
+    with running(reference, trust=trust) as first, running(candidate, trust=trust) as second, noise_floor(reference) as floor:
         if first.name == second.name:
             first.name, second.name = f"{first.name} (reference)", f"{second.name} (candidate)"
         return _Comparison(first, second, floor, rtol, atol).run(batches, calls)

@@ -1,9 +1,8 @@
 """Runners: anything that answers a batch with outputs by path, under one protocol.
 
 A runner is opened by `running(thing)` and lives inside its `with`. Modules run in eval mode without gradients and are put
-back as they were; `.onnx` files run in ONNX Runtime on the CPU; any callable runs as it is. Programs stored in files
-(TorchScript, `.pt2`) are refused here: pass them as live objects. The next kind of runner is one class and one branch of
-`running`.
+back as they were; `.onnx` files run in ONNX Runtime on the CPU; programs stored in files (TorchScript, `.pt2`) run under the
+trust rule of `programs`; any callable runs as it is. The next kind of runner is one class and one branch of `running`.
 
 Modules run under `no_grad`, not `inference_mode`: tables that a model caches on its first call would otherwise be inference
 tensors, and the next training step would fail on them.
@@ -17,14 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from workbench.errors import MissingDependencyError, SelectionError, UnsupportedError, UntrustedError, visible
+from workbench.errors import MissingDependencyError, SelectionError, UnsupportedError, visible
 from workbench.files import file_ref
+from workbench.verification.programs import load_program
 from workbench.verification.values import Call, outputs_by_path
 
 if TYPE_CHECKING:
     import torch
-
-_PROGRAMS = (".pt2", ".ptl", ".torchscript", ".ts")
 
 
 class Runner(Protocol):
@@ -42,22 +40,27 @@ class Runner(Protocol):
 
 
 @contextmanager
-def running(thing: Any, *, name: str | None = None, threads: int | None = None) -> Iterator[Runner]:
+def running(thing: Any, *, name: str | None = None, threads: int | None = None, trust: bool = False) -> Iterator[Runner]:
     """A runner over `thing` for the length of the `with`.
 
     Args:
-        thing: an nn.Module, an ExportedProgram, the path of an `.onnx` file, or any callable.
+        thing: an nn.Module, an ExportedProgram, a runner, the path of an `.onnx`, TorchScript or `.pt2` file, or any callable.
         name: how reports call it; by default its class, file or function name.
         threads: threads of an ONNX Runtime session; None is its own choice.
+        trust: run a stored program that this process did not write; see `programs.load_program`.
     Raises:
         SelectionError: not something that can be run.
-        UntrustedError: the path of a stored program.
-        UnsupportedError: ONNX Runtime cannot load the file.
+        UntrustedError: the path of a stored program that is not trusted.
+        UnsupportedError: ONNX Runtime or torch cannot load the file, or it holds weights alone.
     """
     import torch
 
-    if isinstance(thing, (str, os.PathLike)):
+    if isinstance(thing, (str, os.PathLike)) and Path(thing).suffix.lower() == ".onnx":
         yield OnnxRunner(Path(thing), name=name, threads=threads)
+    elif isinstance(thing, (str, os.PathLike)):
+        yield ModuleRunner(load_program(thing, trust=trust), name or Path(thing).name)
+    elif isinstance(thing, CallableRunner):
+        yield thing
     elif isinstance(thing, torch.export.ExportedProgram):
         yield CallableRunner(thing.module(), name or "ExportedProgram")
     elif isinstance(thing, torch.nn.Module):
@@ -85,6 +88,15 @@ class CallableRunner:
             return outputs_by_path(self._function(*call.args, **call.kwargs), of=self.name)
 
 
+class FlatRunner(CallableRunner):
+    """A program that takes the tensors of a batch in order, and whose outputs come in order: what an exporter's wrapper makes."""
+
+    ordered = True
+
+    def __call__(self, call: Call) -> dict[str, torch.Tensor]:
+        return super().__call__(Call((*call.tensors().values(),)))
+
+
 class ModuleRunner(CallableRunner):
     """A module on its own device; `running` keeps it in eval mode around the calls."""
 
@@ -107,16 +119,6 @@ class OnnxRunner:
     ordered = True
 
     def __init__(self, path: Path, *, name: str | None = None, threads: int | None = None) -> None:
-        if path.suffix.lower() in _PROGRAMS:
-            raise UntrustedError(
-                "a stored program is not run from its path",
-                path=str(path),
-                hint="load it yourself if you trust it, and pass the live object",
-            )
-        if path.suffix.lower() != ".onnx":
-            raise SelectionError(
-                "only .onnx files can be run from a path", path=str(path), hint="pass the model itself, with its weights loaded"
-            )
         file_ref(path)  # a missing file or a folder is told in our own words
         self.name = name or path.name
         self._session = _session(path, threads)
