@@ -31,12 +31,14 @@ _FACE = {
     "compare": "workbench.verification.variants:compare",
     "parity": "workbench.verification.comparison:parity",
     "export_model": "workbench.exporting:export_model",
+    "InferenceEngine": "workbench.exporting:InferenceEngine",
     "Checkpoint": "workbench.checkpoint:Checkpoint",
 }
-_ROOMS = ("ops", "models", "errors", "widgets")
+_ROOMS = ("ops", "models", "exporting", "errors", "widgets")
 
 __all__ = [
     "Checkpoint",
+    "InferenceEngine",
     "archive",
     "checkup",
     "compare",
@@ -44,6 +46,7 @@ __all__ = [
     "diff",
     "errors",
     "export_model",
+    "exporting",
     "ledger",
     "load_into",
     "load_model",
@@ -59,7 +62,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from workbench import errors, models, ops, widgets
+    from workbench import errors, exporting, models, ops, widgets
     from workbench.analyses.archive import archive
     from workbench.analyses.checkup import checkup
     from workbench.analyses.description import describe
@@ -68,7 +71,7 @@ if TYPE_CHECKING:
     from workbench.analyses.statistics import stats
     from workbench.checkpoint import Checkpoint
     from workbench.differ import diff
-    from workbench.exporting import export_model
+    from workbench.exporting import InferenceEngine, export_model
     from workbench.formats import save
     from workbench.keymap.inference import match
     from workbench.keymap.loading import load_into, load_model

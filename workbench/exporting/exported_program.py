@@ -41,7 +41,7 @@ class _ProgramExport(Export):
             name: tuple(f"s{axis}" if (number, axis) in free else size for axis, size in enumerate(t.shape))
             for number, (name, t) in enumerate(zip(names, self.request.example.tensors().values(), strict=True))
         }
-        self.done = replace(self.done, exporter=how, inputs=shapes, outputs=dict.fromkeys(self.request.outputs, ()))
+        self.done = replace(self.done, exporter=how, inputs=shapes)
         if fixed := _fixed(self.request, names, free):
             cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
             raise Failed(Advice(f"an axis asked to be dynamic is not dynamic in the program: {fixed}", cure))

@@ -89,7 +89,8 @@ class Export:
         """
         tried = trials(self.request, free, self.notes)
         report = prove(self.request, candidate, self.path.name, tried, traced=traced, any_size=any_size)
-        self.done = replace(self.done, parity=report, tried=tuple(tried))
+        outputs = self.done.outputs or {output.name: output.shape for output in report.outputs}
+        self.done = replace(self.done, parity=report, tried=tuple(tried), outputs=outputs)
         if not report:
             raise Failed(differs(report, traced=traced))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workbench.errors import SelectionError, visible
+from workbench.exporting.usage import cpp_program, python_lines
 from workbench.report import Report
 from workbench.tables import Column, Table, format_bytes, table
 from workbench.verification.comparison import ParityReport
@@ -19,9 +20,9 @@ class Exported:
     """One target.
 
     Attributes:
-        target: its name, such as `onnx`.
+        target: its name, such as `onnx`; `onnx:encode` for a method's own graph.
         path: the file asked for.
-        exporter: which exporter made it (`dynamo` or `classic`), or None.
+        exporter: which exporter made it (`dynamo`, `classic`, `script`, `trace`, `strict`, `not strict`), or None.
         files: what was written: {file name: bytes}; empty when nothing was.
         sha256: of the file at `path`, or None.
         opset, opset_asked: as read back from the file, and as asked.
@@ -58,6 +59,16 @@ class Exported:
     @property
     def ok(self) -> bool:
         return not self.cause
+
+    @property
+    def usage(self) -> str:
+        """Lines of Python that load the file and call it, without the workbench."""
+        return python_lines(self) if self.ok else ""
+
+    @property
+    def cpp(self) -> str:
+        """A C++ program that does so with LibTorch; "" where the target is not TorchScript."""
+        return cpp_program(self) if self.ok else ""
 
     @property
     def nbytes(self) -> int | None:
@@ -142,7 +153,8 @@ def _failure(e: Exported) -> tuple[str, ...]:
 
 
 def _sentence(model: str, e: Exported) -> str:
-    size = f"{visible(e.path)} ({format_bytes(e.nbytes or 0)}, opset {e.opset})"
+    opset = "" if e.opset is None else f", opset {e.opset}"
+    size = f"{visible(e.path)} ({format_bytes(e.nbytes or 0)}{opset})"
     if e.parity is None:
         return f"{visible(model)} was written to {size} and was not compared with the model."
     apart = f"at most {e.parity.max_abs:.2g} apart" if e.parity.max_abs else "without any difference"

@@ -6,14 +6,16 @@ Owns what is common to every target: the model's mode, the example call, where f
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import SelectionError, UnsupportedError
 from workbench.exporting.report import Exported, ExportReport
+from workbench.exporting.wrappers import method_of, rescued
 from workbench.verification.runners import running
 from workbench.verification.values import Call, calls_from
 
@@ -127,21 +129,52 @@ def export_model(
     paths = _paths(model, to, path, folder)
     if dynamic_axes is not None and dynamic_shapes is not None:
         raise SelectionError("dynamic_axes and dynamic_shapes say the same thing twice", hint="give one of them")
-    example = _example(args, kwargs)
+    example, rescue = _example(args, kwargs), ""
+    try:
+        outputs = _outputs(model, example)
+    except SelectionError as error:
+        subject, example, rescue = rescued(model, example, error)
+        outputs = _outputs(subject, example)
+    else:
+        subject = model
+    calls = {name: _example(inputs, None) for name, inputs in (methods or {}).items()}
+    for name in calls:
+        if not callable(getattr(model, name, None)):
+            raise SelectionError(f"{type(model).__name__} has no method {name!r}")
+    large = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, torch.Tensor)) >= _ONE_FILE
+    request = Request(
+        subject, example, outputs, _names(input_names, "input_names"), _names(output_names, "output_names"), dynamic_axes, dynamic_shapes,
+        opset_version, export_params, do_constant_folding, verbose, large if external_data is None else external_data,
+        custom_translation_table, check, rtol, atol, exporter, calls,
+    )  # fmt: skip
+    made = [one for target, goal in paths.items() for one in _exported(request, target, goal)]
+    noted = tuple(replace(one, notes=(rescue, *one.notes)) if rescue else one for one in made)
+    return ExportReport(type(model).__name__, noted)
+
+
+def _exported(request: Request, target: str, goal: Path) -> Iterator[Exported]:
+    """The target's file, and one for each further method where a file holds one graph."""
+    suffix, export = _TARGETS[target]
+    yield export(request, goal)
+    for name, call in request.methods.items() if target != "torchscript" else ():
+        model = method_of(request.model, name)
+        axes = {key: value for key, value in (request.dynamic_axes or {}).items() if key in inspect.signature(model.forward).parameters}
+        own = replace(
+            request, model=model, example=call, outputs=_outputs(model, call), input_names=None, output_names=None, dynamic_axes=axes or None,
+            dynamic_shapes=None, methods={},
+        )  # fmt: skip
+        stem = goal.name.removesuffix(suffix)
+        yield replace(export(own, goal.with_name(f"{stem}.{name}{suffix}")), target=f"{target}:{name}")
+
+
+def _outputs(model: torch.nn.Module, example: Call) -> tuple[str, ...]:
     with running(model) as runner:
         try:
-            outputs = tuple(runner(example.fresh()))
+            return tuple(runner(example.fresh()))
         except SelectionError:
             raise
         except Exception as error:  # a stranger's forward: whatever it raises, this example cannot serve
             raise SelectionError(f"the model does not run on the example inputs: {type(error).__name__}: {error}") from error
-    large = sum(t.numel() * t.element_size() for t in model.state_dict().values() if isinstance(t, torch.Tensor)) >= _ONE_FILE
-    request = Request(
-        model, example, outputs, _names(input_names, "input_names"), _names(output_names, "output_names"), dynamic_axes, dynamic_shapes,
-        opset_version, export_params, do_constant_folding, verbose, large if external_data is None else external_data,
-        custom_translation_table, check, rtol, atol,
-    )  # fmt: skip
-    return ExportReport(type(model).__name__, tuple(_TARGETS[target][1](request, goal) for target, goal in paths.items()))
 
 
 def _example(args: Any, kwargs: Mapping[str, Any] | None) -> Call:

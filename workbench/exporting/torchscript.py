@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from workbench.exporting.advice import Advice, chain_text
 from workbench.exporting.proving import Export, Failed, digest_of, other_sizes
 from workbench.exporting.report import Exported
-from workbench.exporting.wrappers import flat, input_names
+from workbench.exporting.wrappers import flat, input_names, method_of
 from workbench.verification.comparison import parity
 from workbench.verification.programs import load_program, remember
 from workbench.verification.runners import FlatRunner
 from workbench.verification.values import Call
+from workbench.verification.variations import variations
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class _ScriptExport(Export):
     def run(self, made: Path) -> Exported:
         names, tensors = input_names(self.request), self.request.example.tensors().values()
         shapes: dict[str, tuple[int | str, ...]] = {name: tuple(t.shape) for name, t in zip(names, tensors, strict=True)}
-        self.done = replace(self.done, inputs=shapes, outputs=dict.fromkeys(self.request.outputs, ()))
+        self.done = replace(self.done, inputs=shapes)
         texts: list[str] = []
         last: Failed | None = None
         for how, flattened, make in self._ways():
@@ -57,6 +58,7 @@ class _ScriptExport(Export):
                     remember(digest_of(made))
                     loaded = load_program(made)
                     self._prove(FlatRunner(loaded, self.path.name) if flattened else loaded, traced=how == "trace")
+                    self._prove_methods(loaded)
             except Failed as failure:
                 last = failure
             except Exception as error:  # the compiler and the tracer raise whatever they do not understand, and run a stranger's forward
@@ -105,6 +107,20 @@ class _ScriptExport(Export):
             else:
                 cause = f"tracing baked a size or a loop count in: with {name} the program answers otherwise than the model"
                 raise Failed(Advice(cause, "Script the part that loops or branches, or export to .pt2 with that axis dynamic."))
+
+    def _prove_methods(self, loaded: Any) -> None:
+        for name, call in self.request.methods.items():
+            batches = [call, *variations(call).values()]
+            report = parity(
+                method_of(self.request.model, name), getattr(loaded, name), batches, rtol=self.request.rtol, atol=self.request.atol
+            )
+            if not report:
+                raise Failed(
+                    Advice(
+                        f"the method {name} does not answer as the model's does: {report.headline}",
+                        "Script the method, or type its arguments.",
+                    )
+                )
 
     def _require_no_decision(self, decisions: list[str]) -> None:
         """Raise unless torch.export proves that no decision of the traced code hangs on values."""

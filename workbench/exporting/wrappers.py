@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from workbench.verification.values import Call, leaves
 
@@ -51,3 +53,61 @@ def output_names(request: Request) -> list[str]:
     taken = {*input_names(request), *request.model.state_dict()}
     names = [f"output_{path}" if path[0].isdigit() else path for path in (p or "output" for p in request.outputs)]
     return [f"{name}_out" if name in taken else name for name in names]
+
+
+def method_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """A module whose forward is a method of the model, with its signature: what an exporter of forward alone can take."""
+    import torch
+
+    class Method(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self.model, name)(*args, **kwargs)
+
+    Method.forward.__signature__ = inspect.signature(getattr(type(model), name))  # type: ignore[attr-defined]
+    Method.__name__ = f"{type(model).__name__}.{name}"
+    return Method().train(model.training)
+
+
+def rescued(model: torch.nn.Module, example: Call, error: Exception) -> tuple[torch.nn.Module, Call, str]:
+    """A model that runs and returns an object no graph can hold (a cache), and its example, as they can be exported; and what was done.
+
+    Raises:
+        Exception: `error`, where nothing is known to help.
+    """
+    if "use_cache" in inspect.signature(model.forward).parameters and example.kwargs.get("use_cache") is not False:
+        return model, Call(example.args, {**example.kwargs, "use_cache": False}), "The model's cache was switched off (use_cache=False)."
+    if "holds no numbers" not in str(error):
+        raise error
+    return _tensors_only(model), example, "Outputs that hold no tensors (a cache, a string) were left out."
+
+
+def _tensors_only(model: torch.nn.Module) -> torch.nn.Module:
+    import torch
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, Mapping):
+            held = {key: kept(item) for key, item in value.items()}
+            return {key: item for key, item in held.items() if item is not None} or None
+        if isinstance(value, (tuple, list)):
+            return tuple(item for item in map(kept, value) if item is not None) or None
+        if is_dataclass(value) and not isinstance(value, type):
+            return kept({f.name: getattr(value, f.name) for f in fields(value)})
+        return None
+
+    class TensorsOnly(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return kept(self.model(*args, **kwargs))
+
+    TensorsOnly.forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    TensorsOnly.__name__ = type(model).__name__
+    return TensorsOnly().train(model.training)

@@ -11,7 +11,7 @@ tensors, and the next training step would fail on them.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,7 +121,7 @@ class OnnxRunner:
     def __init__(self, path: Path, *, name: str | None = None, threads: int | None = None) -> None:
         file_ref(path)  # a missing file or a folder is told in our own words
         self.name = name or path.name
-        self._session = _session(path, threads)
+        self._session = onnx_session(path, threads)
         self._inputs = [node.name for node in self._session.get_inputs()]
         self._shapes = {node.name: node.shape for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
@@ -170,7 +170,12 @@ def _to_numpy(tensor: torch.Tensor, name: str) -> Any:
         raise UnsupportedError(f"numpy has no {tensor.dtype}, so input {name!r} cannot be fed", hint="cast the input to float32") from error
 
 
-def _session(path: Path, threads: int | None) -> Any:
+def onnx_session(source: str | os.PathLike[str] | bytes, threads: int | None, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Any:
+    """A session of ONNX Runtime that says nothing by itself.
+
+    Raises:
+        MissingDependencyError: it is not installed. UnsupportedError: it cannot load the graph.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -179,10 +184,11 @@ def _session(path: Path, threads: int | None) -> Any:
     options.log_severity_level = 3  # its C++ side writes to stderr by itself below "error"
     if threads is not None:
         options.intra_op_num_threads = threads
+    where = {} if isinstance(source, bytes) else {"path": str(source)}
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source if isinstance(source, bytes) else str(source), options, providers=list(providers))
     except Exception as error:  # its exceptions share no base of their own
-        raise UnsupportedError(f"ONNX Runtime cannot load the file: {_first_line(error)}", path=str(path)) from error
+        raise UnsupportedError(f"ONNX Runtime cannot load the file: {_first_line(error)}", **where) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -200,6 +206,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     import torch
 
+    if not hasattr(model, "training"):  # a frozen program: its mode was fixed when it was made
+        yield model
+        return
     states = [_ModuleState(module) for module in model.modules()]
     was_training = model.training
     try:

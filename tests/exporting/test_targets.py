@@ -1,0 +1,254 @@
+"""TorchScript and .pt2, against the model itself run by torch; the C++ lines against the LibTorch in torch's own wheel."""
+
+import shutil
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import cpp_extension
+
+from workbench.errors import SelectionError, UntrustedError
+from workbench.exporting import export_model, optimize_torchscript
+from workbench.verification.comparison import parity
+
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
+class Branch(nn.Module):
+    def forward(self, x):
+        return x * 2 if bool(x.sum() > 0) else x - 1
+
+
+class UnscriptableBranch(nn.Module):
+    def forward(self, x, **options):
+        return x * 2 if x.sum() > 0 else x - 1
+
+
+class NumberBranch(nn.Module):
+    """A branch that no variation of the example takes."""
+
+    def forward(self, x, **options):
+        return x * 2 if x.abs().max().item() < 1e6 else x - 1
+
+
+class Loop(nn.Module):
+    def forward(self, x, **options):
+        total = torch.zeros(())
+        for i in range(x.shape[1]):
+            total = total + x[:, i].sum() * i
+        return total
+
+
+class Fixed(nn.Module):
+    """Refuses another length once it is traced, and answers rightly at its own."""
+
+    def forward(self, x, **options):
+        return x + torch.arange(len(x))[:, None]
+
+
+class Keywords(nn.Module):
+    def forward(self, x, *, scale, **options):
+        return {"y": x * scale, "pair": (x, x + 1)}
+
+
+class AutoEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(4, 2), nn.Linear(2, 4)
+
+    def encode(self, x):
+        return self.down(x)
+
+    def decode(self, z):
+        return self.up(z)
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+
+class OptionalEncoder(AutoEncoder):
+    def forward(self, x, *, again=1):
+        return self.decode(self.encode(x))
+
+
+@pytest.mark.parametrize("target", ["torchscript", "pt2"])
+def test_a_model_in_train_mode_is_exported_as_in_eval_mode_and_answers_alike(target, tmp_path):
+    model, x = cnn().train(), torch.randn(2, 1, 8, 8)
+    one = export_model(model, x, to=target, path=tmp_path / "m")[target]
+    assert one.ok
+    assert model.training
+    loaded = torch.jit.load(tmp_path / "m") if target == "torchscript" else torch.export.load(tmp_path / "m").module()
+    assert torch.allclose(loaded(x), model.eval()(x), atol=1e-6)
+    assert one.outputs == {"output": (2, 10)}
+    assert parity(model, tmp_path / "m", x)  # this process wrote it
+
+
+def test_a_scripted_model_keeps_its_branch(tmp_path):
+    one = export_model(Branch(), torch.ones(2, 4), to="torchscript", path=tmp_path / "m.pt")["torchscript"]
+    assert (one.ok, one.exporter) == (True, "script")
+    loaded = torch.jit.load(tmp_path / "m.pt")
+    assert [float(loaded(sign * torch.ones(1))) for sign in (1, -1)] == [2.0, -2.0]
+    assert any("deprecated" in note for note in one.notes)
+
+
+@pytest.mark.parametrize("model", [UnscriptableBranch(), NumberBranch()], ids=lambda model: type(model).__name__)
+def test_a_branch_that_tracing_would_bake_is_refused_even_where_no_input_shows_it(model, tmp_path):
+    report = export_model(model, torch.ones(2, 4), to="torchscript", path=tmp_path / "m.pt")
+    assert not report
+    assert "decision that hangs on values" in report.headline
+    assert "TracerWarning" in report["torchscript"].error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loop_count_that_tracing_bakes_is_refused(tmp_path):
+    report = export_model(Loop(), torch.randn(2, 4), to="torchscript", path=tmp_path / "m.pt")
+    assert not report
+    assert "baked a size or a loop count" in report.headline
+    assert "axis 1 of input 0 at 5" in report.headline
+
+
+def test_a_size_that_the_program_only_refuses_is_told(tmp_path):
+    class Reshaped(nn.Module):
+        def forward(self, x, **options):
+            return x.reshape(int(x.shape[0]), 2, 2)
+
+    one = export_model(Reshaped(), torch.randn(3, 4), to="torchscript", path=tmp_path / "m.pt")["torchscript"]
+    assert one.ok
+    assert any("was fixed by tracing" in note for note in one.notes)
+
+
+def test_keywords_and_nested_outputs_are_traced_in_order(tmp_path):
+    x, scale = torch.randn(2, 4), torch.tensor([3.0])
+    one = export_model(Keywords(), (x,), {"scale": scale}, to="torchscript", path=tmp_path / "m.pt")["torchscript"]
+    assert (one.ok, list(one.inputs)) == (True, ["x", "scale"])
+    y, first, second = torch.jit.load(tmp_path / "m.pt")(x, scale)
+    assert torch.equal(y, x * 3)
+    assert torch.equal(second, first + 1)
+    assert any("takes its tensors in order" in note for note in one.notes)
+
+
+@pytest.mark.parametrize("model", [AutoEncoder(), OptionalEncoder()], ids=["scripted", "traced"])
+def test_methods_go_into_the_same_torchscript_and_into_graphs_of_their_own(model, tmp_path):
+    x, z = torch.randn(2, 4), torch.randn(2, 2)
+    report = export_model(model, x, to=("torchscript", "pt2"), folder=tmp_path, methods={"encode": x, "decode": z}).check()
+    stem = type(model).__name__.lower()
+    loaded = torch.jit.load(tmp_path / f"{stem}.torchscript.pt")
+    assert torch.allclose(loaded.encode(x), model.encode(x))
+    assert torch.allclose(loaded.decode(z), model.decode(z))
+    assert [e.target for e in report.exports] == ["torchscript", "pt2", "pt2:encode", "pt2:decode"]
+    assert torch.allclose(torch.export.load(tmp_path / f"{stem}.decode.pt2").module()(z), model.decode(z))
+    assert not hasattr(type(model).encode, "_torchscript_modifier")
+    with pytest.raises(SelectionError, match="no method"):
+        export_model(model, x, to="pt2", path=tmp_path / "m", methods={"endcode": x})
+
+
+def test_a_program_with_a_free_axis_is_tried_at_another_size_and_holds_no_example(tmp_path):
+    model, x = cnn(), torch.randn(3, 1, 8, 8)
+    one = export_model(model, x, to="pt2", path=tmp_path / "m.pt2", dynamic_axes={"input": {0: "batch"}})["pt2"]
+    assert one.ok
+    assert "resized" in one.tried
+    assert torch.export.load(tmp_path / "m.pt2").module()(torch.randn(7, 1, 8, 8)).shape == (7, 10)
+    with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
+        assert [i.file_size for i in archive.infolist() if "sample_inputs" in i.filename] in ([], [0])
+    pinned = export_model(model, x, to="pt2", path=tmp_path / "n.pt2", dynamic_axes={"input": {2: "height"}})
+    assert not pinned
+    assert not (tmp_path / "n.pt2").exists()
+
+
+def test_what_torch_export_refuses_is_explained(tmp_path):
+    one = export_model(Branch(), torch.ones(2, 4), to="pt2", path=tmp_path / "m.pt2")["pt2"]
+    assert not one.ok
+    assert "chooses a branch" in one.cause
+    assert "torch.where" in one.cure
+    assert "not strict:" in one.error
+    assert "strict:" in one.error
+
+
+def test_a_model_that_returns_its_cache_is_exported_without_it(tmp_path):
+    class Cache:
+        pass
+
+    class Cached(nn.Module):
+        def forward(self, x):
+            return {"y": x * 2, "cache": Cache()}
+
+    class Switched(nn.Module):
+        def forward(self, x, use_cache=True):
+            return (x * 2, Cache()) if use_cache else (x * 2,)
+
+    for model, word in ((Cached(), "left out"), (Switched(), "use_cache=False")):
+        one = export_model(model, torch.ones(2, 3), to="pt2", path=tmp_path / "m.pt2")["pt2"]
+        assert one.ok
+        assert word in one.notes[0]
+
+
+def test_the_exporter_asked_for_is_the_one_used(tmp_path):
+    x = torch.ones(2, 4)
+    one = export_model(AutoEncoder(), x, to="torchscript", path=tmp_path / "m.pt", exporter="trace")["torchscript"]
+    assert (one.ok, one.exporter) == (True, "trace")
+    one = export_model(Keywords(), (x,), {"scale": x}, to="torchscript", path=tmp_path / "n.pt", exporter="script")["torchscript"]
+    assert not one.ok
+    assert "script compiler does not take the model" in one.cause
+
+
+def test_a_stored_program_runs_only_under_the_trust_rule(tmp_path):
+    program = torch.export.export(AutoEncoder(), (torch.ones(2, 4),))
+    torch.export.save(program, tmp_path / "m.pt2")
+    x = torch.ones(2, 4)
+    with pytest.raises(UntrustedError, match="did not write"):
+        parity(program, tmp_path / "m.pt2", x)
+    assert parity(program, tmp_path / "m.pt2", x, trust=True)
+    with zipfile.ZipFile(tmp_path / "m.pt2") as old, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("weights_config.json"):
+                data = data.replace(b'"use_pickle": false', b'"use_pickle": true')
+            if name.endswith("weight_0"):
+                torch.save(torch.ones(2, 4), tmp_path / "weight")
+                data = (tmp_path / "weight").read_bytes()
+            new.writestr(name, data)
+    with pytest.raises(UntrustedError, match=r"unpickle|danger"):
+        parity(program, tmp_path / "evil.pt2", x, trust=True)
+
+
+def test_a_torchscript_file_is_optimized_and_proved(tmp_path):
+    model, x = cnn().eval(), torch.randn(2, 1, 8, 8)
+    export_model(model, x, to="torchscript", path=tmp_path / "m.pt").check()
+    report = optimize_torchscript(tmp_path / "m.pt", tmp_path / "fast.pt", [x, torch.randn(5, 1, 8, 8)], rounds=11).check()
+    assert report.seconds_before > 0 < report.seconds_after
+    assert torch.allclose(torch.jit.load(tmp_path / "fast.pt")(x), model(x), atol=1e-5)
+    torch.jit.script(cnn().train()).save(str(tmp_path / "train.pt"))
+    with pytest.raises(SelectionError, match="train mode"):
+        optimize_torchscript(tmp_path / "train.pt", tmp_path / "no.pt", x, trust=True)
+
+
+def test_the_lines_that_load_it_work(tmp_path):
+    model, x = AutoEncoder(), torch.ones(2, 4)
+    for target in ("onnx", "torchscript", "pt2"):
+        one = export_model(model, x, to=target, path=tmp_path / f"m.{target}")[target]
+        scope = {"x": x.numpy() if target == "onnx" else x}
+        exec(one.usage, scope)
+        outputs = scope["outputs"][0] if target == "onnx" else scope["outputs"]
+        assert torch.allclose(torch.as_tensor(outputs), model(x), atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_cpp_program_compiles_against_libtorch_and_answers(tmp_path):
+    model = AutoEncoder()
+    one = export_model(model, torch.ones(1, 4), to="torchscript", path=tmp_path / "m.pt")["torchscript"]
+    (tmp_path / "main.cpp").write_text(one.cpp)
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    (folder,) = cpp_extension.library_paths()
+    libraries = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    subprocess.run(["g++", "-std=c++17", "-O0", abi, *includes, "main.cpp", *libraries, "-o", "main"], cwd=tmp_path, check=True)
+    said = subprocess.run(["./main"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    numbers = [float(word) for word in said.split("[")[0].split()]
+    assert torch.allclose(torch.tensor(numbers), model(torch.ones(1, 4))[0], atol=1e-4)

@@ -1,0 +1,46 @@
+"""Usage: the lines that load an exported file where it will run, in Python and, for TorchScript, in C++ against LibTorch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from workbench.exporting.report import Exported
+
+_PYTHON = {
+    "onnx": "import onnxruntime\nsession = onnxruntime.InferenceSession({path})\noutputs = session.run(None, {{{feeds}}})",
+    "torchscript": "import torch\nprogram = torch.jit.load({path})\noutputs = program({names})",
+    "pt2": "import torch\nprogram = torch.export.load({path}).module()\noutputs = program({names})",
+}
+_CPP = """#include <torch/script.h>
+#include <iostream>
+
+int main() {{
+  torch::InferenceMode guard;
+  torch::jit::Module program = torch::jit::load({path});
+  std::vector<torch::jit::IValue> inputs{{{inputs}}};
+  torch::jit::IValue output = program.forward(inputs);
+  if (output.isTensor()) std::cout << output.toTensor() << std::endl;
+  else std::cout << output << std::endl;
+}}
+"""
+
+
+def python_lines(exported: Exported) -> str:
+    """Lines of Python, without the workbench, that load the file and call it."""
+    names = list(exported.inputs)
+    feeds = ", ".join(f"{json.dumps(name)}: {name}" if name.isidentifier() else f"{json.dumps(name)}: x{i}" for i, name in enumerate(names))
+    calls = ", ".join(name if name.isidentifier() else f"x{i}" for i, name in enumerate(names))
+    return _PYTHON[exported.target.partition(":")[0]].format(path=json.dumps(exported.path), feeds=feeds, names=calls)
+
+
+def cpp_program(exported: Exported) -> str:
+    """A whole C++ program that loads a TorchScript file with LibTorch, calls it with ones and prints what it answers; "" for other targets.
+
+    Build it with CMake's `find_package(Torch)`, or `g++ -std=c++17` with the include and library folders of `torch.utils.cpp_extension`.
+    """
+    if exported.target != "torchscript":
+        return ""
+    inputs = ", ".join(f"torch::ones({{{', '.join(map(str, shape))}}})" for shape in exported.inputs.values())
+    return _CPP.format(path=json.dumps(exported.path), inputs=inputs)
