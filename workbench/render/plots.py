@@ -241,3 +241,39 @@ def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, floa
         label = axes.annotate(text, (x, y), xytext=(0, 0), **style)
         counts = [clashes(put(label, place)) for place in _PLACES]
         taken.append(put(label, _PLACES[counts.index(min(counts))]))
+
+
+def flowchart(steps: Sequence[tuple[str, str]], answers: Sequence[bool], otherwise: str, title: str) -> Figure:
+    """Questions from top to bottom with what a yes leads to; the way that the answers take is drawn in colour.
+
+    Args:
+        steps: (question, where a yes leads). answers: one for each step. otherwise: where all noes lead.
+    """
+    figure, (axes,) = _figure(1, (7.2, 0.62 * len(steps) + 1.2))
+    axes.set_axis_off()
+    decided = next((n for n, yes in enumerate(answers) if yes), len(steps))
+    for n, (question, leads) in enumerate(steps):
+        y, on_way = -n, n <= decided
+        _box(axes, 0, y, question, BLUE if on_way else _FAINT, strong=on_way)
+        _box(axes, 6.4, y, leads, ORANGE if n == decided else _FAINT, strong=n == decided)
+        _arrow(axes, (2.55, y), (4.35, y), "yes", n == decided)
+        _arrow(axes, (0, y - 0.3), (0, y - 0.7), "no", n < decided)
+    _box(axes, 0, -len(steps), otherwise, ORANGE if decided == len(steps) else _FAINT, strong=decided == len(steps))
+    axes.set_xlim(-2.7, 8.5)
+    axes.set_ylim(-len(steps) - 0.5, 0.5)
+    _headed(figure, title)
+    return figure
+
+
+def _box(axes: Axes, x: float, y: float, text: str, colour: str, *, strong: bool) -> None:
+    style = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4 if strong else 0.8}
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=_INK if strong else GREY, bbox=style, parse_math=False)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], label: str, strong: bool) -> None:
+    colour = _INK if strong else _FAINT
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.2 if strong else 0.8})
+    middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+    axes.annotate(
+        label, middle, xytext=(0, 5) if start[1] == end[1] else (8, -2), textcoords="offset points", fontsize=7, color=GREY, ha="center"
+    )
