@@ -76,3 +76,57 @@ def test_norms_before_a_layer_are_none_that_stand_after_it(back):
     norms = {name for name, shape in wanted.items() if shape == (8,)}
     assert taken.keys() == wanted.keys() - norms
     assert left.keys() == norms
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_patch_merging_of_openmmlab_reads_its_patches_in_another_order(back):
+    """nn.Unfold puts channels outside; Swin's own code puts four shifted pictures one after another."""
+    words = {"attn.w_msa.qkv": "attn.qkv", "ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2"}
+    shapes = ((24, 8), (32, 8), (8, 32))
+    ours = {f"stages.0.blocks.0.{word}.weight": torch.randn(shape) for word, shape in zip(words, shapes, strict=True)}
+    theirs = {f"layers.0.blocks.0.{words[word]}.weight": ours[f"stages.0.blocks.0.{word}.weight"] for word in words}
+    ours["stages.0.blocks.0.attn.w_msa.relative_position_bias_table"] = table = torch.randn(49, 2)
+    theirs["layers.0.blocks.0.attn.relative_position_bias_table"] = table
+    merging = {"reduction.weight": torch.randn(16, 32), "norm.weight": torch.randn(32), "norm.bias": torch.randn(32)}
+    for end, value in merging.items():
+        ours[f"stages.0.downsample.{end}"] = value
+        rows = value.reshape(*value.shape[:-1], 8, 4).transpose(-1, -2)[..., [0, 2, 1, 3], :]  # mmsegmentation's swin2mmseg.py, back
+        theirs[f"layers.1.downsample.{end}"] = rows.reshape(value.shape)
+    source, wanted = (theirs, ours) if back else (ours, theirs)
+    applied = {name: tensor.load() for name, tensor in wb.match(source, wanted).apply(source).items()}
+    assert applied.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in applied.items())
+
+
+def test_a_patch_merging_of_an_unknown_order_is_left():
+    merging = {"reduction.weight": (16, 32), "norm.weight": (32,), "norm.bias": (32,)}
+    blocks = {f"layers.{n}.attn.{word}.weight": (8, n + 3) for n in range(2) for word in ("q_proj", "k_proj", "v_proj")}
+    source = blocks | {f"layers.0.merge.{end}": shape for end, shape in merging.items()}
+    taken, left = told(source, blocks | {f"layers.0.downsample.{end}": shape for end, shape in merging.items()})
+    assert taken.keys() == blocks.keys()
+    assert "layers.0.downsample.reduction.weight" in left
+    assert told(source, source)[0].keys() == source.keys()
+
+
+NUMBERED = {"down last": ((40, 16), (40, 16), (16, 40)), "down first": ((16, 40), (40, 16), (40, 16))}
+
+
+@pytest.mark.parametrize("word", ["w", "fc"])
+@pytest.mark.parametrize("shapes", NUMBERED.values(), ids=NUMBERED)
+def test_numbers_are_no_roles_that_the_shapes_refute(word, shapes):
+    """w1, w2 and w3 are gate, down and up in Llama, where w2 is the way down."""
+    source = {f"blocks.{n}.ff.{word}{at + 1}.weight": shape for n in range(2) for at, shape in enumerate(shapes)}
+    wanted = {f"blocks.{n}.ff.{end}_proj.weight": (40, 16) for n in range(2) for end in ("gate", "up")}
+    down = {f"blocks.{n}.ff.down_proj.weight": (16, 40) for n in range(2)}
+    taken, left = told(source, wanted | down)
+    assert taken == {name: f"blocks.{name[7]}.ff.{word}{shapes.index((16, 40)) + 1}.weight" for name in down}
+    assert left.keys() == wanted.keys()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_square_matrix_that_may_be_kept_either_way(known):
+    """`c_proj` is a Conv1D in GPT-2 and a Linear in nanoGPT, whose `c_fc` is [out, in]."""
+    source = {"h.0.attn.c_proj.weight": (8, 8)} | ({"h.0.mlp.c_fc.weight": (32, 8)} if known else {})
+    wanted = {"layers.0.attn.out.weight": (8, 8)} | ({"layers.0.mlp.fc1.weight": (32, 8)} if known else {})
+    taken, left = told(source, wanted)
+    assert (taken if known else left).keys() == wanted.keys()

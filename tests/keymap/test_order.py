@@ -178,3 +178,82 @@ def test_all_that_is_left_of_both_is_taken_by_general_words_alone(source, target
     assert REST.keys() <= pairs.keys()
     assert {name: pairs.get(name) for name in target} == dict(zip(target, source if taken else [None] * len(target), strict=False))
     assert {told.target for told in itertools.chain(keymap.ambiguous, keymap.unmatched)} == (set() if taken else set(target))
+
+
+def filled_by(source, wanted):
+    """Which name of the file fills each of the model's, by names and shapes alone."""
+    return {pair.target: pair.source for pair in wb.match({name: torch.randn(shape) for name, shape in source.items()}, wanted).pairs}
+
+
+def test_a_norm_goes_where_the_module_beside_it_went():
+    """`bn1` behind `conv1` into `1` behind `0`, though every norm of the model is of one width."""
+    source, wanted = {}, {}
+    for n in range(2):
+        for at, (place, number) in enumerate((("conv", 0), ("conv", 3))):
+            source[f"layer{n}.{place}{at + 1}.weight"] = wanted[f"body.{n}.residual.{number}.weight"] = (8, 8 + 8 * at * (n + 1), 3, 3)
+            for end in ("weight", "bias", "running_mean", "running_var"):
+                source[f"layer{n}.bn{at + 1}.{end}"] = wanted[f"body.{n}.residual.{number + 1}.{end}"] = (8,)
+    taken = filled_by(source, wanted)
+    assert taken.keys() == wanted.keys()
+    assert all(int(name.split(".")[1]) == int(other[5]) for name, other in taken.items())
+    assert all(("1" if name.split(".")[3] in "01" else "2") == other.split(".")[1][-1] for name, other in taken.items())
+
+
+def test_the_only_norm_left_in_a_parent_that_is_known():
+    source, wanted = {}, {}
+    for n in range(2):
+        for words, names in (("embed.proj", "patch.proj"), ("embed.norm", "patch.layer_norm"), ("norm", "last_norm")):
+            for side, word in ((source, words), (wanted, names)):
+                side |= {
+                    f"stage{n}.{word}.weight": (4 + n, 3) if "proj" in word else (4,),
+                    f"stage{n}.{word}.bias": (4 + n,) if "proj" in word else (4,),
+                }
+    taken = filled_by(source, wanted)
+    assert all(taken[f"stage{n}.patch.layer_norm.weight"] == f"stage{n}.embed.norm.weight" for n in range(2))
+
+
+def test_one_root_of_the_file_holds_the_models_own_names():
+    """A tower of SigLIP: the blocks of both towers are alike, and what stands beside them is in one alone."""
+    blocks = {f"encoder.layers.{n}.fc{at}.weight": (8, 8) for n in range(2) for at in (1, 2)}
+    wanted = blocks | {"embeddings.patch.weight": (8, 3, 4, 4), "post_norm.weight": (8,)}
+    source = {f"text_model.{name}": shape for name, shape in blocks.items()} | {
+        f"vision_model.{name}": shape for name, shape in wanted.items()
+    }
+    assert filled_by(source, wanted) == {name: f"vision_model.{name}" for name in wanted}
+    assert not filled_by(source | {f"text_model.{name}": shape for name, shape in wanted.items()}, wanted)
+
+
+def test_the_one_list_of_blocks_of_either_side():
+    """An own GPT with a fused `qkv` into words that agree in less than half."""
+    source, wanted = {}, {}
+    for n in range(2):
+        ours = {"qkv": (48, 16), "out": (16, 16), "mlp.0": (40, 16), "mlp.2": (16, 40)}
+        theirs = {f"attention.{word}": (16, 16) for word in ("query", "key", "value", "proj")}
+        theirs |= {"feed_forward.expand": (40, 16), "feed_forward.contract": (16, 40)}
+        for side, place, words, norms in (
+            (source, "blocks", ours, ("ln_1", "ln_2")),
+            (wanted, "layers", theirs, ("attention_norm", "ffn_norm")),
+        ):
+            for word, shape in words.items():
+                side |= {f"{place}.{n}.{word}.weight": shape, f"{place}.{n}.{word}.bias": shape[:1]}
+            side |= {f"{place}.{n}.{word}.{end}": (16,) for word in norms for end in ("weight", "bias")}
+    taken = filled_by(source, wanted)
+    assert taken.keys() == wanted.keys()
+    assert taken["layers.1.attention.key.bias"] == "blocks.1.qkv.bias"
+    assert taken["layers.0.feed_forward.expand.weight"] == "blocks.0.mlp.0.weight"
+    assert taken["layers.0.ffn_norm.weight"] == "blocks.0.ln_2.weight"
+
+
+def test_parts_of_stages_that_count_first():
+    """Segformer of transformers 4 into 5, beside a head whose lists have modules of the same words."""
+    source, wanted = {}, {}
+    for n in range(3):
+        wanted |= {f"head.a.{n}.proj.weight": (5, n + 9), f"head.b.{n}.norm.weight": (5,)}
+        for at in range(2):
+            source[f"enc.block.{n}.{at}.mlp.dense1.weight"] = wanted[f"stages.{n}.blocks.{at}.mlp.dense1.weight"] = (n + 20, n + 4)
+        source[f"enc.layer_norm.{n}.weight"] = wanted[f"stages.{n}.layer_norm.weight"] = (8,)
+        for word, shape in (("proj", (8, 8, 3, 3)), ("norm", (8,))):
+            source[f"enc.embeds.{n}.{word}.weight"] = wanted[f"stages.{n}.embeds.{word}.weight"] = shape
+    taken = filled_by(source, wanted)
+    assert taken["stages.1.embeds.norm.weight"] == "enc.embeds.1.norm.weight"
+    assert taken["stages.2.embeds.proj.weight"] == "enc.embeds.2.proj.weight"

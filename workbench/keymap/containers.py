@@ -57,7 +57,7 @@ def number_first(search: Search) -> bool:
                 holding[role].append(context)
         for context, blocks in search.by_context[side].items() if holding else ():
             roles, words = next(iter(blocks.values())), context.split(".")[1:-1]
-            if context in theirs or not context.endswith(".#") or all(role in holding for role in roles):
+            if context in theirs or not context.endswith(".#") or set.intersection(*(set(holding.get(role, ())) for role in roles)):
                 continue
             for cut in range(len(words)):
                 inner, outer = "".join(f".{word}" for word in words[cut:]), "".join(f".{word}" for word in words[:cut])
@@ -119,6 +119,8 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
     compared: dict[tuple[int, int], tuple[dict[Indices, Indices], str, int] | None] = {}
     options: dict[str, list[tuple[tuple[int, ...], Pairing]]] = {}
     many = len(sources) * len(targets) > _MOST_CONTAINERS  # no model: only equal ones are compared
+    lists = [[len(blocks) for context, blocks in side.items() if context] for side in (sources, targets)]
+    only = lists[0] == lists[1] and len(lists[0]) == 1 < lists[0][0]  # the one list of both sides, of as many blocks
     for target, held in targets.items():
         scored, whole = [], sum(map(len, held.values()))
         for source in [target] if many else sources:
@@ -127,14 +129,16 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
                 if key not in compared:
                     compared[key] = _compared(ours[source], theirs[target])
                 p = Pairing(source, target, *read) if (read := compared[key]) else None
-                if p is not None and p.filled and (source == target or 2 * p.filled >= whole):
+                if p is not None and p.filled and (only or source == target or 2 * p.filled >= whole):
                     shared = len(words_in(source) & words_in(target))
                     scored.append(((p.filled, source == target, shared, -len(sources[source])), p))
         options[target] = sorted(scored, key=lambda entry: entry[0], reverse=True)
     often = Counter(p.source for scored in options.values() for _, p in scored)
     for target, held in targets.items():
         whole, alone = sum(map(len, held.values())), len(options[target]) == 1
-        options[target] = [(score, p) for score, p in options[target] if _explains(p, whole, len(held), alone and often[p.source] == 1)]
+        options[target] = [
+            (score, p) for score, p in options[target] if only or _explains(p, whole, len(held), alone and often[p.source] == 1)
+        ]
     return options
 
 

@@ -114,7 +114,7 @@ DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ..
     ((".mlp.fc:1.", ".mlp.fc:2.", ".mlp.proj."), (), {".mlp.fc:1.": ".mlp.gate.", ".mlp.fc:2.": ".mlp.up."}, "litgpt"),
     *(((f".mlp.c.fc:{n}.", f".mlp.c.fc:{n + 1}.", ".mlp.c.proj."), (), {f".mlp.c.fc:{n}.": ".mlp.gate.", f".mlp.c.fc:{n + 1}.": ".mlp.up."}, who) for n, who in ((0, "EXAONE"), (1, "lit-llama"))),
     ((".self.attention.query.key.value.bias.", ".mlp.dense.h.to.4h."), (".self.attention.dense.bias.", ".mlp.dense.h.to.4h.bias."), {".mlp.dense.h.to.4h.": ".mlp.gate.up."}, "ChatGLM 2"),
-    ((".fc:1.", ".fc:2.", ".fc:3."), (), {f".fc:{n}.": f".mlp.{word}." for n, word in ((1, "gate"), (2, "up"), (3, "down"))}, "LLMs from scratch"),
+    ((".fc:1.", ".fc:2.", ".fc:3.", ".w.query."), (), {f".fc:{n}.": f".mlp.{word}." for n, word in ((1, "gate"), (2, "up"), (3, "down"))}, "LLMs from scratch"),
     ((".sr.", ".attn.norm."), (), {".attn.norm.": ".attn.sr.norm."}, "NVIDIA SegFormer, PVT"),
     ((".sr.", ".attention.self.norm."), (), {".attention.self.norm.": ".attention.self.sr.norm."}, "transformers SegFormer"),
     ((".stem.conv.", ".top.conv.", ".norm:0.", ".norm:1."), (), {".norm:0.": ".stem.norm.", ".norm:1.": ".top.norm."}, "EfficientNet-PyTorch"),
@@ -124,7 +124,7 @@ DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ..
     *(((f".{word}.gate.", ".experts."), (), {f".{word}.gate.": ".mlp.router."}, "Mixtral, DeepSeek") for word in ("mlp", "feed.forward", "block.sparse.moe", "moe", "ffn")),
     ((".mlp.w:3.", ".mlp.w:2.", ".mlp.ffn.norm."), (), {".mlp.w:1.": ".mlp.gate.", ".mlp.w:2.": ".mlp.up.", ".mlp.w:3.": ".mlp.down."}, "EVA-02"),
     ((".w:12.", ".w:3."), (), {".w:3.": ".down."}, "xformers, DINOv2"),
-    ((".w:1.", ".w:2."), (".w:3.", ".c.proj.", ".gate", ".v:1.", ".mlp.v.", ".ffn.v.", ".ff.v.", ".feed.forward.v.", ".w.g."), {".w:1.": ".up.", ".w:2.": ".down."}, "Annotated Transformer, ESPnet"),
+    ((".w:1.weight.", ".w:2.weight."), (".w:3.", ".c.proj.", ".gate", ".v:1.", ".mlp.v.", ".ffn.v.", ".ff.v.", ".feed.forward.v.", ".w.g."), {".w:1.": ".up.", ".w:2.": ".down."}, "Annotated Transformer, ESPnet"),
     ((".net.0.", ".net.1.", ".net.4."), (), {".net.0.": ".norm.after.", ".net.1.": ".up.", ".net.4.": ".down."}, "vit-pytorch"),
     ((".net.0.", ".net.3."), (".net.1.", ".net.0.proj."), {".net.0.": ".up.", ".net.3.": ".down."}, "vit-pytorch"),
     ((".linears.0.", ".linears.1.", ".linears.2.", ".linears.3."), (), {f".linears.{n}.": f".{word}." for n, word in enumerate("qkvo")}, "Annotated Transformer"),
@@ -163,7 +163,7 @@ DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ..
     ((".pos.embed.", ".norm:1."), (".conv:1.",), {".norm:1.": ".norm."}, "OpenMMLab"),
     ((".norm:1.", ".norm:2.", ".norm:3.", ".cross.attn.sampling.offsets."), (), {".norm:1.": ".norm.cross.", ".norm:2.": ".norm.attn.", ".norm:3.": ".norm.mlp."}, "Deformable DETR"),
     *(((".norm:1.", ".norm:2.", ".norm:3.", word), (), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.cross.", ".norm:3.": ".norm.mlp."}, who) for word, who in (("multihead.attn", "torch.nn.TransformerDecoderLayer"), (".encoder.attention.q.lin.", "ParlAI"), (".src.attn.linear.q.", "ESPnet"))),
-    *(((".norm:1.", ".norm:2.", word), (".norm:3.", ".conv:1."), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.mlp."}, "torch.nn.TransformerEncoderLayer, timm, GPT-2, RWKV, flash-attn") for word in ("att", ".mha.", ".mixer.wqkv.")),
+    *(((".norm:1.", ".norm:2.", word), (".norm:3.", ".conv:1."), {".norm:1.": ".norm.attn.", ".norm:2.": ".norm.mlp."}, "torch.nn.TransformerEncoderLayer, timm, GPT-2, RWKV, flash-attn") for word in ("att", ".mha.", ".mixer.wqkv.", ".qkv.", ".w.q.")),
 )  # fmt: skip
 
 # inside a repeated block
@@ -177,10 +177,10 @@ BLOCK: tuple[tuple[str, str, str], ...] = (
     (".norm.mlp", r"\.(?:ffn|pos\.ffn|pos\.ff|ff|mlp|feed\.forward|feedforward|post\.attention|output|final|full\.layer|pre\.mlp|pre\.ffn|pre\.feedforward|pre\.feed\.forward|post\.mlp|mlp\.linear\.fc:1)\.norm|\.norm\.(?:after|ffn|ff)", "BERT, BART, Llama, ViT, T5X, ESPnet, Megatron Core"),
     (".xattn", r"\.(?:encoder\.attn|enc\.attn|src\.attn|cross\.attn|cross\.attention|crossattention\.self|crossattention|multihead\.attn|encoder\.decoder\.attention|enc\.dec\.attention)", "BART, Whisper, torch.nn.TransformerDecoderLayer, ESPnet"),
     (".attn", r"\.(?:attention\.(?:self|attention)|self\.attn|slf\.attn|dec\.attn|self\.attention|attention|attn|att|mha|multi\.head\.attention|multihead\.attention|mixer\.self\.attn)", "BERT, ViT, Llama, GPT, RWKV"),
-    (r".attn.q", r"^\.(?:q|query|to\.q|wq)(?=\.(?:weight|bias)\.$)", "attention without a word for it"),
-    (r".attn.k", r"^\.(?:k|key|to\.k|wk)(?=\.(?:weight|bias)\.$)", "attention without a word for it"),
-    (r".attn.v", r"^\.(?:v|value|to\.v|wv)(?=\.(?:weight|bias)\.$)", "attention without a word for it"),
-    (r".attn.o", r"^\.(?:proj\.attn|to\.out\.0|to\.out)(?=\.(?:weight|bias)\.$)", "diffusers"),
+    (r".attn.q", r"^\.(?:q|query|to\.q|w\.?q)(?=\.(?:weight|bias)\.$)", "attention without a word for it"),
+    (r".attn.k", r"^\.(?:k|key|to\.k|w\.?k)(?=\.(?:weight|bias)\.$)", "attention without a word for it"),
+    (r".attn.v", r"^\.(?:v|value|to\.v|w\.?v)(?=\.(?:weight|bias)\.$)", "attention without a word for it"),
+    (r".attn.o", r"^\.(?:proj\.attn|to\.out\.0|to\.out|w\.o)(?=\.(?:weight|bias)\.$)", "diffusers"),
     (r".attn.\1", r"^\.(q|k|v|o|out)\.proj|(?<!attn)\.(q|k|v)\.proj", "attention without a word for it"),
     (r"\1.qkv", r"(\.x?attn)\.(?:query\.key\.value|qkv\.proj|qkv\.net|to\.qkv|linear\.qkv|c\.qkv|w?qkv|c\.attn|in\.proj|w\.pack)", "torch.nn.MultiheadAttention, timm, GPT-2, NeoX, BLOOM, Phi-3, Baichuan, Transformer-XL, Megatron Core"),
     (".attn.qkv", r"^\.(?:in\.proj|qkv\.proj|qkv|wqkv)|(?<!attn)(?<!mlp)\.(?:in\.proj(?=\.(?:weight|bias)\.$)|qkv\.proj|qkv)", "attention without a word for it"),
@@ -190,6 +190,7 @@ BLOCK: tuple[tuple[str, str, str], ...] = (
     (r"\1.k", r"(\.x?attn)\.(?:k\.proj|key\.proj|key\.projection|projection\.key|k\.lin|k\.linear|to\.k|wk|w\.k|w\.ks|fc\.k|proj\.k|linear\.k|linear\.keys?|keys?|k\.net|w\.key|k)", "BERT, Llama, DistilBERT, diffusers, OpenNMT, Transformer-XL"),
     (r"\1.v", r"(\.x?attn)\.(?:v\.proj|value\.proj|value\.projection|projection\.value|v\.lin|v\.linear|to\.v|wv|w\.v|w\.vs|fc\.v|proj\.v|linear\.v|linear\.values?|values?|v\.net|w\.value|v)", "BERT, Llama, DistilBERT, diffusers, OpenNMT, Transformer-XL"),
     (r"\1.o", r"(\.x?attn)\.(?:out\.proj|o\.proj|out\.lin|to\.out(?:\.0)?|output\.dense|output\.proj|output\.linear|output|proj\.attn|c\.proj|linear\.out|linear\.proj|final\.linear|out\.linear|proj\.out|out\.projection|projection|o\.net|w\.o|fc\.o|proj\.o|dense|proj|fc|wo|out|o)", "BERT, Llama, GPT-2, diffusers, OpenNMT, ESPnet, BLIP, Megatron Core"),
+    *((f".mlp.{word}", rf"^\.ff:{n}(?=\.(?:weight|bias)\.$)", "plain words") for n, word in ((1, "up"), (2, "down"))),
     (".mlp.up", r"\.intermediate\.dense", "BERT"),
     (".mlp.down", r"\.output\.dense", "BERT"),
     (".mlp.down", r"^\.ffn\.output(?=\.(?:weight|bias)\.$)", "ALBERT"),
@@ -241,6 +242,18 @@ SINGLE: tuple[tuple[str, str, str], ...] = (
 
 # the ends of names that are kept as [in, out] by flax, Keras, CLIP and Mesh TensorFlow
 IN_OUT = ("kernel", "kernel:0", "text_projection", "visual.proj", "Attention/q", "Attention/k", "Attention/v", "Attention/o")
+
+# words of matrices that are [in, out] in the GPT-2 of OpenAI and transformers, and [out, in] in nanoGPT and CLIP
+EITHER_WAY = ("c_attn", "c_proj", "c_fc")
+
+# in which order a patch merging reads the channels, rows and columns (c, r, w) of four patches, by a name of its side
+MERGED = (
+    ("crw", ".w_msa.", "OpenMMLab: nn.Unfold"),
+    *(
+        ("wrc", word, "Microsoft, timm, torchvision, transformers: four shifted pictures")
+        for word in ("relative_position", "position_bias_mlp", ".cpb_mlp.")
+    ),
+)
 
 # layer kinds that multiply by 1 + weight, and of which llama.cpp's files hold that sum
 ONE_MORE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "RecurrentGemmaRMSNorm", "Qwen3NextRMSNorm", "NemotronLayerNorm1P"})

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from workbench.keymap.conventions import IN_OUT
+from workbench.keymap.conventions import EITHER_WAY, IN_OUT, MERGED
 from workbench.keymap.layouts import withdraw
+from workbench.keymap.maps import Regroup
 from workbench.keymap.naming import Name
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ _AFFINE = re.compile(r"(?:^|\.)(weight|bias)\.$")
 
 
 def doubt(search: Search) -> None:
-    for step in (split_norms, flattened, other_roots, moved_norms):
+    for step in (split_norms, flattened, merged, either_way, other_roots, moved_norms):
         step(search)
 
 
@@ -55,7 +57,7 @@ def split_norms(search: Search) -> None:
 def flattened(search: Search) -> None:
     """A dense layer that reads a flattened convolution: where channels stand last on one side alone, its inputs stand in another order."""
     channels = 0  # of the convolution that the next dense layer reads
-    for target, shape in search.wanted.shapes.items():
+    for target, shape in search.wanted.shapes.items() if max(map(len, search.wanted.shapes.values())) > 2 else ():
         if len(shape) < 2 or not target.endswith(("weight", *IN_OUT)):
             continue
         turned, pair = target.endswith(IN_OUT), search.pairs.get(target)
@@ -74,6 +76,38 @@ def flattened(search: Search) -> None:
             why = "its rows are in the order height, width, channels on one side and channels, height, width on the other: the size is not known"
             withdraw(search, pair, why)
         channels = 0
+
+
+def merged(search: Search) -> None:
+    """A patch merging reads its inputs in an order that a name of its side tells: regrouped where it is another, left where none tells it."""
+    shapes = search.wanted.shapes
+    folds = {_module(_module(n)): s[1] for n, s in shapes.items() if n.endswith("reduction.weight") and len(s) == 2 and s[1] == 2 * s[0]}
+    held = [pair for n, pair in search.pairs.items() if folds and shapes[n] and folds.get(_module(_module(n))) == shapes[n][-1]]
+    ours, theirs = (
+        next((o for o, word, _ in MERGED if any(word in n for n in names)), "") for names in (search.shapes if held else ("", ""))
+    )
+    for pair in held:
+        shape, word = shapes[pair.target], "the order in which a patch merging reads the channels (c), rows and columns of four patches"
+        if ours == theirs and (ours or search.bare[pair.target] == search.bare.get(pair.source)):
+            continue
+        if not ours or not theirs or not pair.is_plain:
+            withdraw(search, pair, f"{word} is not told")
+            continue
+        view, axes = (shape[-1] // 4 if axis == "c" else 2 for axis in ours), (len(shape) - 1 + ours.index(axis) for axis in theirs)
+        regroup = Regroup((*shape[:-1], *view), (*range(len(shape) - 1), *axes), shape)
+        parts, rule = (pair.parts[0]._replace(regroup=regroup, shape=shape),), f"{pair.rule}, inputs regrouped"
+        search.pairs[pair.target] = replace(pair, parts=parts, rule=rule, confidence="likely", reason=f"{word}: {ours} and {theirs}")
+
+
+def either_way(search: Search) -> None:
+    """A square matrix under a word that some keep as [in, out] and others as [out, in], where no oblong one under such a word tells which."""
+    for side in [side for side, names in enumerate(search.shapes) if any(f"{word}." in "\n".join(names) for word in EITHER_WAY)]:
+        held = [p for p in search.pairs.values() if _module((p.parts[0].source, p.target)[side]).endswith(EITHER_WAY)]
+        matrices = [(p, search.wanted.shapes[p.target]) for p in held if len(search.wanted.shapes[p.target]) == 2]
+        for pair in [p for p, _ in matrices if p.is_plain and all(rows == columns for _, (rows, columns) in matrices)]:
+            known = side and search.wanted.kinds.get(pair.target) not in (None, "Conv1D")
+            if not known and not _module((pair.target, pair.source)[side]).endswith(EITHER_WAY):
+                withdraw(search, pair, "such a matrix is kept as [in, out] by some and [out, in] by others, and no oblong one tells which")
 
 
 def other_roots(search: Search) -> None:
@@ -115,7 +149,8 @@ def moved_norms(search: Search) -> None:
 def _ends_and_begins(names: Iterable[Name]) -> tuple[bool, bool]:
     """Whether a norm stands beside the blocks, and whether one stands at the embeddings."""
     names = list(names)
-    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in names if told.context and told.indices}
+    lists = {told.context: told for told in names if told.context and told.indices}.values()
+    places = {told.bare.split(f".{told.indices[0]}.")[0].rpartition(".")[0] for told in lists}
     norms = [told for told in names if not told.context and told.role.endswith("weight.")]
     begins = any(re.search(r"(?:^|\.)emb\.norm\.", told.role) for told in norms)
     return any(re.search(r"(?:^|\.)norm\.last\.", t.role) and _module(_module(t.bare)) in places for t in norms), begins

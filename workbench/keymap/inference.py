@@ -25,8 +25,8 @@ from workbench.keymap.containers import SAME_NUMBERS, Pairing, number_first, pai
 from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.doubts import doubt
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
-from workbench.keymap.layouts import SAME, Fit, fit, orient, stack, turn, unstack, withdraw
-from workbench.keymap.leftovers import doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem
+from workbench.keymap.layouts import SAME, Fit, fit, orient, renumber, stack, turn, unstack, withdraw
+from workbench.keymap.leftovers import beside, doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem
 from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part
 from workbench.keymap.naming import (
     Block,
@@ -34,6 +34,7 @@ from workbench.keymap.naming import (
     bare_name,
     bare_names,
     domain,
+    fullest_root,
     grouped,
     in_head,
     moved_parts,
@@ -122,7 +123,7 @@ class Search:
         self.bare = {name: read.bare for names in (self.source_names, self.target_names) for name, read in names.items()}
         self.shapes = {name: item.shape for name, item in self.items.items()}, wanted.shapes
         self.by_context = grouped(self.source_names), grouped(self.target_names)
-        if number_first(self) | stack(self):
+        if number_first(self) | renumber(self) | stack(self):
             self.by_context = grouped(self.source_names), grouped(self.target_names)
         self.experts_in: dict[str, list[str]] = defaultdict(list)  # container of the target -> those of experts in it
         for context in self.by_context[1]:
@@ -177,6 +178,10 @@ class Search:
         self.strange = strange_wrappers(spelt.values(), wants.values())
         for extra in self.strange:
             spelt = {name: ".".join(part for part in text.split(".") if part != extra) for name, text in spelt.items()}
+        held = {text: self.items[name].shape for name, text in spelt.items()}
+        if root := fullest_root(held, {text: shapes[name] for name, text in wants.items()}):
+            self.strange += root.split(".")
+            spelt = {name: text.removeprefix(f"{root}.") for name, text in spelt.items()}
         return spelt, wants
 
     def run(self) -> Search:
@@ -194,8 +199,8 @@ class Search:
         follow(self, chosen)
         self._singles({p.target for p in chosen if p.reading != SAME_NUMBERS})
         self._join_single_fusions()
-        in_order(self)
-        stem(self)
+        for place in (beside, in_order, stem, beside, in_order):  # the more is paired, the more tells where the rest goes
+            place(self)
         if not self.pairs:  # beside other pairs, what is left may be another head
             rest(self, Pairing("", "", {(): ()}, "", 0))
         self._doubt_lonely()

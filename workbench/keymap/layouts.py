@@ -84,6 +84,29 @@ def stack(search: Search) -> bool:
     return bool(stacks)
 
 
+_NUMBERED = re.compile(r"\.([a-z]+_?\d+)\.[^.]+$", re.I)
+
+
+def renumber(search: Search) -> bool:
+    """Read `w1`, `w2`, `w3` (`fc1` …) as bare words where their shapes refute what they mean by convention, or a third stands beside two
+    that have a meaning; whether there are such."""
+    found = False
+    for names, contexts, shapes in zip((search.source_names, search.target_names), search.by_context, search.shapes, strict=True):
+        for roles in [roles for context, blocks in contexts.items() if context for roles in blocks.values()]:
+            for unit in [role[:-12] for role in roles if role.endswith("down.weight.")]:
+                gate, up, down = (shapes[held[0]] if (held := roles.get(f"{unit}{w}.weight.")) else () for w in ("gate", "up", "down"))
+                words = ("fc", "w", "lin", "linear")
+                known = gate == up if gate and up else not any(f"{unit}{word}:3.weight." in roles for word in words)
+                if known and (not up or down[:1] == up[1:2] or down[1:2] == up[:1]):
+                    continue
+                for role in [f"{unit}{word}.{param}." for word in ("gate", "up", "down") for param in ("weight", "bias")]:
+                    for name, told in [(name, _NUMBERED.search(names[name].bare)) for name in roles.get(role, ())]:
+                        if told:
+                            names[name] = names[name]._replace(role=f"{unit}{told[1].lower()}.{role.split('.')[-2]}.")
+                            found = True
+    return found
+
+
 def unstack(search: Search, p: Pairing) -> None:
     """Experts that the target lists one by one, cut out of the one tensor that the source has of them."""
     for context in search.experts_in.get(p.target, ()):

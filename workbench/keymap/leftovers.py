@@ -255,6 +255,56 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def beside(search: Search) -> None:
+    """A norm goes where the module beside it went: the only one that is left in its parent, or the one that its number puts behind a
+    paired module (`conv1`, `bn1`; `0`, `1`)."""
+    if len(search.pairs) in (0, len(search.wanted.shapes)):
+        return
+    went: tuple[dict[str, set[str]], ...] = (defaultdict(set), defaultdict(set))  # module, or what it lies in -> that of the other side
+    for pair in search.pairs.values():
+        for one, other in [(_module(search.bare.get(source, source)), _module(search.bare[pair.target])) for source in pair.sources]:
+            for mine, its in {(one, other), (_module(one), _module(other))}:
+                went[0][mine].add(its)
+                went[1][its].add(mine)
+    ours, theirs = _norms(search, 0), _norms(search, 1)
+    for (place, count), norms in theirs.items():
+        there = next(iter(went[1][place]), "") if len(went[1][place]) == 1 else ""
+        held = ours.get((there, count), ()) if len(went[0][there]) == 1 else ()
+        if len(norms) == len(held) == 1 and held[0].sign == norms[0].sign and not _apart(held[0], norms[0]):
+            for param, target in norms[0].names.items():
+                if (source := held[0].names.get(param, "")) and not opposed(target, source):
+                    search.take(target, source, "beside its neighbour", "likely", f"what stands beside it came from {there!r}")
+
+
+def _norms(search: Search, side: int) -> dict[tuple[str, int], list[Unit]]:
+    """The norms of which nothing is done: by what they lie in, and how many norms that holds; by the module that their number puts them
+    behind, and -1: the one before in a sequence that no norm begins, or that of the same number."""
+    names, done, shapes = (search.source_names, search.target_names)[side], (search.used, search.pairs)[side], search.shapes[side]
+    held: dict[str, dict[tuple[Indices, str], str]] = defaultdict(dict)
+    numbered: dict[tuple[str, str], list[str]] = defaultdict(list)  # of one parent and number, in the order of the names
+    for name, told in names.items():
+        module, _, param = told.bare.rpartition(".")
+        if module not in held:
+            numbered[_module(module), re.findall(r"\d*$", module)[0]].append(module)
+        held[module][(), param] = name
+    vectors = {
+        m for m, found in held.items() if {((), "weight"), ((), "bias")} <= found.keys() and all(len(shapes[n]) < 2 for n in found.values())
+    }
+    often, out = Counter(map(_module, vectors)), defaultdict(list)
+    for norm in [norm for norm in held if norm in vectors and not any(name in done for name in held[norm].values())]:
+        place, number = _module(norm), re.findall(r"\d*$", norm)[0]
+        sign = frozenset((*key, shapes[name]) for key, name in held[norm].items() if key[1] != _COUNT)
+        role = names[held[norm][(), "weight"]].role.strip(".").removesuffix(".weight")
+        unit = Unit(role, held[norm], sign, place, norm.rpartition(".")[2])
+        before, others = norm.removesuffix(number), numbered[place, number]
+        if number and unit.word == number:
+            others = [f"{before}{int(number) - 1}", norm] if f"{before}0" not in vectors else []
+        if number and len(others) == 2 and others[1] == norm:
+            out[others[0], -1].append(unit)
+        out[place, often[place]].append(unit)
+    return out
+
+
 _HEADS = ("head.weight.", "head.bias.")
 
 

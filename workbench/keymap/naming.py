@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -182,6 +182,19 @@ def strange_wrappers(sources: Collection[str], targets: Collection[str]) -> list
 
 def _without(name: str, part: str) -> str:
     return bare_name(".".join(p for p in name.split(".") if p != part))
+
+
+def fullest_root(sources: Mapping[str, Hashable], targets: Mapping[str, Hashable]) -> str:
+    """The root under which the file has the model's own names, where other roots have some of them too, and none that this has not."""
+    names = list(targets)
+    ends = tuple(f".{names[at]}" for at in sorted({0, len(names) // 2, len(names) - 1}))
+    roots = {name[: -len(end)] for name in sources if name.endswith(ends) for end in ends if name.endswith(end)}
+    if not 2 <= len(roots) <= 8 or not sources.keys().isdisjoint(targets):
+        return ""
+    held = {root: {name for name, shape in targets.items() if sources.get(f"{root}.{name}") == shape} for root in roots}
+    most = max(held, key=lambda root: len(held[root]))
+    alone = all(held[root] < held[most] for root in roots - {most})
+    return most if alone and 10 * len(held[most]) >= 9 * len(targets) else ""
 
 
 _DOMAINS = {

@@ -54,6 +54,7 @@ class Module(NamedTuple):
 
 def in_order(search: Search) -> None:
     """Pair the modules of two models that hold the same ones, or those that are all that is left of both."""
+    search.ambiguous = {target: told for target, told in search.ambiguous.items() if told.reason != _EXCHANGEABLE}  # of an earlier look
     if len(search.pairs) == len(search.wanted.shapes) or len(search.items) + len(search.wanted.shapes) > _MOST:
         return
     held = {name: told for name, told in search.source_names.items() if name in search.items}
