@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import workbench as wb
+from workbench import tree
 from workbench.errors import SelectionError, WriteError
 
 
@@ -120,3 +121,11 @@ def test_a_file_that_is_one_tensor_goes_through_an_op(tmp_path):
     torch.save(torch.ones(3, 3), tmp_path / "one.pt")
     wb.save(wb.ops.cast(wb.open(tmp_path / "one.pt"), "float16"), tmp_path / "half.pt")
     assert torch.equal(torch.load(tmp_path / "half.pt", weights_only=True), torch.ones(3, 3, dtype=torch.float16))
+
+
+def test_a_shared_record_is_looked_into_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr(tree, "_is_record", lambda node, own=tree._is_record: looked.append(node) or own(node))
+    record = (None,) * 64
+    assert list(tree.walk({"a": [record] * 1000, "b": [record] * 1000}, values=False)) == []
+    assert sum(node is record for node in looked) == 1

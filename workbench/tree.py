@@ -240,6 +240,7 @@ def walk(root: Any, *, objects: bool = False, values: bool = True) -> Iterator[t
     iterators: list[tuple[tuple[Any, ...], Iterator[tuple[Any, Any]], int, int]] = []
     open_ids: set[int] = set()
     seen: dict[int, Any] = {}  # holds the nodes, so that no id is used twice
+    records: dict[int, Any] = {}
     visits = spent = 0
     path: tuple[Any, ...] = ()
     node = root
@@ -266,9 +267,11 @@ def walk(root: Any, *, objects: bool = False, values: bool = True) -> Iterator[t
         while iterators:
             parent, iterator, own, _ = iterators[-1]
             for key, node in iterator:
-                if type(node) not in _LEAVES and (values or not _is_record(node)):
-                    path = (*parent, key)
-                    break
+                if type(node) not in _LEAVES and (values or id(node) not in records):
+                    if values or not _is_record(node):
+                        path = (*parent, key)
+                        break
+                    records[id(node)] = node
                 visits += 1
                 if values or type(node) is LazyTensor:
                     yield (*parent, key), node

@@ -662,6 +662,84 @@ def test_a_dcp_folder_is_safe_and_its_entries_are_scanned(tmp_path):
     assert is_named(scan(tmp_path / "good"), "os.system")
 
 
+EVIL = b"cos\nsystem\nX\4\0\0\0true\x85R."
+
+
+@pytest.mark.parametrize("spelled", ["'object_'", "'O,i4'", "'i4,O'", "'(2,)O'", "'1O'", "'?,O'", "u'O'", "[('a','i4'),('b','|O')]"])
+@pytest.mark.parametrize("as_npz", [False, True])
+def test_an_array_of_objects_is_one_however_its_type_is_spelled(spelled, as_npz, tmp_path):
+    header = f"{{'descr': {spelled}, 'fortran_order': False, 'shape': (1,), }}\n".encode()
+    data = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + b"\x80\2" + EVIL
+    path = tmp_path / ("a.npz" if as_npz else "a.npy")
+    if as_npz:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.npy", data)
+    else:
+        path.write_bytes(data)
+    assert "os.system" in {found.where.get("global") for found in scan(path).dangers}
+
+
+def distcp(folder, count, change=None):
+    """A folder as torch.distributed.checkpoint writes it; `change` gets the archive of one tensor and returns another as long."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({f"layer.{i}.weight": torch.full((3,), 1.5 + i) for i in range(count)}, checkpoint_id=folder)
+    path = folder / "__0_0.distcp"
+    data = path.read_bytes()
+    if change is not None:
+        length = data.index(b"PK\5\6") + 22
+        assert len(data) == count * length
+        path.write_bytes(data[: 3 * length] + change(data[3 * length : 4 * length]) + data[4 * length :])
+    return folder
+
+
+def test_alike_parts_of_a_dcp_folder_are_looked_into_once(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(scanner, "read_zip_index", lambda *a, own=scanner.read_zip_index: opened.append(a) or own(*a))
+    assert scan(distcp(tmp_path / "d", 40))
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda part: part.replace(b"_rebuild_tensor_v2", b"_rebuild_sensor_v2"),
+        lambda part: part.replace(b"OrderedDict", b"OrderedEvil"),
+        lambda part: part.replace(struct.pack("<3f", 4.5, 4.5, 4.5), b"\x80\2cos\nfork\n."),
+        lambda part: part.replace(b"little", b"LITTLE"),
+    ],
+    ids=["a name", "another name", "a pickle as the payload", "another record"],
+)
+def test_a_part_that_is_not_quite_alike_is_looked_into(change, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(scanner, "read_zip_index", lambda *a, own=scanner.read_zip_index: opened.append(a) or own(*a))
+    scan(distcp(tmp_path / "d", 10, change))
+    assert len(opened) == 2
+
+
+def test_the_classes_of_a_large_program_are_no_stray_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(scanner, "_MOST_RECORDS", 60)
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(1, 1)) for _ in range(30)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, torch.ones(1, 1)).save(tmp_path / "traced.pt")
+    with zipfile.ZipFile(tmp_path / "traced.pt") as archive:
+        assert len([name for name in archive.namelist() if "/code/" in name]) > 100
+    assert scan(tmp_path / "traced.pt")
+
+
+def test_junk_in_a_folder_is_run_within_the_bounds_of_one_file(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(scanner, "run_first", lambda *a, own=scanner.run_first: ran.append(own(*a)) or ran[-1])
+    for number in range(120):
+        (tmp_path / f"f{number}").write_bytes(b"(N" * 32768 + b"zz")
+    assert not scan(tmp_path)
+    assert sum(outcome.machine.ran for outcome in ran[-1:]) < 3_200_000
+    assert len(ran) < 120
+
+
 def test_a_checkpoint_is_scanned_where_it_came_from(tmp_path):
     torch.save({"w": torch.ones(2), "it": Custom()}, tmp_path / "x.pt")
     assert is_named(scan(wb.open(tmp_path / "x.pt")), "Custom")

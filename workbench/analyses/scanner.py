@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
-from workbench.analyses.pickle_runs import FIRST_READ, Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
+from workbench.analyses.pickle_runs import Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
 from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
 from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.dtypes import DTYPES
@@ -41,15 +41,16 @@ from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, TOO_MUCH
 from workbench.formats.torch_archive import pickle_roots
 from workbench.formats.torch_objects import Run, watched_runs
 from workbench.formats.torch_tar import walk
-from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
+from workbench.formats.zip_index import Outline, ZipIndex, read_record, read_zip_index
 from workbench.tensors import parts
 from workbench.tree import Global
 
 _HEAD = 4096  # which is_tar wants to see
 _MOST_READ = 128 << 20  # bytes of packed records
+_FOLDER = 10  # as much as for one file is done for a folder, so many times
 _EACH = 60  # what each pickle of strangers counts for among the things that are built for one file
 _MOST_ENDS = 100_000  # marks of an archive's end that are looked at
-_ARRAY_HEAD, _MOST_RECORDS = 256, 3000  # bytes of an array's header; records of one archive that are no tensors
+_ARRAY_HEAD, _SPELLED, _MOST_RECORDS = 256, 1 << 20, 3000  # bytes of an array's header, at most; records of one archive that are no tensors
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
@@ -58,14 +59,14 @@ _OWN_KINDS = frozenset(
 )  # findings of wb.open that are made here
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
-_OBJECTS = re.compile(
-    rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\"""
-)  # in an .npy header: an element type that is a pickle; or an escape, which may spell one
+_OBJECTS = re.compile(rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\""")  # in an .npy header: an element type that is a pickle, or an escape
+_NUMBERS, _MAYBE = re.compile(rb"""['"]descr['"]\s*:\s*['"][<>|=]?[biufcSaUVmM]\d*(?:\[\w+\])?['"]"""), re.compile(rb"O|object|\\")
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
 _RAW_VALUES = re.compile(r"(?:^|/)(?:data|constants|weights|tensors)/[^/.]+$")
 _SCRIPT_PICKLES = re.compile(
     r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
 )
+_CODE = re.compile(r"^[^/]+/code/.*\.(?:py|debug_pkl)$")  # two small records for each class of a program
 _STORAGE = re.compile(r"[^/\\:.][^/\\:]*/data/\d+")  # such as are neither code nor climb
 _FIRST = frozenset(
     b"(])}NIJKLMFGSTUVXBCPc\x80\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96"
@@ -153,6 +154,7 @@ class _Scan:
         self.looked_into = 0  # byte strings of its pickles
         self.is_spent = False  # which was told
         self.spent = {True: (0, 0), False: (0, 0)}  # opcodes run over sure pickles and others, and those that built something
+        self.before = {True: (0, 0), False: (0, 0)}  # what of that the files before this one of a folder count for
         self.loads = True  # whether torch would load it, once the harmless classes are allowed
         self.element_types: set[str] = set()  # of NumPy
 
@@ -203,7 +205,11 @@ class _Scan:
 
     def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
         """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
-        here, seen, self.spent = Place(file.name), len(self.pickles), {True: (0, 0), False: (0, 0)}
+        here, seen = Place(file.name), len(self.pickles)
+        for sure, part in ((True, _FOLDER), (False, 1)):
+            pairs = zip(self.before[sure], self.spent[sure], strict=True)
+            ran, built = (before + max(0, now - before) // part for before, now in pairs)
+            self.before[sure] = self.spent[sure] = (ran, built)
         ckpt = self.open(lambda: ckpt or open_file(file), here, must)
         form = "" if ckpt is None else ckpt.format
         self.content(_Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
@@ -268,9 +274,17 @@ class _Scan:
         if (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
+        outlines: dict[int, Outline] = {}  # of archives in which nothing was found, by their length
         for start, end in pairwise(reversed(cuts)):
             part = piece.part(start, end - start)
-            self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
+            known = outlines.get(end - start)
+            if known is not None and (first := known.fits(part.span)) and first not in _MARKS:
+                continue
+            told = len(self.findings)
+            index, quiet = self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
+            if index is not None and len(quiet) == 1 and len(cuts) > 2 and len(self.findings) == told and len(outlines) < _MOST_RECORDS:
+                if outline := Outline.of(index, part.span, *quiet):
+                    outlines.setdefault(end - start, outline)
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
@@ -282,8 +296,9 @@ class _Scan:
                 self.tar(rest, head)
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
                 length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
-                if length <= front and (length > FIRST_READ or _OBJECTS.search(span.read(10, length))):
-                    self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=True)
+                header = span.read(10, min(length, _SPELLED)) if length <= front else b""
+                if header and not _are_numbers(header):  # records of numbers may be a pickle by chance, and are told if they act
+                    self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=_OBJECTS.search(header) is not None)
 
     def archive_start(self, span: Span, end: int) -> int | None:
         """Where the zip archive begins that ends at `end`; None where none does."""
@@ -302,22 +317,27 @@ class _Scan:
                 return max(0, place - size - offset) if size or offset else None
         return None
 
-    def archive(self, piece: _Piece) -> None:
+    def archive(self, piece: _Piece) -> tuple[ZipIndex | None, set[str]]:
+        """Its index, if it has a sound one, and the records that are storages and no more."""
+        quiet: set[str] = set()
         try:
             index = read_zip_index(piece.span.file, piece.span)
         except FormatError as error:
             self.refuse(error, piece.place())
             self.carve(piece)
-            return
+            return None, quiet
         names = [name for name in index.records if not name[-1:].isdigit()] or [*index.records]  # not the storages, which are many
         kind = next((form.name for form in ARCHIVES if form.claims(names)), "")
         if len(pickle_roots(names)) > 1:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
-        whole, looked = True, 0
-        first = {"torch-export": _HEAD, "npz": _ARRAY_HEAD}.get(kind, 16)  # torch may unpickle what a .pt2 holds, as its config says
+        whole, looked = True, 0.0
+        first = {"torch-export": _HEAD, "npz": _ARRAY_HEAD}.get(kind, 16)
         with piece.span.file.kept_open() as source:
-            heads = index.first_bytes(source.pread) if not self.crc and kind != "torch-export" else ()
-            quiet = {name for name, first in heads if first not in _MARKS and _STORAGE.fullmatch(name)}
+            may_act = kind == "torch-export"  # torch may unpickle what a .pt2 holds, as its config says
+            raw = _RAW_VALUES.search if may_act else _STORAGE.fullmatch
+            busy = {*_MARKS, *(bytes([code]) for code in _FIRST if may_act)}
+            heads = () if self.crc else index.first_bytes(source.pread)
+            quiet |= {name for name, first in heads if first not in busy and raw(name)}
             for name in (name for name in index.records if name not in quiet):
                 try:
                     record = index.records[name]
@@ -332,12 +352,12 @@ class _Scan:
                         self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
                     if kind == "npz" and _is_numbers(head):
                         continue
-                    if looked == _MOST_RECORDS:
+                    if looked >= _MOST_RECORDS:
                         told = f"{piece.name} holds more records that are no tensors than were looked into"
                         self.tell("not scanned", "danger", told, piece.place())
                         break
-                    may_run = _is_marked(head) or (kind == "torch-export" and acts_at_all(head))
-                    looked += may_run or not _RAW_VALUES.search(name)
+                    may_run = _is_marked(head) or (may_act and head[:1] in busy and acts_at_all(head))
+                    looked += 0.25 if kind == "torchscript" and _CODE.search(name) else may_run or not _RAW_VALUES.search(name)
                     if may_run or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
                         self.record(piece, index, name, head, kind, payload if stored else None)
                 except FormatError as error:
@@ -345,6 +365,7 @@ class _Scan:
                     whole = False
         if not whole:
             self.carve(piece)
+        return index, quiet
 
     def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
         """One record, whose bytes are `stored` where they lie as they are."""
@@ -502,7 +523,12 @@ def _is_marked(head: bytes) -> bool:
 def _is_numbers(head: bytes) -> bool:
     """Whether these bytes hold the whole header of an array, and none of objects."""
     length = 10 + int.from_bytes(head[8:10], "little")
-    return head[:7] == b"\x93NUMPY\1" and 10 < length <= len(head) and not _OBJECTS.search(head[10:length])
+    return head[:7] == b"\x93NUMPY\1" and 10 < length <= len(head) and _are_numbers(head[10:length])
+
+
+def _are_numbers(header: bytes) -> bool:
+    """Whether an array's header says one plain element type, and has nothing about it that might spell objects."""
+    return _NUMBERS.search(header) is not None and not _MAYBE.search(header)
 
 
 def _inflated(body: bytes, most: int) -> bytes:

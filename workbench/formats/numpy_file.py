@@ -38,7 +38,7 @@ from workbench.tree import Global
 
 _MAGIC = b"\x93NUMPY"
 _HEAD = 512  # bytes that are read first
-_MAX_HEADER = 1 << 20  # numpy itself stops at 10,000 characters unless it is told to trust the file
+_MAX_HEADER = 1 << 18  # of one file, short ones aside; numpy itself stops at 10,000 characters unless it is told to trust the file
 _MAX_PICKLE = 64 << 20
 _MOST_ODD = 1000  # arrays of one archive that are no tensors, before the pickles of further ones are not looked at: each takes 0.2 ms
 _MAX_RATIO = 1032  # deflate packs no tighter
@@ -55,10 +55,10 @@ def open_file(file: FileRef) -> Checkpoint:
         CorruptFileError: the header is damaged, or the data has another length than it states.
     Cost: one read.
     """
-    findings: list[Finding] = []
+    listing = _Listing(file)
     whole = Span(file, 0, file.size)
-    array = _array(whole, whole.read(0, _HEAD), file, None, findings)
-    return Checkpoint(array, name=file.name, format="npy", findings=(*findings,), source=file)
+    array = listing.array(whole, whole.read(0, _HEAD), None)
+    return Checkpoint(array, name=file.name, format="npy", findings=(*listing.findings,), source=file)
 
 
 def open_archive(index: ZipIndex) -> Checkpoint:
@@ -69,15 +69,15 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     Cost: a local header and an array's header for each record.
     """
     arrays: dict[str, LazyTensor | Global] = {}
-    findings: list[Finding] = []
+    listing = _Listing(index.file)
     with index.file.kept_open() as source:
         for name in index.records:
             with located(record=name):
                 storage = index.storage(name)
                 if isinstance(storage, Inflated) and storage.nbytes > _MAX_RATIO * storage.span.nbytes + 64:
                     raise CorruptFileError(f"{storage.span.nbytes} packed bytes cannot hold the {storage.nbytes} that the archive states")
-                arrays[name.removesuffix(".npy")] = _array(storage, _head(storage, source.pread), index.file, name, findings)
-    return Checkpoint(arrays, name=index.file.name, format="npz", findings=(*findings,), source=index.file)
+                arrays[name.removesuffix(".npy")] = listing.array(storage, _head(storage, source.pread), name)
+    return Checkpoint(arrays, name=index.file.name, format="npz", findings=(*listing.findings,), source=index.file)
 
 
 def _head(whole: Span | Inflated, pread: Callable[[int, int], bytes]) -> bytes:
@@ -92,31 +92,40 @@ def _head(whole: Span | Inflated, pread: Callable[[int, int], bytes]) -> bytes:
     return read_span(whole, 0, _HEAD)
 
 
-def _array(whole: Span | Inflated, head: bytes, file: FileRef, record: str | None, findings: list[Finding]) -> LazyTensor | Global:
-    """One array as a tensor, or its element type and shape by name where it is none."""
-    first = 10 if head[6:7] == b"\1" else 12
-    start = first + int.from_bytes(head[8:first], "little")
-    with located(path=file.url):
-        if head[:6] != _MAGIC or len(head) < 12 or start > whole.nbytes:
-            raise CorruptFileError(f"an array's header is said to end at byte {start} of {whole.nbytes}: the file is cut or damaged")
-        if head[6:8] not in (b"\1\0", b"\2\0", b"\3\0") or start > _MAX_HEADER:
-            raise UnsupportedError(f"an array of NPY version {head[6]}.{head[7]} with a header of {start} bytes is not read")
-        text = head[first:start] if start <= len(head) else read_span(whole, first, start)
-        descr, shape, strides, (itemsize, dtype, byteorder) = _header(text.decode("utf-8" if head[6] == 3 else "latin-1"))
-    data = whole.part(start, whole.nbytes - start)
-    what = descr if isinstance(descr, str) else json.dumps(descr)[:200]
-    where = {"record": record} if record else {}
-    if itemsize is None:
-        findings += _objects(data, file, record, where) if len(findings) < _MOST_ODD else _unseen(where)
-    elif data.nbytes != math.prod(shape) * itemsize:
-        needed = f"{math.prod(shape)} elements of {what} need {math.prod(shape) * itemsize} bytes"
-        raise CorruptFileError(f"{needed} and {data.nbytes} are there: the file is cut, or has bytes that nothing names", path=file.url)
-    elif dtype is not None:
-        return LazyTensor(TensorSpec(DTYPES[dtype], shape), Stored(data, 0, strides, byteorder))
-    else:
-        told = f"an array of {what} {list(shape)} is listed and not read: torch has no such element type"
-        findings.append(Finding("not a tensor", "warning", told, where, _VOID_HINT if re.fullmatch(r"[|<]V[12]", what) else None))
-    return Global("numpy", f"ndarray({what}, {list(shape)})")
+class _Listing:
+    """The arrays of one file: what was found, and how many bytes of long headers may still be parsed, at a second a megabyte."""
+
+    def __init__(self, file: FileRef) -> None:
+        self.file, self.room = file, _MAX_HEADER
+        self.findings: list[Finding] = []
+
+    def array(self, whole: Span | Inflated, head: bytes, record: str | None) -> LazyTensor | Global:
+        """One array as a tensor, or its element type and shape by name where it is none."""
+        file, findings = self.file, self.findings
+        first = 10 if head[6:7] == b"\1" else 12
+        start = first + int.from_bytes(head[8:first], "little")
+        with located(path=file.url):
+            if head[:6] != _MAGIC or len(head) < 12 or start > whole.nbytes:
+                raise CorruptFileError(f"an array's header is said to end at byte {start} of {whole.nbytes}: the file is cut or damaged")
+            self.room -= start if start > _HEAD else 0
+            if head[6:8] not in (b"\1\0", b"\2\0", b"\3\0") or self.room < 0:
+                raise UnsupportedError(f"an array of NPY version {head[6]}.{head[7]} with a header of {start} bytes is not read here")
+            text = head[first:start] if start <= len(head) else read_span(whole, first, start)
+            descr, shape, strides, (itemsize, dtype, byteorder) = _header(text.decode("utf-8" if head[6] == 3 else "latin-1"))
+        data = whole.part(start, whole.nbytes - start)
+        what = descr if isinstance(descr, str) else json.dumps(descr)[:200]
+        where = {"record": record} if record else {}
+        if itemsize is None:
+            findings += _objects(data, file, record, where) if len(findings) < _MOST_ODD else _unseen(where)
+        elif data.nbytes != math.prod(shape) * itemsize:
+            needed = f"{math.prod(shape)} elements of {what} need {math.prod(shape) * itemsize} bytes"
+            raise CorruptFileError(f"{needed} and {data.nbytes} are there: the file is cut, or has bytes that nothing names", path=file.url)
+        elif dtype is not None:
+            return LazyTensor(TensorSpec(DTYPES[dtype], shape), Stored(data, 0, strides, byteorder))
+        else:
+            told = f"an array of {what} {list(shape)} is listed and not read: torch has no such element type"
+            findings.append(Finding("not a tensor", "warning", told, where, _VOID_HINT if re.fullmatch(r"[|<]V[12]", what) else None))
+        return Global("numpy", f"ndarray({what}, {list(shape)})")
 
 
 @lru_cache(maxsize=256)

@@ -39,7 +39,7 @@ from workbench.tensors import Block, Derived, LazyTensor, TensorSpec
 from workbench.tree import Global, Inert
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
-_HEAD = 1 << 16
+_HEAD, _CLAIM = 1 << 16, 1 << 12  # bytes that are run, at the start of a pickle and to tell whether it is one
 _MORE_PICKLES = 64  # of those that follow a plain one
 
 
@@ -57,7 +57,7 @@ def open_file(file: FileRef) -> Checkpoint:
 
 def claims(file: FileRef) -> bool:
     """Whether a file without a pickle's mark is one all the same: protocols 0 and 1 have none, and text can look like them."""
-    head = Span(file, 0, file.size).read(0, _HEAD)
+    head = Span(file, 0, file.size).read(0, _CLAIM)
     machine = Machine(head, persistent=_same, construct=_same)
     try:
         value = machine.run()

@@ -182,6 +182,59 @@ class ZipIndex:
         return dict(zip(starts, [*starts[1:], self.directory], strict=True))
 
 
+class Outline(NamedTuple):
+    """All bytes of a small archive but one payload, what a serializer numbers by its contents, and the checksums of both."""
+
+    head: bytes
+    tail: bytes
+    payload: tuple[int, int]
+    numbers: tuple[tuple[int, int], ...]  # in the tail: digits that count the contents
+    checksums: tuple[tuple[int, ...], ...]  # where each stands, in head and tail together
+
+    @classmethod
+    def of(cls, index: ZipIndex, area: Span, free: str) -> Outline | None:
+        """The outline of the archive in `area`, without the payload of the record `free`; None where a record is not laid out plainly."""
+        starts, columns = index._plain, index.records.columns
+        place = index.records.places[free]
+        numbered = [n for n, name in enumerate(columns.names) if name.endswith("/serialization_id")]
+        if any(starts[n] is None for n in (place, *numbered)):
+            return None
+        where = [(int(starts[n] or 0) - index.base, int(starts[n] or 0) - index.base + columns.packed[n]) for n in (place, *numbered)]
+        (start, stop), *digits = where
+        gap = stop - start
+        if any(a < stop for a, _ in digits):
+            return None
+        shift = [(a - gap, b - gap) for a, b in digits]
+        sums = []
+        for n, (_, end) in zip((place, *numbered), where, strict=True):
+            local, central = columns.headers[n] - index.base + 14, index.directory - index.base + columns.entries[n] + 16
+            places = (local, central, end + 4) if columns.kinds[n][0] & 8 else (local, central)  # a descriptor stands behind the payload
+            sums.append(tuple(at if at < start else at - gap for at in places))
+        found = cls(b"", b"", (start, stop), tuple((a - start, b - start) for a, b in shift), tuple(sums))
+        parts = found._parts(area)
+        return found._replace(head=parts[0], tail=parts[1]) if parts else None
+
+    def fits(self, area: Span) -> bytes | None:
+        """The first byte of that payload, where another archive of the same length is this one in all else."""
+        parts = self._parts(area)
+        return parts[2] if parts is not None and parts[:2] == (self.head, self.tail) else None
+
+    def _parts(self, area: Span) -> tuple[bytes, bytes, bytes] | None:
+        start, stop = self.payload
+        head, tail = area.read(0, start + 1), area.read(stop, area.nbytes)
+        both = bytearray(head[:start] + tail)
+        if not all(tail[a:b].isdigit() for a, b in self.numbers):
+            return None
+        for places in self.checksums:
+            if len({bytes(both[at : at + 4]) for at in places} - {bytes(4)}) > 1:
+                return None
+            for at in places:
+                both[at : at + 4] = bytes(4)
+        for a, b in self.numbers:
+            both[start + a : start + b] = bytes(b - a)
+        return bytes(both[:start]), bytes(both[start:]), head[start:]
+
+
 def _payload_start(record: Record, pread: Callable[[int, int], bytes]) -> int:
     """Where the payload starts, after comparing the local header with the central one."""
     head = pread(record.header, 30 + len(record.raw_name))
@@ -300,9 +353,14 @@ def read_zip_index(file: FileRef, area: Span | None = None) -> ZipIndex:
         raise CorruptFileError(f"{count} records cannot fit a directory of {directory_size} bytes", path=file.url)
     data = whole.read(directory, directory + directory_size)
     columns: list[list[Any]] = [[] for _ in Columns._fields]
-    at = 0
+    at = singly = 0  # records to be read one by one, for their neighbours were not alike
     while len(columns[0]) < count:
-        alike, at = _alike_records(data, at, whole.start, min(count - len(columns[0]), 4096))
+        alike: Sequence[Sequence[Any]] = []
+        if singly:
+            singly -= 1
+        else:
+            alike, at = _alike_records(data, at, whole.start, min(count - len(columns[0]), 4096))
+            singly = 0 if alike and len(alike[0]) >= _RUN else 8 * _RUN
         if not alike:
             record, behind = _central_record(data, at, whole.start)
             kind = (record.flags, record.method)
@@ -357,6 +415,7 @@ def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
         at = data.find(mark, at + 1)
 
 
+_RUN = 16  # fewer records than these in a row are found faster one by one
 _PLAIN = (28, *range(4), *range(8, 12), *range(29, 36))  # bytes of a central header that are the same in records of one kind
 
 
@@ -365,6 +424,7 @@ def _alike_records(data: bytes, at: int, base: int, count: int) -> tuple[Sequenc
     mark, flags, method, n, more, comment, disk = struct.unpack("<4s4xHH16xHHHH", data[at : at + 36].ljust(36, b"\0"))
     step = 46 + n
     count = min(count, (len(data) - at) // step)
+    count = 0 if count < _RUN else count
     if mark != b"PK\x01\x02" or method or more or comment or disk or not count:
         return [], at
     block = data[at : at + count * step]
