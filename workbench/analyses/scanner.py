@@ -282,9 +282,9 @@ class _Scan:
                 continue
             told = len(self.findings)
             index, quiet = self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
-            if index is not None and len(quiet) == 1 and len(cuts) > 2 and len(self.findings) == told and len(outlines) < _MOST_RECORDS:
-                if outline := Outline.of(index, part.span, *quiet):
-                    outlines.setdefault(end - start, outline)
+            is_clean = len(quiet) == 1 and len(cuts) > 2 and len(self.findings) == told and len(outlines) < _MOST_RECORDS
+            if index is not None and is_clean and (outline := Outline.of(index, part.span, *quiet)):
+                outlines.setdefault(end - start, outline)
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
