@@ -1,9 +1,10 @@
 """Live views for notebooks. Everything they show comes from the core; delete this package and every step has its line of Python.
 
-    from workbench.widgets import Explorer, Differ, KeyMapper
+    from workbench.widgets import Explorer, Differ, KeyMapper, NetronView
     Explorer(ckpt)                        # the same view that ckpt shows at the end of a cell
     Differ(wb.diff(a, b))
     KeyMapper(ckpt, model)                # settle what wb.match leaves open; KeyMapper(…).keymap reads it back
+    NetronView("model.onnx")              # the graph, in the page: offline, without its weights
 
 This is the only room that imports anywidget, traitlets and IPython.
 """
@@ -15,8 +16,9 @@ from typing import Any
 from workbench.widgets.differ import Differ
 from workbench.widgets.explorer import Explorer
 from workbench.widgets.mapper import KeyMapper
+from workbench.widgets.netron import NetronView
 
-__all__ = ["Differ", "Explorer", "KeyMapper", "register"]
+__all__ = ["Differ", "Explorer", "KeyMapper", "NetronView", "register"]
 
 _VIEWS = {("workbench.checkpoint", "Checkpoint"): Explorer, ("workbench.differ", "DiffReport"): Differ}
 
