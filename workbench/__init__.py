@@ -34,7 +34,7 @@ _FACE = {
     "InferenceEngine": "workbench.exporting:InferenceEngine",
     "Checkpoint": "workbench.checkpoint:Checkpoint",
 }
-_ROOMS = ("ops", "models", "exporting", "errors", "widgets")
+_ROOMS = ("ops", "models", "verification", "exporting", "errors", "widgets")
 
 __all__ = [
     "Checkpoint",
@@ -58,11 +58,12 @@ __all__ = [
     "save",
     "scan",
     "stats",
+    "verification",
     "widgets",
 ]
 
 if TYPE_CHECKING:
-    from workbench import errors, exporting, models, ops, widgets
+    from workbench import errors, exporting, models, ops, verification, widgets
     from workbench.analyses.archive import archive
     from workbench.analyses.checkup import checkup
     from workbench.analyses.description import describe

@@ -1,28 +1,31 @@
 """Parity: does a candidate answer as its reference does, output by output?
 
 Owns the pairing of outputs, the verdict, and its report. A difference is a falsy report; only inputs that cannot
-serve, and a reference that does not run, are errors. Masks for padded positions are the next thing to go here.
+serve, and a reference that does not run, are errors. `causes` looks for the reason of a failure.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import SelectionError, visible
 from workbench.report import Report
 from workbench.tables import Column, Table, table
-from workbench.verification.measures import Figures, Meter, Sample
+from workbench.verification.measures import Figures, Meter, Sample, peak
 from workbench.verification.runners import Runner, running
-from workbench.verification.tolerance import NoiseFloor, noise_floor
-from workbench.verification.values import Call, calls_from
+from workbench.verification.tolerance import Limit, NoiseFloor, noise_floor
+from workbench.verification.values import Call, calls_from, kept, paired
+from workbench.verification.variations import corners, sizes
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
 _TINY = 1e-8
+_Pair = tuple[dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]] | None  # answers of both sides
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class OutputParity:
         within_given: verdict by the caller's rtol and atol; None when neither was given.
         problem: why it fails, in words, or "".
         note: what qualifies it, or "".
+        amplified: the reference amplifies rounding so far that the limit is held at √eps of the largest value.
     """
 
     name: str
@@ -51,10 +55,37 @@ class OutputParity:
     within_given: bool | None
     problem: str = ""
     note: str = ""
+    amplified: bool = False
 
     @property
     def ok(self) -> bool:
         return not self.problem and (self.within_noise if self.within_given is None else self.within_given)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One made batch beside those given.
+
+    Attributes:
+        inputs: which: `random`, `zeros`, `ones`, `large`, `tiny`, `batch + 1` or `length + 1`.
+        outputs: as in the report, over this batch alone; empty where nothing is judged.
+        left_out: why it is not judged, or "".
+    """
+
+    inputs: str
+    outputs: tuple[OutputParity, ...]
+    left_out: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return all(o.ok for o in self.outputs)
+
+    @property
+    def worst(self) -> OutputParity | None:
+        """The first output that fails, or the one that differs most."""
+        failing = [o for o in self.outputs if not o.ok]
+        differing = [o for o in self.outputs if o.figures and o.figures.max_abs is not None]
+        return failing[0] if failing else max(differing, key=lambda o: o.figures.max_abs if o.figures else 0.0, default=None)  # type: ignore[arg-type, return-value]
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,6 +98,8 @@ class ParityReport(Report):
         batches, calls: how many batches, and how often each was run in a row on both.
         rtol, atol: as given.
         problems: what stopped a comparison (the candidate raised, the answers keep state), in words.
+        tried: the made batches, where `vary` was asked for.
+        cause: why a failing report fails, as far as an experiment shows it (see `causes`), or "".
         sample: pairs (reference, candidate) of at most 20,000 values as float64 [2, n], the worst among them; or None.
     """
 
@@ -78,11 +111,13 @@ class ParityReport(Report):
     rtol: float | None = None
     atol: float | None = None
     problems: tuple[str, ...] = ()
+    tried: tuple[Trial, ...] = ()
+    cause: str = ""
     sample: Any = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
-        return bool(self.outputs) and all(o.ok for o in self.outputs) and not self.problems
+        return bool(self.outputs) and all(o.ok for o in self.outputs) and all(t.ok for t in self.tried) and not self.problems
 
     @property
     def max_abs(self) -> float | None:
@@ -92,7 +127,9 @@ class ParityReport(Report):
     @property
     def headline(self) -> str:
         pair = f"{visible(self.candidate)} and {visible(self.reference)}"
-        runs = f"{_counted(len(self.outputs), 'output')}, {_counted(self.batches, 'batch', 'batches')}, {_counted(self.calls, 'call')} each"
+        beyond = [t for t in self.tried if not t.left_out]
+        made = f", {_counted(len(beyond), 'made batch', 'made batches')}" if self.tried else ""
+        runs = f"{_counted(len(self.outputs), 'output')}, {_counted(self.batches, 'batch', 'batches')}, {_counted(self.calls, 'call')} each{made}"
         if self.ok:
             by = (
                 "within rounding" if self.rtol is None and self.atol is None else f"within rtol {self.rtol or 0:g}, atol {self.atol or 0:g}"
@@ -102,14 +139,21 @@ class ParityReport(Report):
         failing = [o for o in self.outputs if not o.ok]
         first = f"`{visible(failing[0].name)}` {_failure(failing[0])}" if failing else ""
         causes = [*(visible(p) for p in self.problems[:1]), *([first] if first else [])]
-        return f"{pair} differ: {'; '.join(causes) or 'nothing was compared'} ({len(failing)} of {runs})."
+        worst = next(((t, t.worst) for t in beyond if not t.ok), None)
+        if worst and worst[1] and not causes:
+            causes = [f"on {worst[0].inputs} inputs `{visible(worst[1].name)}` {_failure(worst[1])}"]
+        why = f" Cause: {visible(self.cause)}." if self.cause else ""
+        return f"{pair} differ: {'; '.join(causes) or 'nothing was compared'} ({len(failing)} of {runs}).{why}"
 
     def tables(self) -> tuple[Table, ...]:
         tables = [
             table("outputs", _COLUMNS, (_row(o) for o in self.outputs)),
             table("tolerance", _LIMIT_COLUMNS, _limit_rows(self.outputs)),
         ]
-        remarks = [*self.problems, *(f"`{o.name}` {text}" for o in self.outputs for text in (o.problem, o.note) if text)]
+        if self.tried:
+            tables.append(table("made inputs", _TRIAL_COLUMNS, (_trial_row(t) for t in self.tried)))
+        cause = [f"Cause: {self.cause}"] if self.cause else []
+        remarks = [*cause, *self.problems, *(f"`{o.name}` {text}" for o in self.outputs for text in (o.problem, o.note) if text)]
         if remarks:
             tables.append(table("remarks", [Column("what", "text")], [(text,) for text in remarks]))
         return tuple(tables)
@@ -135,6 +179,8 @@ _COLUMNS = (
     Column("cosine", "number"),
     Column("SNR dB", "number", "power of the reference over power of the difference"),
     Column("top-1", "percent", "rows whose largest class agrees"),
+    Column("top-5", "percent", "of the reference's five largest classes, how many are among the candidate's"),
+    Column("KL", "number", "mean KL(reference || candidate) over rows of classes, in nats"),
     Column("unequal", "count", "values that are not the same"),
     Column("worst at", "text", "candidate against reference"),
 )
@@ -146,14 +192,44 @@ _LIMIT_COLUMNS = (
     Column("reason", "text"),
 )
 
+_TRIAL_COLUMNS = (
+    Column("inputs", "name"),
+    Column("", "mark"),
+    Column("output", "name", "the one that fails, or differs most"),
+    Column("max abs", "number"),
+    Column("limit", "number"),
+    Column("not judged", "text"),
+)
+
+
+def _trial_row(t: Trial) -> tuple[Any, ...]:
+    o = t.worst
+    figures = (o.name, o.figures.max_abs if o.figures else None, o.limit) if o else (None, None, None)
+    return (t.inputs, None if t.left_out else "✓" if t.ok else "⚠", *figures, t.left_out or None)
+
 
 def _row(o: OutputParity) -> tuple[Any, ...]:
     f = o.figures
     mark = "✓" if o.ok else "⚠"
     if f is None:
-        return (o.name, mark, o.shape, o.dtype, *[None] * 9)
+        return (o.name, mark, o.shape, o.dtype, *[None] * 11)
     snr = "exact" if f.unequal == 0 else f.snr_db
-    return (o.name, mark, o.shape, o.dtype, f.max_abs, f.mean_abs, f.relative, f.max_ulp, f.cosine, snr, f.top1, f.unequal, f.worst or None)
+    classes = (f.top1, f.top5, f.kl)
+    return (
+        o.name,
+        mark,
+        o.shape,
+        o.dtype,
+        f.max_abs,
+        f.mean_abs,
+        f.relative,
+        f.max_ulp,
+        f.cosine,
+        snr,
+        *classes,
+        f.unequal,
+        f.worst or None,
+    )
 
 
 def _limit_rows(outputs: tuple[OutputParity, ...]) -> Iterator[tuple[Any, ...]]:
@@ -182,6 +258,8 @@ def parity(
     *,
     rtol: float | None = None,
     atol: float | None = None,
+    mask: Any = None,
+    vary: bool = False,
     calls: int = 2,
     trust: bool = False,
 ) -> ParityReport:
@@ -192,15 +270,24 @@ def parity(
             Runtime), of a TorchScript or `.pt2` file, an ExportedProgram, or any callable.
         inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of those (several batches).
         rtol, atol: |candidate - reference| <= atol + rtol |reference|, element by element; when one is given, the other is 0. When both
-            are None the limit is 8 × the reference's own rounding, measured in float64, between 4 eps and √eps of the largest value.
+            are None the limit is 8 × the reference's own rounding, the larger of what float64 moves it by and half of what sums in
+            reverse order do, between 4 eps and √eps of the largest value.
+        mask: which places count, 1 or True, over the outputs' leading axes (`[n, t]` for `[n, t, classes]`): the name of the input that
+            holds it ("attention_mask"), a tensor, a function of the model's arguments (`lambda ids, pad: ~pad`), or {output: one of
+            those}. Places left out enter no figure and no verdict, and are counted.
+        vary: also compare on made inputs like the first batch (random, zeros, ones, large, tiny, one item more, one place longer), each
+            judged alone. Those that the reference does not answer, sizes that the candidate does not take, and those on which the
+            reference amplifies rounding are told and not judged.
         calls: runs of each batch in a row; the second finds state that one side keeps and the other does not.
         trust: run a stored program that this process did not write, once a scan finds nothing dangerous in it.
     Returns:
-        A report that is true when every output agrees. Outputs pair by path; an ONNX graph whose names are its own pairs by position.
-        Whole numbers and booleans must be equal; shapes and dtypes must match; NaN agrees only with NaN.
+        A report that is true when every output agrees; where it does not, `cause` says what an experiment shows to be the reason.
+        Outputs pair by path; an ONNX graph whose names are its own pairs by position. Whole numbers and booleans must be equal, but
+        where the reference's own rounding decides them; shapes and dtypes must match; NaN agrees only with NaN.
     Raises:
-        SelectionError: inputs hold nothing, the reference does not run on them, or there is no output.
-    Cost: `calls` runs per batch on each side and in float64 (a float64 copy of a module up to 1 GiB); plus 10 runs for small outputs.
+        SelectionError: inputs hold nothing, the reference does not run on them, there is no output, or the mask fits none.
+    Cost: per batch `calls` runs of the candidate and three times as many of the reference, one third in float64 (a copy of a module
+        up to 1 GiB); 24 more of the reference for outputs under 256 values; `vary` adds up to seven batches; a failure, see `causes`.
     """
     batches = calls_from(inputs)
     if calls < 1:
@@ -210,101 +297,200 @@ def parity(
     with running(reference, trust=trust) as first, running(candidate, trust=trust) as second, noise_floor(reference) as floor:
         if first.name == second.name:
             first.name, second.name = f"{first.name} (reference)", f"{second.name} (candidate)"
-        return _Comparison(first, second, floor, rtol, atol).run(batches, calls)
+        comparison = _Comparison(first, second, floor, rtol, atol, mask)
+        report = comparison.run(batches, calls, vary=vary)
+    if report:
+        return report
+    from workbench.verification.causes import Failure, cause_of
+
+    names = (report.reference, report.candidate)
+    return replace(report, cause=cause_of(Failure(reference, candidate, trust, mask, names, comparison.answered, *comparison.failures())))
 
 
-class _Comparison:
-    """One comparison in progress: meters by output, and what was noticed on the way."""
+class _Gathered:
+    """What one set of batches showed: all given ones together, or one made batch."""
 
-    def __init__(self, reference: Runner, candidate: Runner, floor: NoiseFloor, rtol: float | None, atol: float | None) -> None:
-        self.reference, self.candidate, self.floor = reference, candidate, floor
-        self.rtol, self.atol = rtol, atol
+    def __init__(self) -> None:
         self.meters: dict[str, Meter] = {}
         self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.faults: dict[str, str] = {}
-        self.problems: list[str] = []
+        self.undecided: dict[str, int] = {}
+        self.peaks: dict[str, dict[tuple[str, int], tuple[float, float]]] = {}  # output: (batch, call): largest difference and value
 
-    def run(self, batches: tuple[Call, ...], calls: int) -> ParityReport:
+
+class _Comparison:
+    """One comparison in progress."""
+
+    def __init__(self, reference: Runner, candidate: Runner, floor: NoiseFloor, rtol: float | None, atol: float | None, mask: Any) -> None:
+        self.reference, self.candidate, self.floor = reference, candidate, floor
+        self.rtol, self.atol, self.mask = rtol, atol, mask
+        self.given, self.made = _Gathered(), dict[str, _Gathered]()
+        self.answered: dict[str, Call] = {}
+        self.keeps: dict[str, dict[str, torch.Tensor]] = {}
+        self.problems: list[str] = []
+        self.moves, self.finite = False, True
+
+    def run(self, batches: tuple[Call, ...], calls: int, *, vary: bool) -> ParityReport:
         for number, batch in enumerate(batches, 1):
-            before: list[dict[str, torch.Tensor]] = []
+            before: _Pair = None
             for turn in range(1, calls + 1):
-                pair = self._answers(batch, f"batch {number}, call {turn}")
+                pair = self._answers(batch, f"batch {number}", turn)
                 if pair is None:
                     break
                 self._watch_state(before, pair)
-                before = list(pair)
+                before = pair
             if self.problems:
                 break
-        self.floor.add_nearby(self.reference, batches[0])
-        outputs = tuple(self._judge(name) for name in self.specs)
+        tried = list(self._vary(batches[0])) if vary and not self.problems else []
+        for label, batch in self.answered.items():
+            if label == "batch 1" or label in self.made:
+                self.floor.add_nearby(self.reference, batch, self.keeps[label], label, made=label in self.made)
+        outputs = tuple(self._judge(self.given, name) for name in self.given.specs)
+        trials = tuple(trial if trial.left_out else self._tried(trial.inputs) for trial in tried)
         sample = Sample()
-        for meter in self.meters.values():
+        for meter in self.given.meters.values():
             if meter.sample.pairs is not None:
                 sample.merge(meter.sample.pairs)
         pairs = None if sample.pairs is None else sample.pairs.numpy()
         names = (self.reference.name, self.candidate.name)
-        return ParityReport(*names, outputs, len(batches), calls, self.rtol, self.atol, tuple(self.problems), pairs)
+        return ParityReport(*names, outputs, len(batches), calls, self.rtol, self.atol, tuple(self.problems), trials, sample=pairs)
 
-    def _answers(self, batch: Call, where: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
-        """Run both on one batch and measure; None when the candidate raised, which is a finding."""
+    def failures(self) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, float]]]:
+        """({batch: calls on which it failed}, {batch: {output: limit}}), by rounding alone, of what was judged."""
+        failing: dict[str, tuple[int, ...]] = {}
+        limits: dict[str, dict[str, float]] = {}
+        for to in (self.given, *self.made.values()):
+            for name, peaks in to.peaks.items():
+                for (batch, turn), (far, scale) in peaks.items():
+                    limit = self._limit(name, to.specs[name][1], scale, batch).value
+                    limits.setdefault(batch, {})[name] = limit
+                    if (far > limit or name in to.faults) and turn not in failing.get(batch, ()):
+                        failing[batch] = (*failing.get(batch, ()), turn)
+        return failing, limits
+
+    def _answers(self, batch: Call, label: str, turn: int) -> _Pair:
+        """Run both on one given batch and measure; None when the candidate raised, which is a finding."""
+        where = f"{label}, call {turn}"
         expected = _run_reference(self.reference, batch, where)
-        self.floor.add(batch, expected)
+        self.finite = self.finite and _finite(expected)
         try:
             found = self.candidate(batch.fresh())
         except Exception as error:  # a candidate that cannot answer is the finding, whatever it raised
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
-            self.problems.append(f"{self.candidate.name} failed on {where} ({type(error).__name__}: {first})")
+            self.problems.append(f"{self.candidate.name} failed on {where} ({_raised(error)})")
             for name, value in expected.items():
-                self.specs.setdefault(name, (tuple(value.shape), value.dtype))
-                self.faults.setdefault(name, "was not answered")
+                self.given.specs.setdefault(name, (tuple(value.shape), value.dtype))
+                self.given.faults.setdefault(name, "was not answered")
             return None
-        paired = _pair(expected, found, by_position=self.candidate.ordered or self.reference.ordered)
-        for name, (a, b) in paired.items():
-            self._measure(name, a, b, where)
-        return expected, found
+        return self._measure_all(self.given, batch, label, turn, expected, found)
 
-    def _measure(self, name: str, a: torch.Tensor | None, b: torch.Tensor | None, where: str) -> None:
+    def _vary(self, batch: Call) -> Iterator[Trial]:
+        """Run both on each made batch, for `_tried` to judge. What is skipped moves state on one side only, and so ends it."""
+        other_sizes = sizes(batch)
+        for label, call in (corners(batch) | other_sizes).items():
+            try:
+                expected = self.reference(call.fresh())
+                kept(self.mask, call, expected)
+            except Exception as error:  # a stranger's forward: what it does not take proves nothing
+                why = f"{self.reference.name} does not take them ({_raised(error)})"
+            else:
+                why = f"{self.reference.name} gives NaN or infinity" if self.finite and not _finite(expected) else ""
+            if not why:
+                try:
+                    found = self.candidate(call.fresh())
+                except Exception as error:  # likewise
+                    why = f"{self.candidate.name} does not take them ({_raised(error)})"
+                    if label not in other_sizes:
+                        self.problems.append(f"{self.candidate.name} failed on {label} inputs ({_raised(error)})")
+                else:
+                    self._measure_all(self.made.setdefault(label, _Gathered()), call, label, 1, expected, found)
+            yield Trial(label, (), why)
+            if why and self.moves:
+                return
+
+    def _tried(self, label: str) -> Trial:
+        to = self.made[label]
+        outputs = tuple(self._judge(to, name) for name in to.specs)
+        shaky = [o for o in outputs if not o.ok and o.amplified]
+        if shaky:
+            del self.made[label], self.answered[label]
+            return Trial(label, (), f"`{shaky[0].name}` amplifies rounding there: {shaky[0].reason}")
+        return Trial(label, outputs)
+
+    def _measure_all(
+        self, to: _Gathered, batch: Call, label: str, turn: int, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
+    ) -> _Pair:
+        """Measure every output; the answers come back with what was left out set to zero."""
+        keep = kept(self.mask, batch, expected)
+        undecided = self.floor.add(batch, expected, keep, label, made=to is not self.given)
+        self.answered[label], self.keeps[label] = batch, dict(keep)
+        for name, places in undecided.items():
+            places = places & keep[name] if name in keep else places
+            to.undecided[name] = to.undecided.get(name, 0) + int(places.sum())
+            keep[name] = ~places & keep[name] if name in keep else ~places
+        shown: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+        for name, pair in paired(expected, found, by_position=self.candidate.ordered or self.reference.ordered).items():
+            self._measure(to, name, *pair, label, turn, keep.get(name))
+            for side, value in zip(shown, pair, strict=True):
+                if value is not None:
+                    side[name] = value.masked_fill(~keep[name], 0) if name in keep and keep[name].shape == value.shape else value
+        return shown
+
+    def _measure(
+        self, to: _Gathered, name: str, a: torch.Tensor | None, b: torch.Tensor | None, label: str, turn: int, keep: torch.Tensor | None
+    ) -> None:
         known = a if a is not None else b
         assert known is not None
-        self.specs.setdefault(name, (tuple(known.shape), known.dtype))
+        to.specs.setdefault(name, (tuple(known.shape), known.dtype))
+        where = label if to is not self.given else f"{label}, call {turn}"
         if a is None or b is None:
             fault = f"is missing in {self.candidate.name if b is None else self.reference.name}"
         elif a.shape != b.shape:
             fault = f"has shape {list(a.shape)} in {self.reference.name} and {list(b.shape)} in {self.candidate.name}"
         else:
             if a.dtype != b.dtype:
-                self.faults.setdefault(
-                    name, f"is {_short(a.dtype)} in {self.reference.name} and {_short(b.dtype)} in {self.candidate.name}"
-                )
-            self.meters.setdefault(name, Meter(rtol=self.rtol, atol=self.atol)).add(a, b, where=where)
+                to.faults.setdefault(name, f"is {_short(a.dtype)} in {self.reference.name} and {_short(b.dtype)} in {self.candidate.name}")
+            meter = to.meters.setdefault(name, Meter(rtol=self.rtol, atol=self.atol))
+            before = meter.one_sided + (0 if _real(a.dtype) else meter.unequal)
+            meter.add(a, b, where=where, keep=keep)
+            odd = meter.one_sided + (0 if _real(a.dtype) else meter.unequal) > before
+            far, scale, _ = peak(a, b, keep)
+            to.peaks.setdefault(name, {})[label, turn] = (math.inf if odd else far, scale)
             return
-        self.faults.setdefault(name, f"{fault} ({where})")
+        to.faults.setdefault(name, f"{fault} ({where})")
 
-    def _watch_state(self, before: list[dict[str, torch.Tensor]], pair: tuple[dict[str, torch.Tensor], ...]) -> None:
+    def _watch_state(self, before: _Pair, pair: tuple[dict[str, torch.Tensor], ...]) -> None:
         if not before:
             return
         moved = [not _same(old, new) for old, new in zip(before, pair, strict=True)]
+        self.moves = self.moves or any(moved)
         if moved[0] != moved[1]:
             mover, other = (self.reference, self.candidate) if moved[0] else (self.candidate, self.reference)
             cause = "it keeps state or draws at random"
             self.problems.append(f"{mover.name} answers the same input differently on the next call and {other.name} does not: {cause}")
 
-    def _judge(self, name: str) -> OutputParity:
-        shape, dtype = self.specs[name]
-        meter, fault = self.meters.get(name), self.faults.get(name, "")
+    def _limit(self, name: str, dtype: torch.dtype, scale: float, batch: str) -> Limit:
+        if not _real(dtype):
+            return Limit(0.0, None, "whole numbers and booleans must be equal")
+        return self.floor.limit(name, dtype, scale, batch)
+
+    def _judge(self, to: _Gathered, name: str) -> OutputParity:
+        shape, dtype = to.specs[name]
+        meter, fault = to.meters.get(name), to.faults.get(name, "")
         if meter is None:
             return OutputParity(name, shape, _short(dtype), None, None, "", False, None, problem=fault)
         f = meter.figures()
-        given = None if f.beyond is None else f.beyond == 0 and not f.one_sided
-        if dtype.is_floating_point or dtype.is_complex:
-            limit = self.floor.limit(name, dtype, f.scale)
-            within, bound, reason = f.max_abs is None or f.max_abs <= limit.value, limit.value, limit.reason
-            note = "; ".join(text for text in (_note(f), "comes from a model that amplifies rounding" if limit.amplified else "") if text)
-        else:
-            within, bound, reason, note = f.unequal == 0, 0.0, "whole numbers and booleans must be equal", _note(f, whole=True)
-            given = None if given is None else within
-        problem = fault or _problem(f, exact=not (dtype.is_floating_point or dtype.is_complex))
-        return OutputParity(name, shape, _short(dtype), f, bound, reason, within and not f.one_sided, given, problem, note)
+        judged = []
+        for (batch, _), (far, scale) in to.peaks[name].items():
+            limit = self._limit(name, dtype, scale, batch)
+            judged.append((far / limit.value if limit.value else math.inf if far else 0.0, limit.value, limit))
+        ratio, _, limit = max(judged, key=lambda entry: entry[:2])
+        within = ratio <= 1 and not f.one_sided
+        given = None if f.beyond is None else within if not _real(dtype) else f.beyond == 0 and not f.one_sided
+        notes = [_note(f, whole=not _real(dtype), undecided=to.undecided.get(name, 0))]
+        notes += ["comes from a model that amplifies rounding"] if limit.amplified else []
+        problem = fault or _problem(f, exact=not _real(dtype))
+        note = "; ".join(text for text in notes if text)
+        return OutputParity(name, shape, _short(dtype), f, limit.value, limit.reason, within, given, problem, note, limit.amplified)
 
 
 def _run_reference(runner: Runner, batch: Call, where: str) -> dict[str, torch.Tensor]:
@@ -317,13 +503,16 @@ def _run_reference(runner: Runner, batch: Call, where: str) -> dict[str, torch.T
         raise SelectionError(f"the reference {runner.name} does not run on {where}: {type(error).__name__}: {error}", hint=hint) from error
 
 
-def _pair(
-    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], *, by_position: bool
-) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Outputs by path; by position where a graph has names of its own and as many outputs."""
-    if by_position and set(expected) != set(found) and len(expected) == len(found):
-        return {name: (a, b) for (name, a), b in zip(expected.items(), found.values(), strict=True)}
-    return {name: (expected.get(name), found.get(name)) for name in [*expected, *(n for n in found if n not in expected)]}
+def _finite(outputs: dict[str, torch.Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in outputs.values() if _real(value.dtype))
+
+
+def _raised(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next((line for line in str(error).splitlines() if line.strip()), '')}"
+
+
+def _real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -344,7 +533,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def _problem(f: Figures, *, exact: bool) -> str:
     if f.count == 0:
-        return "holds no values in any batch, so nothing was compared"
+        return "holds no values in any batch, so nothing was compared" + (", for the mask leaves none" if f.masked else "")
     if f.both_nan == f.count:
         return "is NaN everywhere on both sides, which proves nothing"
     if f.one_sided:
@@ -354,8 +543,12 @@ def _problem(f: Figures, *, exact: bool) -> str:
     return ""
 
 
-def _note(f: Figures, *, whole: bool = False) -> str:
+def _note(f: Figures, *, whole: bool, undecided: int) -> str:
     notes = []
+    if f.masked > undecided:
+        notes.append(f"leaves out {_counted(f.masked - undecided, 'padded value')} of {f.count + f.masked}")
+    if undecided:
+        notes.append(f"leaves out {_counted(undecided, 'value')} that the reference's own rounding decides")
     if f.both_nan:
         notes.append(f"is NaN on both sides at {f.both_nan} of {f.count} places")
     if not whole and f.scale == 0 and f.max_abs is not None:

@@ -2,11 +2,13 @@
 
 Owns the arithmetic of a comparison and nothing of its verdict. Differences are taken in float64. Integers and booleans are compared
 exactly. Where both sides hold NaN, or the same infinity, they agree and are counted; only pairs of finite values enter the figures.
+What a mask leaves out enters nothing but `masked`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20  # elements compared at once: float64 copies stay under 32 MB
 _SAMPLE = 20_000
+_K = 5
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,14 @@ class Figures:
         max_ulp: largest distance in representable steps of the common dtype; None between unlike dtypes and for whole numbers.
         cosine: of the two as flat vectors; None where either is zero.
         snr_db: 10 log10(||reference||² / ||candidate - reference||²); None where either is zero.
-        top1: fraction of rows whose largest class agrees; None without a class axis.
+        top1: fraction of rows whose largest class agrees; None without a class axis (see `class_axis`).
+        top5: how many of the reference's 5 largest classes are among the candidate's, over all rows; None with fewer than 6 classes.
+        kl: mean over rows of KL(reference || candidate) in nats, of the rows themselves where they are probabilities, otherwise of their
+            softmax; None without a class axis. Rows that hold NaN or +infinity stay out of all three.
         scale: largest finite |reference|.
         beyond: pairs with |difference| > atol + rtol |reference|; None when neither was given.
         worst: where the largest difference lies and what stood there.
+        masked: values that a mask left out; they enter no other figure.
     """
 
     count: int
@@ -48,9 +55,12 @@ class Figures:
     cosine: float | None
     snr_db: float | None
     top1: float | None
+    top5: float | None
+    kl: float | None
     scale: float
     beyond: int | None
     worst: str
+    masked: int = 0
 
 
 class Meter:
@@ -63,31 +73,43 @@ class Meter:
         self.max_abs = -1.0
         self.max_ulp: int | None = 0
         self.worst = ""
-        self._same_rows = self._rows = 0
+        self._rows = _Rows()
+        self.masked = 0
         self.sample = Sample()
 
-    def add(self, reference: torch.Tensor, candidate: torch.Tensor, *, where: str = "") -> None:
+    def add(self, reference: torch.Tensor, candidate: torch.Tensor, *, where: str = "", keep: torch.Tensor | None = None) -> None:
         """Compare two tensors of one shape.
 
         Args:
             reference, candidate: CPU tensors, any dtypes, same shape.
             where: said beside the worst place, such as `batch 1, call 2`.
-        Cost: one pass; float64 copies of a block of 1 Mi elements.
+            keep: bool, of that shape: False leaves the place out. None keeps all.
+        Cost: one pass, and one over the rows of classes; float64 copies of a block of 1 Mi elements; with `keep`, a copy of what is kept.
         """
         import torch
 
         if reference.dtype != candidate.dtype or not reference.is_floating_point():
             self.max_ulp = None
-        self._add_top1(reference, candidate)
+        self._rows.add(reference, candidate, keep)
         shape = tuple(reference.shape)
         if reference.is_complex() or candidate.is_complex():
             reference, candidate = (torch.view_as_real(t.to(torch.complex128)) for t in (reference, candidate))
         a, b = reference.reshape(-1), candidate.reshape(-1)
         width = 2 if len(shape) < reference.ndim else 1
+        places = None
+        if keep is not None:
+            self.masked += keep.numel() - int(keep.sum())
+            places = keep.reshape(-1).repeat_interleave(width).nonzero().reshape(-1)
+            a, b = a[places], b[places]
         for start in range(0, a.numel(), _BLOCK):
-            self._add_block(a[start : start + _BLOCK], b[start : start + _BLOCK], start, shape, width, where)
 
-    def _add_block(self, a: torch.Tensor, b: torch.Tensor, start: int, shape: tuple[int, ...], width: int, where: str) -> None:
+            def name(place: int, start: int = start) -> tuple[int, tuple[int, ...], str]:
+                flat = start + place if places is None else int(places[start + place])
+                return flat // width, shape, where
+
+            self._add_block(a[start : start + _BLOCK], b[start : start + _BLOCK], name)
+
+    def _add_block(self, a: torch.Tensor, b: torch.Tensor, name: Callable[[int], tuple[int, tuple[int, ...], str]]) -> None:
         x, y = a.double(), b.double()
         both_nan = x.isnan() & y.isnan()
         same = both_nan | ((a == b) if a.dtype == b.dtype else (x == y))  # whole numbers beyond 2**53 are still told apart
@@ -111,8 +133,7 @@ class Meter:
         top, at = float(difference.max()), int(difference.argmax())
         if top > self.max_abs:
             self.max_abs = top
-            place = start + (at if index is None else int(index[at]))
-            self.worst = _worst(place // width, shape, float(x[at]), float(y[at]), where)
+            self.worst = _worst(*name(at if index is None else int(index[at])), float(x[at]), float(y[at]))
         self.sample.add(x, y, at)
 
     def _add_sums(self, x: torch.Tensor, y: torch.Tensor, difference: torch.Tensor) -> None:
@@ -126,13 +147,6 @@ class Meter:
         if self._given is not None:
             rtol, atol = self._given
             self.beyond += int((difference > atol + rtol * x.abs()).sum())
-
-    def _add_top1(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
-        axis = class_axis(reference)
-        if axis is not None and candidate.is_floating_point():
-            agree = reference.argmax(axis) == candidate.argmax(axis)
-            self._same_rows += int(agree.sum())
-            self._rows += agree.numel()
 
     def figures(self) -> Figures:
         some, moved = self.finite > 0, self.sum_diff2 > 0
@@ -148,11 +162,85 @@ class Meter:
             max_ulp=self.max_ulp if some else None,
             cosine=max(-1.0, min(1.0, self.dot / norms)) if norms else None,
             snr_db=10 * math.log10(self.sum_reference2 / self.sum_diff2) if moved and self.sum_reference2 else None,
-            top1=self._same_rows / self._rows if self._rows else None,
+            top1=self._rows.mean("top1"),
+            top5=self._rows.mean("top5"),
+            kl=self._rows.mean("kl"),
             scale=self.scale,
             beyond=self.beyond if self._given is not None else None,
             worst=self.worst,
+            masked=self.masked,
         )
+
+
+class _Rows:
+    """Means over the rows of classes of `top1`, `top5` and `kl`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, reference: torch.Tensor, candidate: torch.Tensor, keep: torch.Tensor | None) -> None:
+        axis = class_axis(reference)
+        if axis is None or not candidate.is_floating_point():
+            return
+        classes = reference.shape[axis]
+        a, b = (t.movedim(axis, -1).reshape(-1, classes) for t in (reference, candidate))
+        if keep is not None:
+            whole = keep.movedim(axis, -1).reshape(-1, classes).all(1)
+            a, b = a[whole], b[whole]
+        step = max(1, _BLOCK // classes)
+        for start in range(0, a.shape[0], step):
+            x, y = a[start : start + step].double(), b[start : start + step].double()
+            sound = ((x < math.inf) & (y < math.inf)).all(1)  # false for NaN; -infinity is a class ruled out
+            self._add_block(x[sound], y[sound])
+
+    def _add_block(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        import torch
+
+        self._note("top1", x.argmax(1) == y.argmax(1))
+        if x.shape[1] > _K:
+            best, found = x.topk(_K).indices, torch.zeros_like(x, dtype=torch.bool).scatter_(1, y.topk(_K).indices, True)
+            self._note("top5", found.gather(1, best).double().mean(1))
+        p, q = _log_probabilities(x), _log_probabilities(y)
+        self._note("kl", torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(1).clamp_min(0))
+
+    def _note(self, figure: str, rows: torch.Tensor) -> None:
+        total, count = self._sums.get(figure, (0.0, 0))
+        rows = rows.double()[~rows.isnan()]  # every class ruled out: no distribution
+        self._sums[figure] = (total + float(rows.sum()), count + rows.numel())
+
+    def mean(self, figure: str) -> float | None:
+        total, count = self._sums.get(figure, (0.0, 0))
+        return total / count if count else None
+
+
+def _log_probabilities(rows: torch.Tensor) -> torch.Tensor:
+    """float64 [n, classes] -> the same: the logarithm of what are probabilities already, log-softmax of anything else."""
+    if rows.numel() and bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
+        return rows.log()
+    return rows.log_softmax(1)
+
+
+def peak(reference: torch.Tensor, other: torch.Tensor, keep: torch.Tensor | None = None) -> tuple[float, float, int]:
+    """(largest |other - reference|, largest |reference|, how many pairs) over the finite pairs of two CPU tensors of one shape.
+
+    Cost: as `Meter.add`.
+    """
+    import torch
+
+    if reference.is_complex() or other.is_complex():
+        reference, other = (torch.view_as_real(t.to(torch.complex128)) for t in (reference, other))
+        keep = keep if keep is None else keep[..., None].expand(reference.shape)
+    a, b = (reference, other) if keep is None else (reference[keep], other[keep])
+    a, b = a.reshape(-1), b.reshape(-1)
+    furthest, scale, count = 0.0, 0.0, 0
+    for start in range(0, a.numel(), _BLOCK):
+        x, y = a[start : start + _BLOCK].double(), b[start : start + _BLOCK].double()
+        finite = x.isfinite() & y.isfinite()
+        x, y = x[finite], y[finite]
+        if x.numel():
+            furthest, scale = max(furthest, float((y - x).abs().max())), max(scale, float(x.abs().max()))
+            count += x.numel()
+    return furthest, scale, count
 
 
 class Sample:
@@ -215,7 +303,7 @@ def ulp_distance(a: torch.Tensor, b: torch.Tensor) -> int | None:
     return int(steps.max())
 
 
-def _worst(flat: int, shape: tuple[int, ...], reference: float, candidate: float, where: str) -> str:
+def _worst(flat: int, shape: tuple[int, ...], where: str, reference: float, candidate: float) -> str:
     index = []
     for size in reversed(shape):
         index.append(flat % size)

@@ -91,6 +91,73 @@ def outputs_by_path(value: Any, *, of: str) -> dict[str, torch.Tensor]:
     return found
 
 
+def paired(
+    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], *, by_position: bool
+) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Outputs by path; by position where a graph has names of its own and as many outputs."""
+    if by_position and set(expected) != set(found) and len(expected) == len(found):
+        return {name: (a, b) for (name, a), b in zip(expected.items(), found.values(), strict=True)}
+    return {name: (expected.get(name), found.get(name)) for name in [*expected, *(n for n in found if n not in expected)]}
+
+
+def kept(mask: Any, call: Call, outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Which places of each output count.
+
+    Args:
+        mask: bool or 0-1 over an output's leading axes, 1 where it counts: a tensor, the name of the input that holds it, a function
+            called with the model's own arguments, or {output: one of those}. One alone serves every output whose leading axes are its
+            shape. None keeps all.
+        call: the inputs that gave `outputs`.
+    Returns:
+        {output: bool of its shape} for those that the mask speaks of.
+    Raises:
+        SelectionError: no such input or output, other values than 0 and 1, or a shape that no output begins with.
+    """
+    if mask is None:
+        return {}
+    if not isinstance(mask, Mapping):
+        keep = _mask(mask, call)
+        fitting = {name: value for name, value in outputs.items() if value.shape[: keep.ndim] == keep.shape}
+        if not fitting:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in outputs.items())
+            raise SelectionError(f"the mask is {list(keep.shape)}, and no output begins with that shape: {shapes}", hint=_MASK_HINT)
+        return {name: _spread(keep, value) for name, value in fitting.items()}
+    found = {}
+    for name, one in mask.items():
+        if name not in outputs:
+            raise SelectionError(f"there is no output {name!r} to mask", hint=f"the outputs are {', '.join(outputs)}")
+        keep = _mask(one, call)
+        if outputs[name].shape[: keep.ndim] != keep.shape:
+            raise SelectionError(
+                f"the mask of {name!r} is {list(keep.shape)}, and that output is {list(outputs[name].shape)}", hint=_MASK_HINT
+            )
+        found[name] = _spread(keep, outputs[name])
+    return found
+
+
+_MASK_HINT = "its axes are the output's first ones; with batches of several sizes, name the input that holds it"
+
+
+def _mask(mask: Any, call: Call) -> torch.Tensor:
+    import torch
+
+    if isinstance(mask, str):
+        inputs = call.tensors()
+        if mask not in inputs:
+            raise SelectionError(f"there is no input {mask!r} to mask with", hint=f"the inputs are {', '.join(inputs)}")
+        mask = inputs[mask]
+    elif callable(mask):
+        mask = mask(*call.args, **call.kwargs)
+    keep = torch.as_tensor(mask).detach().cpu()
+    if not keep.ndim or not bool(((keep == 0) | (keep == 1)).all()):
+        raise SelectionError("a mask holds True or 1 where an output counts, False or 0 where it is padding", hint=_MASK_HINT)
+    return keep == 1
+
+
+def _spread(keep: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return keep.reshape(*keep.shape, *[1] * (output.ndim - keep.ndim)).expand(output.shape)
+
+
 def leaves(value: Any) -> Iterator[Any]:
     """What stands at the ends of a nest, in order, as it is; None is nothing."""
     return (leaf for _, leaf in _walk(value))

@@ -1,0 +1,73 @@
+"""Reordering: the same sums in the opposite order, the other half of a noise floor.
+
+Owns the mode under which torch adds the terms of every matrix product, convolution, sum, mean and attention score from the last to the
+first, and leaves oneDNN's and the encoder's fused kernels, which would hide those sums, unused. Exact arithmetic would give the same answers.
+The next kind of sum is one entry of `_FLIPPED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def reversed_sums() -> Iterator[None]:
+    """Inside the `with`, sums are taken in reverse order; normalisation and grouped convolutions stay as they are.
+
+    Cost: one copy of each operand of a product.
+    """
+    fused, fast = torch._C._get_mkldnn_enabled(), torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        with _Reversing():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Reversing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        flip = _FLIPPED.get(func.overloadpacket)
+        return func(*(flip(*args) if flip else args), **(kwargs or {}))
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    """[…, n, k] @ […, k, m], or a vector on either side."""
+    return (a.flip(-1), b.flip(-2 if b.ndim > 1 else 0), *rest)
+
+
+def _added_product(start: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    return (start, *_product(a, b, *rest))
+
+
+def _convolution(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    """x [n, in, …], w [out, in, …] (transposed: [in, out, …]); grouped ones sum too little to turn round."""
+    transposed, groups = rest[4], rest[6]
+    return (x.flip(1), w.flip(0 if transposed else 1), *rest) if groups == 1 else (x, w, *rest)
+
+
+def _sum(x: torch.Tensor, axes: Any = None, *rest: Any) -> tuple[Any, ...]:
+    turned = x.flip(list(range(x.ndim)) if not axes else [axes] if isinstance(axes, int) else list(axes))
+    return (turned,) if axes is None else (turned, axes, *rest)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Scores sum over the last axis of q and k; the keys stay in place, for a causal mask counts them."""
+    return (q.flip(-1), k.flip(-1), v, *rest)
+
+
+_aten: Any = torch.ops.aten
+_FLIPPED: dict[Any, Callable[..., tuple[Any, ...]]] = {
+    **dict.fromkeys((_aten.mm, _aten.bmm, _aten.mv, _aten.dot), _product),
+    **dict.fromkeys((_aten.addmm, _aten.baddbmm, _aten.addmv, _aten._addmm_activation), _added_product),
+    _aten.convolution: _convolution,
+    **dict.fromkeys((_aten.sum, _aten.mean), _sum),
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
