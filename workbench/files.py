@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from workbench.errors import CorruptFileError, FileChangedError, MissingFileError, UnknownFormatError, UnsupportedError, WriteError
 
 Identity = tuple[Any, Any, int, int]  # (dev, ino, size, mtime_ns) of a local file; (scheme, version, size, 0) of a remote one
 _CHUNK = 1 << 20
+_MAX_STEPS, _MAX_FOLDERS = 16, 1000  # of a path that an index names, each of which is asked for; where such files may lie
 
 
 class Source(Protocol):
@@ -133,8 +135,23 @@ class Folder:
         """
         if self.address is not None:
             return self.address.below(name).file()
-        path = os.path.join(self.url, name)
-        return replace(file_ref(contained(path, self.url)), url=os.path.abspath(path))  # a hub cache's links keep their names
+        if "\0" in name:
+            raise CorruptFileError(f"{name!r} is no file's name", path=self.url)
+        (head, tail), path, (heads, links) = os.path.split(name), os.path.join(self.url, name), self._real
+        if head not in heads:
+            if head.count("/") >= _MAX_STEPS or len(heads) == _MAX_FOLDERS:
+                raise UnsupportedError(f"a path of {head.count('/') + 2} steps, or into one folder more of {len(heads)}", path=path)
+            heads[head] = os.path.realpath(os.path.join(self.url, head))
+        real = os.path.join(heads[head], tail)
+        if tail in ("", ".", "..") or os.path.islink(real):
+            real = links[real] if real in links else links.setdefault(real, os.path.realpath(real))
+        _require_inside(real, heads[""], path)
+        return replace(file_ref(real), url=os.path.abspath(path))  # a hub cache's links keep their names
+
+    @cached_property
+    def _real(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The real paths of this folder, of those below and of links, each looked for once: that costs a question for each step."""
+        return {"": os.path.realpath(self.url)}, {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.names()
@@ -340,16 +357,19 @@ def contained(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> s
     Raises:
         UnsupportedError: the path leaves the folder.
     """
-    roots = [os.path.realpath(folder)]
-    parent = os.path.dirname(roots[0])
+    real = os.path.realpath(path)
+    _require_inside(real, os.path.realpath(folder), path)
+    return real
+
+
+def _require_inside(real: str, folder: str, path: str | os.PathLike[str]) -> None:
+    roots, parent = [folder], os.path.dirname(folder)
     if os.path.basename(parent) == "snapshots":
         roots.append(os.path.join(os.path.dirname(parent), "blobs"))
-    real = os.path.realpath(path)
     if all(os.path.commonpath([root, real]) != root for root in roots):
         raise UnsupportedError(
             "the file named lies outside the checkpoint's own folder, and is not read", path=os.fspath(path), hint=f"it leads to {real}"
         )
-    return real
 
 
 class Output:

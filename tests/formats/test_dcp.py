@@ -516,6 +516,72 @@ def test_a_thousand_chunks_that_all_overlap_are_refused_at_once(folder):
     assert time.process_time() - start < 2
 
 
+def boxed(tensors, shape, corners, size):
+    """A change that makes tensors of one list of chunks, which lie nowhere."""
+    chunks = [ChunkStorageMetadata(torch.Size(corner), torch.Size(size)) for corner in corners]
+
+    def change(held):
+        held.state_dict_metadata["w"].size, held.state_dict_metadata["w"].chunks = torch.Size(shape), chunks
+        for number in range(tensors):
+            held.state_dict_metadata[f"w{number}"] = held.state_dict_metadata["w"]
+            held.planner_data[f"w{number}"] = (f"w{number}",)
+
+    return change
+
+
+def test_a_grid_is_proved_without_comparing_its_chunks(folder, monkeypatch):
+    monkeypatch.setattr(dcp_folder, "_MAX_COMPARISONS", 0)
+    rewrite(folder, boxed(0, (2,) * 8, itertools.product((0, 1), repeat=8), (1,) * 8))
+    assert wb.open(folder)["w"].shape == (2,) * 8
+
+
+def test_chunks_in_no_grid_are_compared_within_one_bound_for_the_folder(folder, monkeypatch):
+    corners = [(i % 2, j) for i in range(2) for j in range(20)]
+
+    def bricks(held):
+        boxed(0, (30, 40), [], ())(held)
+        held.state_dict_metadata["w"].chunks = [
+            ChunkStorageMetadata(torch.Size((20 * i - 10 * (j % 2) if i else 0, 2 * j)), torch.Size((20 if i == j % 2 else 10, 2)))
+            for i, j in corners
+        ]
+
+    rewrite(folder, bricks)
+    assert wb.open(folder)["w"].shape == (30, 40)
+    monkeypatch.setattr(dcp_folder, "_MAX_COMPARISONS", 10)
+    with pytest.raises(UnsupportedError, match="too intricate"):
+        wb.open(folder)
+
+
+def test_tensors_that_share_one_long_list_of_chunks_are_not_each_gone_through(folder, monkeypatch):
+    asked = []
+    honest = dcp_folder._chunk_entry
+    monkeypatch.setattr(dcp_folder, "_chunk_entry", lambda node: asked.append(node) or honest(node))
+    rewrite(folder, boxed(300, (1000,), [(i,) for i in range(1000)], (1,)))
+    with pytest.raises(UnsupportedError, match="copies"):
+        wb.open(folder)
+    assert len(asked) < 70_000
+
+
+@pytest.mark.parametrize(("value", "opened"), [(0.001, 1), ((0.9, 0.999), 1), ([0.9], 40)])
+def test_objects_of_the_same_bytes_are_opened_once_where_they_may_be_shared(value, opened, tmp_path, monkeypatch):
+    calls = []
+    honest = dcp_folder.read_zip_index
+    monkeypatch.setattr(dcp_folder, "read_zip_index", lambda *args: calls.append(args) or honest(*args))
+    save({f"lr{number}": value for number in range(40)}, tmp_path / "ckpt")
+    assert wb.open(tmp_path / "ckpt").tree == {f"lr{number}": value for number in range(40)}
+    assert len(calls) == opened
+
+
+def test_very_many_objects_over_one_archive_are_not_each_opened(tmp_path, monkeypatch):
+    calls = []
+    honest = dcp_folder.read_zip_index
+    monkeypatch.setattr(dcp_folder, "read_zip_index", lambda *args: calls.append(args) or honest(*args))
+    monkeypatch.setattr(dcp_folder, "_MAX_OBJECTS", 64 << 10)
+    save({f"o{number}": [number] for number in range(100)}, tmp_path / "ckpt")
+    (found,) = wb.open(tmp_path / "ckpt").findings
+    assert (found.kind, len(calls)) == ("object not read", 32)
+
+
 def test_values_read_in_another_process_and_on_many_threads(folder):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -82,6 +82,25 @@ def test_small_json_files_beside_the_weights_are_readable(tmp_path):
     }
 
 
+def test_a_folder_of_a_split_gguf_file_is_one_model(tmp_path):
+    import gguf
+    import numpy
+
+    for number in range(2):
+        writer = gguf.GGUFWriter(tmp_path / f"m-{number + 1:05}-of-00002.gguf", "llama")
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_tensor(f"w{number}", numpy.zeros(8, "f4"))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    assert list(wb.open(tmp_path)) == ["w0", "w1"]
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": {f"w{n}": f"m-{n + 1:05}-of-00002.gguf" for n in range(2)}}))
+    with pytest.raises(wb.errors.CorruptFileError, match="may be split itself"):  # each shard would be the whole model
+        wb.open(tmp_path / "x.index.json")
+
+
 def test_several_checkpoints_are_listed_with_format_and_size_and_none_is_chosen(tmp_path):
     text = refusal(fill(tmp_path, "a.pt", "b.safetensors", "c.npz", "notes.txt"))
     titles = {form.name: form.title for form in (*formats.FILES, *formats.ARCHIVES)}

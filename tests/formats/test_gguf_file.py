@@ -15,7 +15,8 @@ from conformance import FormatTests
 from strategies import bits, same
 
 import workbench as wb
-from workbench.errors import CorruptFileError, MissingDependencyError, UnsupportedError
+from workbench.errors import CorruptFileError, MissingDependencyError, UnsupportedError, WorkbenchError
+from workbench.formats import gguf_file
 from workbench.formats.gguf_file import _BLOCKS, _OPAQUE
 from workbench.formats.packed import Packed
 
@@ -417,10 +418,51 @@ def test_bytes_that_no_tensor_claims_are_told(tmp_path):
 HOSTILE = {
     "empty texts": (hand().pair("k", 9, u32(8) + u64(3_000_000) + bytes(24_000_000)), None),
     "more texts than are walked": (hand().pair("k", 9, u32(8) + u64(5_000_000) + bytes(40_000_000)), "more than 4000000"),
-    "empty arrays": (hand().pair("k", 9, u32(9) + u64(500_000) + bytes(6_000_000)), None),
-    "arrays in arrays": (hand().pair("k", 9, (u32(9) + u64(1)) * 500_000 + u32(0) + u64(0)), None),
+    "empty arrays": (hand().pair("k", 9, u32(9) + u64(100_000) + bytes(1_200_000)), None),
+    "more arrays than are walked": (hand().pair("k", 9, u32(9) + u64(500_000) + bytes(6_000_000)), "or 125000 arrays"),
+    "arrays in arrays": (hand().pair("k", 9, (u32(9) + u64(1)) * 100_000 + u32(0) + u64(0)), None),
     "long texts": (hand().pair("a", 8, u64(20_000_000) + bytes(20_000_000)), None),
 }
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (lambda n: [hand().info("", [], offset=0)] * n, "two tensors have this name"),
+        (lambda n: [hand().info(f"{i:060000}", []) for i in range(n)], "of all"),
+        (lambda n: [hand().pair(f"{i:060000}", 0, b"\0") for i in range(n)], "of all"),
+        (lambda n: [hand().pair(f"k{i}", 9, u32(0) + u64(16) + bytes(16)) for i in range(n)], "arrays and values"),
+    ],
+)
+def test_what_every_entry_says_is_bounded_for_all_and_seen_at_once(build, told, tmp_path, monkeypatch):
+    """The walk ends where the bound is met, and not where the entries do."""
+    reached = []
+    honest = gguf_file.Window.take
+    monkeypatch.setattr(gguf_file.Window, "take", lambda self, at, count: reached.append(at) or honest(self, at, count))
+    monkeypatch.setattr(gguf_file, "_MAX_NAMES", 1 << 20)
+    monkeypatch.setattr(gguf_file, "_MAX_ITEMS", 16 * 32 * 20)
+    whole = hand()
+    for part in build(40):
+        whole.infos += part.infos
+        whole.pairs += part.pairs
+    path = whole.write(tmp_path)
+    with pytest.raises(WorkbenchError, match=told):
+        wb.open(path)
+    assert max(reached) < path.stat().st_size * 0.6
+
+
+def test_a_vocabulary_and_its_merges_are_walked_in_the_buffer(tmp_path, monkeypatch):
+    asked = []
+    honest = gguf_file.Window.view
+    monkeypatch.setattr(gguf_file.Window, "view", lambda self, at, count: asked.append(at) or honest(self, at, count))
+    texts = b"".join(u64(len(text)) + text for text in (b"token %d" % i for i in range(256_000)))
+    file = hand()
+    for key in ("tokens", "merges"):
+        file.pair(key, 9, u32(8) + u64(256_000) + texts)
+    ckpt = wb.open(file.info("w", [1]).write(tmp_path, bytes(4)))
+    assert ckpt.metadata["merges"] == "array of 256,000 × text"
+    assert list(ckpt) == ["w"]
+    assert len(asked) < 10_000  # of 512,000 texts
 
 
 @pytest.mark.parametrize("what", HOSTILE)

@@ -517,6 +517,45 @@ def test_two_missing_tensors_are_not_taken_for_one(tmp_path):
     assert not ckpt.aliases
 
 
+def test_a_location_is_looked_for_once_whether_it_is_there_or_not(tmp_path, monkeypatch):
+    asked = []
+    honest = onnx_file._Model._found
+    monkeypatch.setattr(onnx_file._Model, "_found", lambda self, location: asked.append(location) or honest(self, location))
+    rest = entries(location="sub/missing") + number(14, 1)
+    ckpt = wb.open(write(tmp_path, wrapped(b"".join(initializer_field(number(2, 1) + field(8, b"w%d" % n) + rest) for n in range(50)))))
+    assert {tensor.locked for tensor in ckpt.values()} == {"external data 'sub/missing': there is no such file"}
+    assert asked == ["sub/missing"]
+
+
+def test_numbers_of_a_constant_are_counted_and_not_decoded(tmp_path, monkeypatch):
+    numbers = [1, 300, -1, 1 << 40] * 500
+    constant = helper.make_node("Constant", [], ["c"], value_ints=numbers)
+    packed = field(
+        1, field(2, b"d") + field(4, b"Constant") + field(5, field(1, b"value_ints") + field(8, b"".join(map(varint, (7, 300, 9)))))
+    )
+    single = field(1, constant.SerializeToString())
+    monkeypatch.setattr(onnx_file, "read_varint", None)
+    monkeypatch.setattr(onnx_file.Wire, "numbers", None)
+    path = write(tmp_path, wrapped(single + packed))
+    ckpt = wb.open(path)
+    assert (ckpt["c"].shape, ckpt["d"].shape) == ((2000,), (3,))
+    monkeypatch.undo()
+    assert (ckpt["c"].load().tolist(), ckpt["d"].load().tolist()) == (numbers, [7, 300, 9])
+    monkeypatch.setattr(onnx_file, "_MAX_LISTS", 3)
+    with pytest.raises(UnsupportedError, match="bytes of numbers"):
+        wb.open(path)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [field(1, b"") * 900_000, field(1, field(4, b"Constant") + field(2, b"c") + field(5, number(3, 1)) * 300_000),
+     b"".join(initializer_field(number(2, 1) + field(8, b"w%d" % i) + entries(location="f") + number(14, 1)) for i in range(60_000))],
+)  # fmt: skip
+def test_what_is_slow_to_look_at_counts_for_more_than_a_field(graph, tmp_path):
+    with pytest.raises(UnsupportedError, match="or what takes as long"):
+        wb.open(write(tmp_path, wrapped(graph)))
+
+
 def test_external_data_described_twice_is_a_danger(tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(8))
     ckpt = wb.open(write(tmp_path, initializer(GOOD + number(14, 1) + entries(location="b.bin") + entries(location="a.bin"))))

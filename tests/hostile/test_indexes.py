@@ -1,5 +1,6 @@
 """Hostile safetensors headers, shard indexes, and things that are no file at all."""
 
+import contextlib
 import json
 import os
 import time
@@ -19,6 +20,7 @@ from workbench.errors import (
     UnsupportedError,
     WorkbenchError,
 )
+from workbench.files import Folder
 
 
 def refused(path, kind=FormatError):
@@ -140,6 +142,27 @@ def outside(tmp_path):
 @pytest.mark.parametrize("name", ["../secret.safetensors", "x/../../secret.safetensors", "./../secret.safetensors"])
 def test_a_shard_that_climbs_out_is_refused(name, outside):
     assert "outside" in str(refused(sharded(outside, {"secret": name}), UnsupportedError))
+
+
+def test_long_and_many_paths_cost_few_questions(tmp_path, monkeypatch):
+    """Each step of a path is a call to the system; a folder that holds many of the files is looked for once."""
+    asked = []
+    honest = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path, **options: asked.append(path) or honest(path, **options))
+    refused(sharded(tmp_path, {"t": "x/" * 500 + "s.safetensors"}), UnsupportedError)
+    few = len(tmp_path.parts) + 20
+    assert len(asked) < few
+    folder = Folder(str(tmp_path))
+    for number in range(200):
+        with pytest.raises(MissingFileError):
+            folder.file(f"a/b/c/d/{number}")
+    assert len(asked) < 2 * few + 200
+    with contextlib.suppress(UnsupportedError):
+        for number in range(2000):
+            with contextlib.suppress(MissingFileError):
+                folder.file(f"{number}/f")
+    with pytest.raises(UnsupportedError, match="one folder more"):
+        folder.file("more/f")
 
 
 def test_an_absolute_shard_is_refused(outside):

@@ -38,12 +38,23 @@ from workbench.tensors import LazyTensor, Stored, TensorSpec
 from workbench.tree import Global, Inert, is_mapping, items_of, wrapped
 
 _MAX_METADATA = 1 << 30
-_MAX_OBJECTS = 4 << 20  # bytes of objects that a listing looks at
-_MAX_FILES = 50_000
+_MAX_OBJECTS, _LEAST = 4 << 20, 2 << 10  # bytes of objects that a listing looks at; what each counts for at least
+_MAX_FILES = 1 << 15
+_MAX_COMPARISONS = 500_000  # of chunks that lie in no grid
 _MAX_STEPS = 100
+_ATOMS = frozenset((bool, int, float, str, type(None)))
+_made: Any = tuple.__new__
 Place = Span | str  # bytes, or why they cannot be read
 Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
 _OBJECT = f"{ROOM}.BytesStorageMetadata"
+
+
+class _Budget:
+    """What is still done for one folder: bytes of objects, coordinates of chunks (of which each takes bytes of metadata), comparisons."""
+
+    def __init__(self, metadata: int) -> None:
+        self.objects, self.coordinates, self.comparisons = _MAX_OBJECTS, 100_000 + metadata // 8, _MAX_COMPARISONS
+        self.atoms: dict[bytes, Any] = {}  # archives that hold one immutable value, which they often share
 
 
 class Chunk(NamedTuple):
@@ -171,14 +182,13 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
     spans, files = _spans(metadata.get("storage_data"), folder)
     leaves: dict[str, Any] = {}
     troubles: Troubles = {}
-    budget = _MAX_OBJECTS
+    budget = _Budget(file.size)
     for name, entry in items_of(entries).items():
         try:
             if isinstance(entry, Inert) and entry.dotted == _OBJECT:
-                leaves[name], cost = _object(name, spans, budget, troubles, findings)
-                budget -= cost
+                leaves[name] = _object(name, spans, budget, troubles, findings)
             else:
-                leaves[name] = _tensor(name, _tensor_entry(entry), spans, troubles)
+                leaves[name] = _tensor(name, _tensor_entry(entry), spans, budget, troubles)
         except Exception:  # entering a context for each of very many would take a tenth of the time
             with located(tensor=name):
                 raise
@@ -223,8 +233,8 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
         elif type(node) is not PlaceEntry and _fields(node).get("transform_descriptors"):
             spans[name, offsets] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
         else:
-            cut = start + nbytes > file.size
-            spans[name, offsets] = f"{path} is cut: the bytes end behind its end" if cut else Span(file, start, nbytes)
+            cut = start + nbytes > file.identity[2]
+            spans[name, offsets] = f"{path} is cut: the bytes end behind its end" if cut else _made(Span, (file, start, nbytes, None))
     return spans, files
 
 
@@ -253,10 +263,17 @@ def _chunk_entry(node: Any) -> ChunkEntry:
     return ChunkEntry(sizes(told.get("offsets")), sizes(told.get("sizes")))
 
 
-def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], troubles: Troubles) -> LazyTensor:
-    spec, strides, whole = _form(entry.dtype.name, entry.size)
+def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], budget: _Budget, troubles: Troubles) -> LazyTensor:
+    spec, strides, whole, nbytes = _form(entry.dtype.name, entry.size)
+    if entry.chunks == whole and nbytes:  # as most are
+        offsets, extents = whole[0]
+        place = spans.get((name, offsets))
+        if type(place) is Span and place.nbytes >= nbytes:
+            chunk = _made(Chunk, (name, spec.dtype, offsets, extents, place))
+            stored = _made(Stored, (_made(Tiles, (spec.dtype, spec.shape, (chunk,))), 0, strides, "little"))
+            return LazyTensor(spec, stored, entry.requires_grad)
     trouble, chunks = None, []
-    for offsets, extents in whole if entry.chunks == whole else _tiling(spec.shape, list(map(_chunk_entry, entry.chunks))):
+    for offsets, extents in whole if entry.chunks == whole else _tiling(spec.shape, entry.chunks, budget):
         nbytes = math.prod(extents) * spec.dtype.itemsize
         place = spans.get((name, offsets), "the metadata does not say where its bytes lie") if nbytes else ""
         if type(place) is Span and place.nbytes >= nbytes:
@@ -269,17 +286,18 @@ def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], troubles: Tr
 
 
 @lru_cache(maxsize=4096)
-def _form(dtype: str, shape: Counts) -> tuple[TensorSpec, Counts, list[ChunkEntry]]:
-    """What all tensors of one kind share: spec, strides, and the chunk that is the whole of it."""
-    return (
-        TensorSpec(dtypes.DTYPES.get(dtype) or dtypes.dtype(dtype), sizes(shape)),
-        row_major(shape),
-        [ChunkEntry((0,) * len(shape), shape)],
-    )
+def _form(dtype: str, shape: Counts) -> tuple[TensorSpec, Counts, list[ChunkEntry], int]:
+    """What all tensors of one kind share: spec, strides, the chunk that is the whole of it, and its bytes."""
+    spec = TensorSpec(dtypes.DTYPES.get(dtype) or dtypes.dtype(dtype), sizes(shape))
+    return spec, row_major(shape), [ChunkEntry((0,) * len(shape), shape)], spec.nbytes
 
 
-def _tiling(shape: Counts, chunks: list[ChunkEntry]) -> list[ChunkEntry]:
+def _tiling(shape: Counts, nodes: list[Any], budget: _Budget) -> list[ChunkEntry]:
     """The chunks that hold something, which cover the shape once; raises where they do not."""
+    budget.coordinates -= len(nodes) * (1 + len(shape))
+    if budget.coordinates < 0:
+        raise UnsupportedError("the metadata tells of more chunks than it has room for: they are one another's copies")
+    chunks = list(map(_chunk_entry, nodes))
     for offsets, extents in chunks:
         if not len(offsets) == len(extents) == len(shape) or any(o + n > m for o, n, m in zip(offsets, extents, shape, strict=True)):
             raise CorruptFileError(f"the chunk at {list(offsets)} of size {list(extents)} lies outside of {list(shape)}")
@@ -287,16 +305,18 @@ def _tiling(shape: Counts, chunks: list[ChunkEntry]) -> list[ChunkEntry]:
     covered, numel = sum(math.prod(chunk.sizes) for chunk in tiles), math.prod(shape)
     if covered != numel:
         raise CorruptFileError(f"the chunks hold {covered} elements and the tensor has {numel}: they overlap or leave a hole")
-    if len(tiles) < 2:
-        return tiles
-    axis = max(range(len(shape)), key=lambda i: len({offsets[i] for offsets, _ in tiles}), default=0)
+    cuts = [sorted({chunk.offsets[axis] for chunk in tiles}) for axis in range(len(shape))]
+    steps = [dict(zip(starts, [*starts[1:], size], strict=False)) for starts, size in zip(cuts, shape, strict=True)]
+    is_grid = all(step[o] == o + n for offsets, extents in tiles for step, o, n in zip(steps, offsets, extents, strict=True))
+    if is_grid and len({chunk.offsets for chunk in tiles}) == len(tiles):
+        return tiles  # whole cells of a grid, each once, and as many elements as there are
+    axis = max(range(len(shape)), key=lambda i: len(cuts[i]), default=0)
     begun: list[ChunkEntry] = []
-    budget = 1000 * len(tiles)
     for chunk in sorted(tiles, key=lambda tile: tile.offsets[axis : axis + 1]):
         offsets, extents = chunk
         begun = [other for other in begun if other[0][axis] + other[1][axis] > offsets[axis]]
-        budget -= len(begun)
-        if budget < 0:
+        budget.comparisons -= len(begun)
+        if budget.comparisons < 0:
             raise UnsupportedError(f"{len(tiles)} chunks lie in a pattern too intricate to be proved")
         if any(all(o < p + m and p < o + n for o, n, p, m in zip(offsets, extents, *other, strict=True)) for other in begun):
             raise CorruptFileError(f"the chunk at {list(offsets)} overlaps another")
@@ -304,23 +324,34 @@ def _tiling(shape: Counts, chunks: list[ChunkEntry]) -> list[ChunkEntry]:
     return tiles
 
 
-def _object(name: str, spans: dict[Any, Place], budget: int, troubles: Troubles, findings: list[Finding]) -> tuple[Any, int]:
-    """What a pickled object is, and how many bytes were looked at to say so."""
-    reason, cost = spans.get((name, None), "the metadata does not say where it lies"), 0
-    kind, severity, hint = "object not read", "warning", "wb.scan looks into each"
+def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troubles, findings: list[Finding]) -> Any:
+    """What a pickled object is."""
+    reason, told = spans.get((name, None), "the metadata does not say where it lies"), ("object not read", "warning")
     try:
         if isinstance(reason, Span):
-            index = read_zip_index(reason.file, reason)
-            cost = max(reason.nbytes, *(record.size for record in index.records.values()))
-            if cost <= budget:
-                held = torch_zip.open_archive(index)
-                findings += [replace(finding, where={**finding.where, "record": name}) for finding in held.findings]
-                return held.tree, cost
-            reason, cost = f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed", 0
+            data, cost = reason.read() if reason.nbytes <= _LEAST else b"", max(reason.nbytes, _LEAST)
+            if data in budget.atoms:
+                return budget.atoms[data]
+            if cost <= budget.objects:
+                budget.objects -= cost
+                index = read_zip_index(reason.file, reason)
+                swollen = max((record.size for record in index.records.values()), default=0) - cost
+                if swollen <= budget.objects:
+                    budget.objects -= max(0, swollen)
+                    held = torch_zip.open_archive(index)
+                    findings += [replace(finding, where={**finding.where, "record": name}) for finding in held.findings]
+                    if (
+                        data
+                        and not held.findings
+                        and all(type(x) in _ATOMS for x in (held.tree if type(held.tree) is tuple else (held.tree,)))
+                    ):
+                        budget.atoms[data] = held.tree
+                    return held.tree
+            reason = f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed"
     except FormatError as error:
-        kind, severity, reason = "unreadable pickle", "danger", f"it may hide anything: {error.message}"
-    troubles.setdefault((kind, severity, reason, hint), []).append(name)  # type: ignore[arg-type]
-    return Global(ROOM, "BytesStorageMetadata"), cost
+        told, reason = ("unreadable pickle", "danger"), f"it may hide anything: {error.message}"
+    troubles.setdefault((*told, reason, "wb.scan looks into each"), []).append(name)  # type: ignore[arg-type]
+    return Global(ROOM, "BytesStorageMetadata")
 
 
 def _nested(leaves: dict[str, Any], paths: Any) -> Any:

@@ -48,7 +48,8 @@ _KINDS = (
     ("u64", "Q"), ("i64", "q"), ("f64", "d"),
 )  # fmt: skip
 _U32, _BOOL, _TEXT, _ARRAY = 4, 7, 8, 9
-_MAX_PAIRS, _MAX_ITEMS = 1 << 16, 4_000_000  # texts and arrays in arrays
+_MAX_PAIRS, _MAX_TENSORS, _MAX_NAMES = 1 << 14, 1 << 19, 64 << 20  # bytes of all names
+_MAX_ITEMS, _DEAR = 4_000_000, 32  # texts in arrays; what an array in an array, and each element that is told, count for
 _MAX_TEXT, _MAX_ALL_TEXT = 1 << 16, 16 << 20  # bytes that are shown
 _HEAD = 256  # bytes; most infos are shorter
 _SHOWN, _MAX_PARTS = 16, 1000  # elements of an array, or missing parts, that are named one by one
@@ -119,15 +120,13 @@ def _read_part(file: FileRef) -> tuple[Tensors, dict[str, str], list[Finding]]:
         alignment = int(metadata.get("general.alignment", "32"))
         if alignment < 8 or alignment & (alignment - 1):
             raise CorruptFileError(f"general.alignment is {alignment}; it must be a power of two, 8 or more")
-        infos = [index.info() for _ in range(count)]
+        infos = index.infos(count)
     data = -(-index.at // alignment) * alignment
     tensors: Tensors = {}
     extents = []
     try:
-        for name, dims, code, offset in infos:
+        for name, (dims, code, offset) in infos.items():
             try:
-                if name in tensors:
-                    raise CorruptFileError("two tensors have this name")
                 if offset % alignment:
                     raise CorruptFileError(f"the offset {offset} is no multiple of the alignment, {alignment}")
                 tensors[name], nbytes = _tensor(file, dims, code, data + offset, "little" if index.order == "<" else "big")
@@ -200,7 +199,7 @@ class _Index:
 
     def __init__(self, window: Window) -> None:
         self.window, self.at, self.order = window, 0, "<"
-        self._items, self._room = _MAX_ITEMS, _MAX_ALL_TEXT
+        self._items, self._room, self._names = _MAX_ITEMS, _MAX_ALL_TEXT, _MAX_NAMES
 
     def take(self, count: int) -> bytes:
         data = self.window.take(self.at, count)
@@ -220,8 +219,9 @@ class _Index:
 
     def name(self) -> str:
         length = self.count(1)
-        if length > _MAX_TEXT:
-            raise UnsupportedError(f"a name of {length} bytes; at most {_MAX_TEXT} are read", offset=self.at)
+        self._names -= length
+        if length > _MAX_TEXT or self._names < 0:
+            raise UnsupportedError(f"a name of {length} bytes; at most {_MAX_TEXT} are read, and {_MAX_NAMES} of all", offset=self.at)
         return self.take(length).decode("utf-8")
 
     def metadata(self, pairs: int) -> dict[str, str]:
@@ -263,32 +263,55 @@ class _Index:
         """An array in words: its elements where they are few and flat."""
         kind, length = self.header()
         if kind != _ARRAY and length <= _SHOWN:
+            self._charge(_DEAR * length)
             return "[" + ", ".join(self.value(kind) for _ in range(length)) + "]"
-        pending, take, length_of = [(kind, length)], self.window.take, struct.Struct(self.order + "Q").unpack
+        pending = [(kind, length)]
         while pending:
             inner, left = pending.pop()
-            self._items -= left if inner == _TEXT else 1
-            if self._items < 0:
-                raise UnsupportedError(f"more than {_MAX_ITEMS} texts and arrays in arrays", offset=self.at)
             if inner == _TEXT:
-                at = self.at
-                for _ in range(left):
-                    at += 8 + length_of(take(at, 8))[0]
-                take(at, 0)  # the last text ends inside the file, too
-                self.at = at
+                self._pass_texts(left)
             elif inner != _ARRAY:
                 self.at += left * struct.calcsize("=" + _KINDS[inner][1])
             elif left:
+                self._charge(_DEAR)
                 pending += [(_ARRAY, left - 1), self.header()]
         return f"array of {length:,} × {_KINDS[kind][0]}"
+
+    def _charge(self, items: int) -> None:
+        self._items -= items
+        if self._items < 0:
+            raise UnsupportedError(f"more than {_MAX_ITEMS} texts in arrays, or {_MAX_ITEMS // _DEAR} arrays and values", offset=self.at)
+
+    def _pass_texts(self, left: int) -> None:
+        self._charge(left)
+        length_of = struct.Struct(self.order + "Q").unpack_from
+        while left:
+            data, low = self.window.view(self.at, 8)
+            start, last = low, len(data) - 8
+            while left and low <= last:
+                low += 8 + length_of(data, low)[0]
+                left -= 1
+            self.at += low - start
+        self.window.take(self.at, 0)  # the last text ends inside the file, too
 
     def header(self) -> tuple[int, int]:
         """(element type, length) of an array."""
         kind = self.number("I")
         return kind, self.count(struct.calcsize("=" + self.kind(kind)[1]) or (8 if kind == _TEXT else 12))
 
-    def info(self) -> tuple[str, tuple[int, ...], int, int]:
-        """(name, dimensions as stored, element type, offset) of one tensor."""
+    def infos(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
+        """name -> (dimensions as stored, element type, offset)."""
+        if count > _MAX_TENSORS:
+            raise UnsupportedError(f"{count} tensors; at most {_MAX_TENSORS} are listed", offset=8)
+        out: dict[str, tuple[tuple[int, ...], int, int]] = {}
+        for _ in range(count):
+            start, (name, dims, code, offset) = self.at, self._info()
+            if name in out:
+                raise CorruptFileError("two tensors have this name", tensor=name, offset=start)
+            out[name] = (dims, code, offset)
+        return out
+
+    def _info(self) -> tuple[str, tuple[int, ...], int, int]:
         head, unpack = self.window.take(self.at, min(_HEAD, self.window.size - self.at)), struct.unpack_from
         if len(head) == _HEAD and (length := unpack(self.order + "Q", head)[0]) <= _HEAD // 2:
             (dimensions,) = unpack(self.order + "I", head, 8 + length)

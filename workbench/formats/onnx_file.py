@@ -77,7 +77,9 @@ _DATA = {4: "float_data", 5: "int32_data", 6: "string_data", 7: "int64_data", 9:
 _DECODER = f"{__name__}:typed_values"
 _MAX_DEPTH = 32  # graphs in graphs; protobuf's own readers stop at 100 messages, three a graph
 _MAX_NAMES = 64 << 20  # characters of all names together
-_MAX_LIST = 1 << 20  # numbers of a Constant's list
+_MAX_LISTS = 64 << 20  # bytes of all lists of numbers of Constants
+_MAX_FILES = 10_000  # of external data
+_NODE_PRICE, _ADDED, _UNUSUAL = 2, 16, 40  # fields that could be walked while one is looked at: a node, a name, a tensor
 _SHOWN = 100
 _HEAD, _MAX_FORMS = 4096, 4096  # bytes of a tensor looked at, and dims and types of tensors that are kept at once
 # a tensor as most are spelled: dims and type; then its name, and raw data or the entries of external data; or typed data and its name. A text
@@ -90,6 +92,7 @@ _PLAIN = re.compile(
     % (_V, _V, _OUTSIDE, _V),
     re.DOTALL,
 )
+_TOP = bytes(range(128, 256))
 _made: Any = tuple.__new__
 _MODEL_GRAPH = 7
 
@@ -139,7 +142,8 @@ class _Model:
         self._counts: dict[str, int] = {}
         self._room = _MAX_NAMES
         self._operators: Counter[str] = Counter()
-        self._files: dict[str, FileRef] = {}
+        self._folder, self._lists = file.folder, _MAX_LISTS
+        self._files: dict[str, FileRef | WorkbenchError] = {}  # by location, or why there is none
         self._forms: dict[bytes, tuple[int, TensorSpec, tuple[int, ...], int, int, int]] = {}
         self._graphs: deque[tuple[Place, str, int]] = deque()  # still to be walked: where, prefix of names, depth
         self._ends: dict[str, list[str]] = {"input": [], "output": []}
@@ -151,6 +155,7 @@ class _Model:
         if "graph" not in model:
             raise CorruptFileError("the model holds no graph: the file is cut")
         self._graph(model["graph"], "", 0)
+        self.wire.charge(_NODE_PRICE * len(model.get("training_info", [])), 0)
         for index, place in enumerate(model.get("training_info", [])):
             self._graphs += [(graph, f"training_info[{index}]/{name}/", 1) for name, graph in message(place, _TRAINING).items()]
         for place in model.get("functions", []):
@@ -177,9 +182,11 @@ class _Model:
     def _add(self, prefix: str, name: str, value: Any) -> None:
         unique = full = prefix + name
         if full in self.tensors:
+            self.wire.charge(_ADDED, 0)
             unique = unique_name(full, self.tensors, self._counts)
             self._tell("name collision", "warning", f"{full!r} names two tensors; the later one is shown as {unique!r}")
         self._room -= len(unique)
+        self.wire.charge(_ADDED, 0)
         if self._room < 0:
             raise UnsupportedError("the names of the tensors are too long to be listed")
         self.tensors[unique] = value
@@ -208,6 +215,7 @@ class _Model:
         self._nodes(held.get("node", []), prefix, depth)
 
     def _function(self, function: dict[str, Any]) -> None:
+        self.wire.charge(2 * _NODE_PRICE, 0)
         names = [self.wire.text(function.get(part))[:_SHOWN] for part in ("domain", "name", "overload")]
         prefix = ".".join(name for name in names if name) + "/"
         for attribute in function.get("attribute_proto", []):
@@ -215,6 +223,7 @@ class _Model:
         self._nodes(function.get("node", []), prefix, 1)
 
     def _nodes(self, nodes: list[Place], prefix: str, depth: int) -> None:
+        self.wire.charge(_NODE_PRICE * len(nodes), nodes[0][0] if nodes else 0)
         for index, place in enumerate(nodes):
             node = self.wire.message(place, _NODE)
             op, domain = self.wire.text(node.get("op_type")), self.wire.text(node.get("domain"))
@@ -246,10 +255,18 @@ class _Model:
         for key, code, field in (("f", _FLOAT, 2), ("i", _INT64, 3), ("floats", _FLOAT, 7), ("ints", _INT64, 8)):
             if key in held:
                 items = held[key] if len(key) > 1 else [held[key]]
-                count = sum(b - a for a, b in items) // 4 if code == _FLOAT else len(self.wire.numbers(items, _MAX_LIST))
+                count = sum(b - a for a, b in items) // 4 if code == _FLOAT else self._count(items)
                 self._add(single, "", self._typed(code, (count,) if len(key) > 1 else (), items, place, field))
         if "s" in held or "strings" in held:
             self._add(single, "", f"texts [{len(held.get('strings', '1'))}]")
+
+    def _count(self, items: list[Any]) -> int:
+        """How many numbers a repeated varint field holds: each has one byte without the top bit."""
+        runs = [item for item in items if not isinstance(item, int)]
+        self._lists -= sum(stop - start for start, stop in runs)
+        if self._lists < 0:
+            raise UnsupportedError(f"Constants with more than {_MAX_LISTS} bytes of numbers", offset=runs[0][0])
+        return len(items) - len(runs) + sum(len(self.wire.window.take(a, b - a).translate(None, _TOP)) for a, b in runs)
 
     def _sparse(self, place: Place, prefix: str, name: str) -> None:
         """The two dense tensors of a SparseTensorProto, which its values name where nothing else does."""
@@ -269,6 +286,7 @@ class _Model:
         try:
             if plain := self._plain(*place):
                 return plain
+            self.wire.charge(_UNUSUAL, place[0])
             held = self.wire.message(place, _TENSOR)
             name = self.wire.text(held.get("name"))
             told = name or path
@@ -344,7 +362,7 @@ class _Model:
         first, one, location, second, two, offset, third, three, length = _EXTERNAL.fullmatch(entries).groups()  # type: ignore[union-attr]
         lengths = one[0] == len(location) == first[0] - 12 and two[0] == len(offset) == second[0] - 10
         file = self._files.get(location.decode("utf-8", "replace"))
-        if not (lengths and three[0] == len(length) == third[0] - 10) or file is None:
+        if not (lengths and three[0] == len(length) == third[0] - 10) or not isinstance(file, FileRef):
             return None
         return Span(file, int(offset), needed) if int(length) == needed and int(offset) + needed <= file.size else None
 
@@ -408,18 +426,30 @@ class _Model:
             return replace(_stored(code, shape, Span(self.file, at, 0)), locked=why)
 
     def _beside(self, location: str) -> FileRef:
-        """The file of external data, in the model's own folder by real path and by no other name, as onnx demands."""
-        if location not in self._files:
-            parts = location.replace("\\", "/").split("/")
-            if "\0" in location or ".." in parts or (len(parts) > 1 and (parts[0] or "C:")[1:] == ":"):
-                raise UnsupportedError("the path leads out of the model's own folder")
-            if self.file.address is None and len(parts) == 1 and not os.path.lexists(os.path.join(self.file.folder.url, location)):
-                raise MissingFileError("there is no such file")  # as would be found next, much more slowly where very many are missing
-            file = self.file.folder.file(location)
-            if file.address is None and os.stat(file.url).st_nlink > 1:
-                raise UnsupportedError("this is a hard link, and may be a file from elsewhere")
-            self._files[location] = file
-        return self._files[location]
+        """The file of external data, which is looked for once."""
+        if (found := self._files.get(location)) is None:
+            if len(self._files) == _MAX_FILES:
+                raise UnsupportedError(f"the model names more than {_MAX_FILES} files")
+            try:
+                found = self._found(location)
+            except WorkbenchError as error:
+                found = error.with_traceback(None)
+            self._files[location] = found
+        if isinstance(found, WorkbenchError):
+            raise found.with_traceback(None)
+        return found
+
+    def _found(self, location: str) -> FileRef:
+        """The file in the model's own folder by real path and by no other name, as onnx demands."""
+        parts = location.replace("\\", "/").split("/")
+        if "\0" in location or ".." in parts or (len(parts) > 1 and (parts[0] or "C:")[1:] == ":"):
+            raise UnsupportedError("the path leads out of the model's own folder")
+        if self.file.address is None and len(parts) == 1 and not os.path.lexists(os.path.join(self._folder.url, location)):
+            raise MissingFileError("there is no such file")  # as would be found next, much more slowly where very many are missing
+        file = self._folder.file(location)
+        if file.address is None and os.stat(file.url).st_nlink > 1:
+            raise UnsupportedError("this is a hard link, and may be a file from elsewhere")
+        return file
 
     def _end(self, place: Place) -> tuple[str, str]:
         """An input or output: its name, and the name with element type and shape."""

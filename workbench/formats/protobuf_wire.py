@@ -43,6 +43,12 @@ class Wire:
         self.window = window
         self.left = _MAX_FIELDS
 
+    def charge(self, fields: int, at: int) -> None:
+        """Count what takes as long as that many fields."""
+        self.left -= fields
+        if self.left < 0:
+            raise UnsupportedError(f"more than {_MAX_FIELDS} fields, or what takes as long, are not walked", offset=at)
+
     def field(self, at: int, end: int, cut: bool = False) -> tuple[int, int, int, int]:
         """(key, start and stop of the payload, value of a varint) of the field at `at`; past `end` too where `cut`."""
         data = self.window.take(at, min(20, end - at))  # ten bytes each at most
@@ -92,7 +98,8 @@ class Wire:
                     key, start, low, value = self.field(at, end)
                     low, kind = low - base, key & 7
                     item = value if kind == VARINT else (start, base + low)
-                if (left := left - 1) < 0:
+                left -= 1
+                if left < 0:
                     raise UnsupportedError(f"more than {_MAX_FIELDS} fields are not walked", offset=at)
                 at = base + low
                 if key >> 3 not in known:
@@ -104,10 +111,25 @@ class Wire:
                     if name in out:
                         raise CorruptFileError(f"the field {name} stands twice: which of the two counts is ambiguous", offset=start)
                     out[name] = item
-                elif name in out:
-                    out[name].append(item)
-                else:
-                    out[name] = [item]
+                    continue
+                items = out.setdefault(name, [])
+                items.append(item)
+                if key < 0x80:  # then most that follow are of this field and short
+                    count = len(items)
+                    while kind == VARINT and low + 1 < safe and data[low] == key and data[low + 1] < 0x80:
+                        items.append(data[low + 1])
+                        low += 2
+                    while (
+                        kind == BYTES
+                        and low + 1 < safe
+                        and data[low] == key
+                        and (value := data[low + 1]) < 0x80
+                        and (stop := low + 2 + value) <= safe
+                    ):
+                        items.append((base + low + 2, base + stop))
+                        low = stop
+                    at = base + low
+                    left -= len(items) - count
         self.left = left
         return out
 

@@ -27,6 +27,7 @@ from workbench.tensors import LazyTensor
 
 _MAX_INDEX = 24 << 20
 _MAX_SHARDS = 10_000
+_GATHERED = ("sharded", "gguf_file")  # modules that look for further parts themselves
 _MAX_NODES = 10_000  # lists and objects in an index, which has two
 PART = re.compile(r"(.+)-(\d{5})-of-(?!0{5})(\d{5})(\.[a-z]+)")
 
@@ -60,11 +61,14 @@ def open_file(file: FileRef) -> Checkpoint:
 
 
 def open_parts(folder: Folder, part: str) -> Checkpoint:
-    """List the shards that `part` is one of, where no index is beside them.
+    """List the shards that `part` is one of, where no index is beside them, or what it lists as its other parts itself.
 
     Raises:
         CorruptFileError: two shards hold a tensor of one name. MissingShardError: as `open_file`.
     """
+    form, opened = recognise(folder.file(part))
+    if form is not None and form.module in _GATHERED:
+        return form.reader.open_file(opened)  # type: ignore[no-any-return]
     stem, _, total, extension = PART.fullmatch(part).groups()  # type: ignore[union-attr]
     wanted, there = [f"{stem}-{i + 1:05}-of-{total}{extension}" for i in range(int(total))], set(folder.names())
     shards, _ = _opened(folder, [name for name in wanted if name in there])
@@ -90,8 +94,8 @@ def _opened(folder: Folder, names: Iterable[str]) -> tuple[dict[str, Checkpoint]
             except MissingFileError:
                 missing.append(name)
                 continue
-            if (form := recognise(file)[0]) is not None and form.module == "sharded":
-                raise CorruptFileError("the index names an index as a shard")
+            if (form := recognise(file)[0]) is not None and form.module in _GATHERED:
+                raise CorruptFileError("the index names an index as a shard, or a file that may be split itself")
             shards[name] = open_any(file)
     return shards, missing
 
