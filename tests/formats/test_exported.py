@@ -531,3 +531,47 @@ def test_a_weight_whose_headers_lie_never_gives_values(lie, tmp_path):
     with pytest.raises(CorruptFileError):
         ckpt["fc.weight"].load()
     assert ckpt["fc.bias"].load().shape == (4,)
+
+
+def counted(monkeypatch, name):
+    from workbench.formats import exported_file
+
+    calls, real = [], getattr(exported_file, name)
+    monkeypatch.setattr(exported_file, name, lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+    return calls
+
+
+def test_a_pickle_that_is_named_many_times_is_run_once(tmp_path, monkeypatch):
+    path = saved(tmp_path / "m.pt2")
+    config, evil = config_of(path), pickle.dumps(Evil("x"), 2)
+    config["config"] |= {f"w{i}": {"path_name": "p", "use_pickle": True} for i in range(40)}
+    rewritten(path, records_of(path) | {"m/data/weights/p": evil})
+    changed(path, {"model_weights_config.json": json.dumps(config).encode(), "sample_inputs/model.pt": b""})
+    runs = counted(monkeypatch, "unpickle")
+    assert [name.rpartition(".")[2] for name in wb.open(path).dangers] == ["system"]
+    assert len(runs) == 1
+
+
+def test_a_tensor_of_the_graph_that_is_named_many_times_is_described_once(tmp_path, monkeypatch):
+    specs = [{f"kind{i}": {"arg": {"name": "x"}} for i in range(5000)}]
+    graph = {"graph": {"tensor_values": {"x": {"dtype": 7, "sizes": [{"as_int": [1] * 1000}]}}}, "signature": {"input_specs": specs}}
+    path = changed(saved(tmp_path / "m.pt2"), {"models/model.json": json.dumps({"graph_module": graph}).encode()})
+    calls = counted(monkeypatch, "_described")
+    assert len(wb.open(path).extras) < 3000
+    assert len(calls) == 1
+
+
+def test_the_json_of_all_models_together_is_bounded(tmp_path, monkeypatch):
+    path = saved(tmp_path / "m.pt2")
+    graph = b'{"v": [' + b"1," * 900_000 + b"1]}"
+    config = b'{"config": {}}'
+    more = {f"m/models/b{i}.json": graph for i in range(6)}
+    more |= {f"m/data/{kind}/b{i}_{kind}_config.json": config for i in range(6) for kind in ("weights", "constants")}
+    rewritten(
+        path, {name.replace("model/", "m/", 1) if name.startswith("model/") else name: data for name, data in records_of(path).items()}
+    )
+    root = next(iter(records_of(path))).partition("/")[0]
+    rewritten(path, records_of(path) | {name.replace("m/", f"{root}/", 1): data for name, data in more.items()})
+    ckpt = wb.open(path)
+    assert sum(f.kind == "graph not read" for f in ckpt.findings) >= 4
+    assert ckpt["model.fc.weight"].load().shape == (4, 3)

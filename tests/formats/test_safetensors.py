@@ -263,3 +263,42 @@ def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path):
     index.write_text('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}')
     with pytest.raises(CorruptFileError, match="twice"):
         wb.open(index)
+
+
+def headed(path, header, nbytes=0):
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    return path
+
+
+def entry(name, *fields, at=0):
+    parts = {"dtype": b'"dtype":"U8"', "shape": b'"shape" : [ 1 , 2 ]', "data_offsets": b'"data_offsets":[%d, %d]' % (at, at + 2)}
+    return b'"%s":\n{%s}' % (name, b" , ".join(parts[field] for field in fields))
+
+
+def test_a_table_opens_whatever_the_order_of_its_fields_and_the_space_between(tmp_path):
+    rows = [entry(b"a", "dtype", "shape", "data_offsets"), b'"__metadata__" : { "k": "v\\n", "\xc3\xa9":"{" }']
+    rows += [entry(b"\\u00e9", "data_offsets", "shape", "dtype", at=2), entry("\u4e2d".encode(), "shape", "dtype", "data_offsets", at=4)]
+    path = headed(tmp_path / "m.safetensors", b"{" + b" , ".join(rows) + b"}  ", 6)
+    ckpt = wb.open(path)
+    assert list(ckpt) == ["a", "\u00e9", "\u4e2d"]
+    assert dict(ckpt.metadata) == {"k": "v\n", "\u00e9": "{"}
+    assert set(by_safe_open(path)) == set(ckpt)
+
+
+NO_TABLES = {
+    "floats": b'{"a":[' + b"1.5," * 5_000_000 + b"1]}",
+    "small integers": b'{"a":[' + b"1," * 9_000_000 + b"1]}",
+    "long integers": b'{"a":[' + b",".join([b"9" * 4299] * 5000) + b"]}",
+    "lists": b'{"a":[' + b"[]," * 2_000_000 + b"1]}",
+    "entries of metadata": b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(1_500_000)) + b"}}",
+    "a long name": b'{"' + b"x" * (17 << 20) + b'":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',
+    "escapes": b'{"__metadata__":{"a":"' + b"\\n" * 9_000_000 + b'"}}',
+    "wide characters": b'{"__metadata__":{"a":"' + "\U0001f600".encode() + b"x" * (42 << 20) + b'"}}',
+}
+
+
+@pytest.mark.parametrize("what", NO_TABLES)
+def test_a_large_header_that_is_no_table_is_refused_before_it_is_read_as_json(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was read as JSON"))
+    with pytest.raises(UnsupportedError, match="header"):
+        wb.open(headed(tmp_path / "m.safetensors", NO_TABLES[what]))

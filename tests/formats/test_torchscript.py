@@ -394,6 +394,9 @@ REACHING = [
     'torch.\\\nsave(self.w, "MARK")',
     "s = \"'\"\n    torch.save(self.w, 'MARK')",
     's = 0  # don\'t\n    torch.save(self.w, "MARK")',
+    'a = """\\""" """\n    torch.save(self.w, "MARK")\n    b = """ """',
+    "a = '''\\''' '''\n    torch.save(self.w, 'MARK')\n    b = ''' '''",
+    'a = """\n"" \\""" """\n    torch.save(self.w, "MARK")\n    b = """\n"""',
 ]
 
 
@@ -410,6 +413,55 @@ def test_code_that_reaches_files_is_a_danger_however_it_is_spelled(line, tmp_pat
     assert not mark.exists()
     torch.jit.load(path)  # the official loader is taken in: the danger is real
     assert mark.exists()
+
+
+@pytest.mark.parametrize("line", ["a = 0  # torch.save(self.w)", "a = 'torch.save(self.w)'", 'a = """\n    torch.save(self.w)\n"""'])
+def test_what_only_another_reading_takes_for_code_is_in_doubt(line, tmp_path):
+    """torch writes no comments, and each text on one line between double quotes."""
+    path = scripted(tmp_path / "m.pt", Top())
+    record, code = own_code(path)
+    at = code.index("    self.training = ")
+    changed(path, {record: f"{code[:at]}    {line}\n{code[at:]}"})
+    torch.jit.load(path)
+    assert [f.kind for f in wb.open(path).findings if f.severity == "danger"] == ["code in doubt"]
+
+
+class Saves(torch.nn.Module):
+    def forward(self, x):
+        torch.save(x, "MARK")
+        return x + 1
+
+
+@pytest.mark.parametrize("record", ["bytecode.pkl", "ByteCode.pkl"])
+def test_bytecode_that_reaches_files_beside_clean_code_is_a_danger(record, tmp_path):
+    path = tmp_path / "m.ptl"
+    torch.jit.script(Saves())._save_for_lite_interpreter(str(path))
+    with zipfile.ZipFile(path) as archive:
+        bytecode = archive.read(next(name for name in archive.namelist() if name.endswith("bytecode.pkl")))
+    name, code = own_code(path)
+    mark = str(tmp_path / "mark")
+    bytecode = bytecode.replace(b"\4\0\0\0MARK", len(mark).to_bytes(4, "little") + mark.encode())
+    changed(path, {name: "\n".join(line for line in code.split("\n") if "save" not in line), "bytecode.pkl": None, record: bytecode})
+    found = {f.kind: f.severity for f in wb.open(path).findings}
+    assert found == {"operator": "danger", "two programs": "warning", "program": "info"}
+    run = "import sys, torch; from torch.jit.mobile import _load_for_lite_interpreter as load; load(sys.argv[1])(torch.ones(2))"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", run, str(path)], capture_output=True, check=False, timeout=120)
+    assert (tmp_path / "mark").exists()  # the danger is real
+
+
+def test_code_in_a_record_that_torch_finds_by_other_letters_is_in_doubt(tmp_path):
+    path = scripted(tmp_path / "m.pt", Sub())
+    record, code = own_code(path)
+    changed(path, {record: None, record[:-3] + ".PY": code})
+    torch.jit.load(path)
+    assert ("code in doubt", "danger") in {(f.kind, f.severity) for f in wb.open(path).findings}
+
+
+def test_the_names_of_classes_are_bounded_together(tmp_path):
+    path = archive(tmp_path / "m.pt", module_pickle(make.text("w") + make.tensor("0")))
+    with zipfile.ZipFile(path, "a") as out:
+        out.writestr(f"m/code/{'x' * 60_000}.py", "".join(f"\nclass a{i}(Module):\n" for i in range(200)))
+    assert ("code in doubt", "danger") in {(f.kind, f.severity) for f in wb.open(path).findings}
 
 
 class Lookalike(torch.nn.Module):

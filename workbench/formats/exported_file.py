@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding
@@ -38,9 +40,11 @@ from workbench.names import unique_pairs
 from workbench.tensors import LazyTensor
 from workbench.tree import Global, is_mapping, with_asides
 
-_MAX_JSON = 64 << 20
-_MAX_VALUES = 2_000_000  # in one JSON record
+_MAX_JSON = 64 << 20  # of all JSON records of an archive, as are the values
+_MAX_VALUES = 2_000_000
+_MAX_WIDE = 16 << 20  # of a record whose characters may take four bytes each
 _MAX_PICKLE = 64 << 20
+_MAX_PICKLES = 256 << 20  # of all of them
 _SHOWN = 1000  # entries of a signature
 _DTYPES = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 9: "complex32", 10: "complex64",
@@ -53,6 +57,21 @@ _OLDER = ("serialized_state_dict", "serialized_constants", "serialized_example_i
 _OBJECT = re.compile(r"(?:[^/]+/)?data/constants/(custom|opaque)_obj_")  # known by its name, whatever its entry says
 _UNTYPED = Global("torch.storage", "UntypedStorage")
 _SYMBOL = re.compile(r"Symbol\('(\w+)'[^()]*\)")
+
+
+@dataclass
+class _Job:
+    """One reading of an archive: what was found, and what may still be read."""
+
+    index: ZipIndex
+    byteorder: str
+    findings: list[Finding]
+    json_left: int = _MAX_JSON
+    values_left: int = _MAX_VALUES
+    pickles_left: int = _MAX_PICKLES
+    unpickled: dict[str, Any] = field(default_factory=dict)  # what a record holds, however often it is named
+
+
 _HINT = "torch.export.load runs the pickles in it: use that only if you trust its author"
 
 
@@ -73,7 +92,10 @@ def open_archive(index: ZipIndex) -> Checkpoint:
         places = {name: tuple(root + place.format(name) for place in _PLACES) for name in names}
     byteorder, found = read_byteorder(index, root)
     findings += found
-    models = {name: _model(index, *records, order=byteorder, findings=findings) for name, records in places.items()}
+    job = _Job(index, byteorder, findings)
+    models = {name: _model(job, *records[:3]) for name, records in places.items()}
+    for name, records in places.items():  # last, for the weights count more than what is told of the graph
+        models[name] = with_asides(models[name], {"program": _program(job, records[3])})
     tree = next(iter(models.values())) if len(models) == 1 else models
     extras = {name[len(extra) :]: record.size for name, record in index.records.items() if name.startswith(extra)}
     tree = with_asides(tree, {"extra": extras})
@@ -94,37 +116,37 @@ def _root(index: ZipIndex) -> str:
     return roots[0]
 
 
-def _model(index: ZipIndex, weights: str, constants: str, samples: str, graph: str, *, order: str, findings: list[Finding]) -> Any:
-    state = _payloads(index, weights, order, findings)
+def _model(job: _Job, weights: str, constants: str, samples: str) -> Any:
+    index = job.index
+    state = _payloads(job, weights)
     if not is_mapping(state):
         raise CorruptFileError("the weights are no mapping of names to tensors", path=index.file.url, record=weights)
-    held = _payloads(index, constants, order, findings) if "/" in constants or f"{constants}.pt" in index.records else {}
-    inputs = _samples(index, samples, findings)
-    return with_asides(state, {"constants": held, "sample_inputs": inputs, "program": _program(index, graph, findings)})
+    held = _payloads(job, constants) if "/" in constants or f"{constants}.pt" in index.records else {}
+    return with_asides(state, {"constants": held, "sample_inputs": _samples(job, samples)})
 
 
 # weights and constants
 
 
-def _payloads(index: ZipIndex, stem: str, byteorder: str, findings: list[Finding]) -> Any:
+def _payloads(job: _Job, stem: str) -> Any:
     """The tensors of one config in its order, each a view of a record; or what one torch.save file holds, where there is one instead."""
     for record in (f"{stem}.pt", f"{stem}.json"):
-        if record in index.records:
-            return _torch_file(index, record, findings)
+        if record in job.index.records:
+            return _torch_file(job, record)
     folder = stem.rpartition("/")[0]
     record = f"{stem}_{folder.rpartition('/')[2]}_config.json" if folder else f"{stem}.pt"
-    objects = TorchObjects(index.storage, byteorder)
+    objects = TorchObjects(job.index.storage, job.byteorder)
     out: dict[str, Any] = {}
-    with located(path=index.file.url, record=record):
-        config = _json(index, record).get("config")
+    with located(path=job.index.file.url, record=record):
+        config = _json(job, record).get("config")
         if not isinstance(config, dict):
             raise CorruptFileError("there must be an object called 'config'")
         for name, entry in config.items():
             with located(tensor=name):
                 payload = f"{folder}/{_at(entry, 'path_name')}"
                 pickled = _at(entry, "use_pickle") or _OBJECT.match(payload)
-                out[name] = _pickled(index, payload, findings) if pickled else _tensor(index, objects, payload, _at(entry, "tensor_meta"))
-    findings += objects.troubles
+                out[name] = _pickled(job, payload) if pickled else _tensor(job.index, objects, payload, _at(entry, "tensor_meta"))
+    job.findings += objects.troubles
     return out
 
 
@@ -143,27 +165,35 @@ def _tensor(index: ZipIndex, objects: TorchObjects, record: str, meta: Any) -> L
 # nested pickles
 
 
-def _torch_file(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
+def _torch_file(job: _Job, record: str) -> Any:
     """The object in a torch.save file that is a record of the archive."""
-    storage = index.storage(record)
+    if record in job.unpickled:
+        return job.unpickled[record]
+    index, storage = job.index, job.index.storage(record)
     if not isinstance(storage, Span):
         raise UnsupportedError("a torch file inside the archive is packed, and is not read", record=record, path=index.file.url)
     inner = torch_zip.open_archive(read_zip_index(index.file, storage))
-    findings += [replace(finding, where={**finding.where, "inside": record}) for finding in inner.findings]
+    job.findings += [replace(finding, where={**finding.where, "inside": record}) for finding in inner.findings]
+    job.unpickled[record] = inner.tree
     return inner.tree
 
 
-def _pickled(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
+def _pickled(job: _Job, record: str) -> Any:
     """What torch.export.load unpickles, whatever it is: a tensor of a subclass, a sample, an object of the author's."""
-    where = {"record": record}
+    if record in job.unpickled:
+        return job.unpickled[record]
+    job.unpickled[record] = None
+    index, findings, where = job.index, job.findings, {"record": record}
     try:
         storage = index.storage(record)
         if (known := _OBJECT.match(record)) and known[1] == "custom":
             findings.append(Finding("object not read", "warning", "the state of a C++ object is listed nowhere", where))
         elif isinstance(storage, Span) and storage.read(0, 2) == b"PK":
-            return _torch_file(index, record, findings)
+            del job.unpickled[record]
+            return _torch_file(job, record)
         elif storage.nbytes:
-            data, end = read_record(index, record, _MAX_PICKLE), 0
+            data, end = read_record(index, record, min(_MAX_PICKLE, job.pickles_left)), 0
+            job.pickles_left -= len(data)
             while end < len(data) and (end == 0 or data[end] == 0x80):  # torch's legacy files are several pickles, and each is run
                 objects = TorchObjects(index.storage)
                 _, machine, found = unpickle(data, objects, file=index.file, format="torch-export", record=record, start=end)
@@ -177,35 +207,36 @@ def _pickled(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
     return None
 
 
-def _samples(index: ZipIndex, record: str, findings: list[Finding]) -> Any:
-    if tree := _pickled(index, record, findings) if record in index.records else None:
+def _samples(job: _Job, record: str) -> Any:
+    if tree := _pickled(job, record) if record in job.index.records else None:
         what = "the inputs that the model was exported with are in the file: look at them before you pass it on"
-        findings.append(Finding("sample inputs", "warning", what, {"record": record}, _HINT))
+        job.findings.append(Finding("sample inputs", "warning", what, {"record": record}, _HINT))
     return tree
 
 
 # the graph
 
 
-def _program(index: ZipIndex, record: str, findings: list[Finding]) -> dict[str, Any]:
+def _program(job: _Job, record: str) -> dict[str, Any]:
     """What people ask of a graph: its versions, what goes in and what comes out."""
     try:
-        model = _json(index, record)
+        model = _json(job, record)
     except UnsupportedError as error:
-        findings.append(Finding("graph not read", "info", error.message, {"record": record}))
+        job.findings.append(Finding("graph not read", "info", error.message, {"record": record}))
         return {}
     values, signature = _at(model, "graph_module", "graph", "tensor_values"), _at(model, "graph_module", "signature")
     versions = {key: _at(model, key) for key in ("torch_version", "schema_version", "opset_version")}
     groups: dict[str, dict[str, str]] = {}
+    described = cache(lambda name: _described(_at(values, name)))
     for side in ("input_specs", "output_specs"):
         specs = _at(signature, side)
-        for spec in specs[:_SHOWN] if isinstance(specs, list) else ():
-            for kind, body in spec.items() if isinstance(spec, dict) else ():
-                arg = _at(body, "arg")
-                name = next((n for n in (_at(arg, "as_tensor", "name"), _at(arg, "name")) if isinstance(n, str)), None)
-                target = next((text for key, text in body.items() if key.endswith("_name")), None) if isinstance(body, dict) else None
-                group = groups.setdefault(kind, {})
-                group[name or str(len(group))] = target or (_described(_at(values, name)) if name else str(arg)[:200])
+        pairs = (pair for spec in (specs if isinstance(specs, list) else ()) if isinstance(spec, dict) for pair in spec.items())
+        for kind, body in islice(pairs, _SHOWN):
+            arg = _at(body, "arg")
+            name = next((n for n in (_at(arg, "as_tensor", "name"), _at(arg, "name")) if isinstance(n, str)), None)
+            target = next((text for key, text in body.items() if key.endswith("_name")), None) if isinstance(body, dict) else None
+            group = groups.setdefault(kind, {})
+            group[name or str(len(group))] = target or (described(name) if name else str(arg)[:200])
     return groups | versions  # a kind of argument that is called as a version is gives way to it
 
 
@@ -216,11 +247,15 @@ def _described(meta: Any) -> str:
     return f"{_DTYPES.get(code) if isinstance(code, int) else None} [{_SYMBOL.sub(lambda found: found[1], ', '.join(told))}]"
 
 
-def _json(index: ZipIndex, record: str) -> dict[str, Any]:
-    data = read_record(index, record, _MAX_JSON)
-    if sum(map(data.count, (b",", b"[", b"{"))) > _MAX_VALUES:
-        raise UnsupportedError(f"the record holds more than {_MAX_VALUES} values", record=record, path=index.file.url)
-    with located(path=index.file.url, record=record):
+def _json(job: _Job, record: str) -> dict[str, Any]:
+    path, what = job.index.file.url, f"the JSON of the archive holds more than {_MAX_VALUES} values"
+    data = read_record(job.index, record, job.json_left) if job.values_left >= 0 else b""
+    job.json_left -= len(data)
+    job.values_left -= sum(map(data.count, (b",", b"[", b"{")))
+    if job.values_left < 0 or not (len(data) <= _MAX_WIDE or data.isascii()):
+        what = what if job.values_left < 0 else f"the record has {len(data)} bytes, and not all of them are ASCII as torch writes them"
+        raise UnsupportedError(what, record=record, path=path)
+    with located(path=path, record=record):
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_pairs)
         if not isinstance(value, dict):
             raise CorruptFileError("the record must be a JSON object")

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import suppress
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding
@@ -34,20 +35,30 @@ from workbench.tree import NOTHING, Global, Inert, walk, with_asides
 
 _MAX_PICKLE = 1 << 30
 _MAX_CODE = 8 << 20
+_MAX_NAMES = 8 << 20  # characters of the names of classes
+_CLASS_COST = 64  # of each, beside the letters of its name
 _ASIDE = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")
 _FLAGS = ("training", "_is_full_backward_hook")  # every module has them
 _TYPED = ("restore_type_tag", "build_intlist", "build_tensorlist", "build_doublelist", "build_boollist")
 _TAGS = {f"torch.jit._pickle.{name}" for name in _TYPED}
 _HINT = "torch.jit.load runs it: use that only if you trust its author"
 
-_TEXT = r'"(?:[^"\\]|\\[\s\S])*+"|' + r"'(?:[^'\\]|\\[\s\S])*+'"
-_QUOTED = re.compile(r'"""[\s\S]*?"""|' + r"'''[\s\S]*?'''|" + _TEXT + r"|\\[\s\S]|#[^\n]*")
+# texts as torch's lexer ends them (isString in lexer.h), and its comments, of which `# type:` is none
+_TEXT = r'"(?:[^"\\\n]++|\\[\s\S])*+"|' + r"'(?:[^'\\\n]++|\\[\s\S])*+'"
+_LONG = r'"""(?:[^"\\]++|\\[\s\S]|"(?!""))*+"""|' + r"\'\'\'(?:[^'\\]++|\\[\s\S]|'(?!''))*+\'\'\'"
+_QUOTED = re.compile(_LONG + "|" + _TEXT + r"|(?:\\[\s\S])++|#(?! type:)[^\n]*")
+_PRINTED = re.compile(r'"(?:[^"\\\n]++|\\[^\n])*+"|((?:\\[^\n])++)')  # a text as torch itself writes every one
+_UNPRINTED = re.compile(r'"""|\'\'\'|\\\n')  # what carries a text over to the next line, which torch never writes
 _CLASS = re.compile(r"^class\s++(\w++)\s*+(?:\(\s*+(\w++)\s*+\)\s*+)?:", re.MULTILINE)
 _MARK = re.compile("__(?:parameters|buffers)__")
+_NAMED = re.compile(r"\w+::(_?[a-z]\w*)(?:\..*)?")  # an operator that the code calls by its name, and not by a sign of the language
+_WORD = re.compile(r"\w++")
 _TENSORS = re.compile(rf"__(parameters|buffers)__\s*+=\s*+\[((?:[\s,]|{_TEXT})*+)\]")
 # operators that touch files or the network; then `torch` and `ops` as values, through which any operator can be had
+_OPERATORS = r"(?:from|read|write)_file|save|load_tensor|rpc_\w+"
+_OPERATOR = re.compile(rf"::({_OPERATORS})".encode())  # as bytecode names one, and then an opcode of its pickle follows
 _REACHES = re.compile(
-    r"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+((?:from|read|write)_file|save|load_tensor|rpc_\w+)\b"
+    rf"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+({_OPERATORS})\b"
     r"|(torch(?<![\w.]torch)\b(?!\s*[.:])|ops(?<![\w.]ops)\b(?!\s*:|\s*\.\s*\w+\s*\.))"
 )
 Tensors = dict[str, set[str]]  # of a module's class: the names of its "parameters" and "buffers"
@@ -74,9 +85,9 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     program = {"class": module.dotted, "code": _sizes(index, f"{root}code/", ".py"), "extra": _sizes(index, f"{root}extra/")}
     named = {f"c{at}": value for at, value in enumerate(constants)}
     tree = with_asides(_flat(state, findings), {"attributes": attributes, "CONSTANTS": named, "program": program})
-    for name in _ASIDE:
-        if root + name in index.records:
-            findings += _scanned(index, root + name)
+    asides = {f"{root}{aside}".lower() for aside in _ASIDE}
+    for record in [name for name in index.records if name.lower() in asides]:  # torch finds them whatever the case of their letters
+        findings += _scanned(index, root, record)
     return Checkpoint(tree, name=index.file.name, format="torchscript", findings=tuple(findings), source=index.file)
 
 
@@ -108,24 +119,38 @@ def _sizes(index: ZipIndex, prefix: str, suffix: str = "") -> dict[str, int]:
 def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, Tensors]:
     """The classes of modules by qualified name; what in their code is out of the ordinary goes to `findings`."""
     modules: dict[str, Tensors] = {}
-    restoring = []
-    if odd := [name for name in index.records if name.lower().startswith(f"{root}code/".lower()) and not name.startswith(f"{root}code/")]:
+    restoring, room = [], _MAX_NAMES
+    folded = f"{root}code/".lower()
+    odd = [
+        name
+        for name in index.records
+        if name.lower().startswith(folded)
+        and not (name.startswith(f"{root}code/") and name.endswith(".py") == name.lower().endswith(".py"))
+    ]
+    if odd:
         what = f"torch finds {odd[0]} whatever the case of its letters, and it was not looked at as code"
         findings.append(Finding("code in doubt", "danger", what, {"record": odd[0]}))
     try:
         for path, text in _sources(index, root, _MAX_CODE):
             where = {"record": f"{root}code/{path}"}
             bare = _QUOTED.sub(lambda found: " " if found[0][0] in "#\\" else "''", text)  # a comment always ends with its line
+            printed = (
+                text if _UNPRINTED.search(text) else _PRINTED.sub(lambda found: found[1] or "''", text)
+            )  # believes no reading of odd texts, not even ours
             text = text.replace("\\\n", " ")
-            for name in sorted({f"torch.{found[1]}" if found[1] else found[2] for found in _REACHES.finditer(bare)}):
-                what = f"the code uses {name}, by which a program reaches files or the network; it was not run"
-                findings.append(Finding("operator", "danger", what, {"global": name, **where}, _HINT))
+            names = sorted({f"torch.{found[1]}" if found[1] else found[2] for found in _REACHES.finditer(bare)})
+            findings += [_operator("code", name, where) for name in names]
+            if not names and (found := _REACHES.search(printed)):
+                what = f"{found[0]!r} stands in a text or comment of a kind that torch does not write: it may be code to another reader"
+                findings.append(Finding("code in doubt", "danger", what, where, _HINT))
             if any(text.count(word) != bare.count(word) for word in ("\nclass", "__parameters__", "__buffers__")):
                 findings.append(Finding("code in doubt", "danger", "quoted text in the code looks like classes; none is believed", where))
                 continue
-            heads = list(_CLASS.finditer(text))
-            for head, following in zip(heads, [*heads[1:], None], strict=bool(heads)):
+            for head, following in pairwise(chain(_CLASS.finditer(text), (None,))):
+                assert head is not None
                 name, body = f"{path[:-3].replace('/', '.')}.{head[1]}", text[head.end() : following and following.start()]
+                if (room := room - len(name) - _CLASS_COST) < 0:
+                    raise UnsupportedError("it has more classes, or longer names, than are read")
                 if "__setstate__" in body:
                     restoring.append(name)
                 if head[2] == "Module":
@@ -139,6 +164,30 @@ def _modules(index: ZipIndex, root: str, findings: list[Finding]) -> dict[str, T
         what = f"loading alone runs code: torch.jit.load calls __setstate__ of {', '.join(restoring[:5])}; it was not called here"
         findings.append(Finding("code runs at load", "warning", what, {"classes": restoring[:100]}, _HINT))
     return modules
+
+
+def _operator(where: str, name: str, place: dict[str, Any]) -> Finding:
+    what = f"the {where} uses {name}, by which a program reaches files or the network; it was not run"
+    return Finding("operator", "danger", what, {"global": name, **place}, _HINT)
+
+
+def _bytecode(index: ZipIndex, root: str, record: str, tree: Any) -> list[Finding]:
+    """What a mobile runtime would run, which may be another program than the code beside it."""
+    data, place = read_record(index, record, _MAX_PICKLE), {"record": record}
+    reaching = sorted({found[1].decode() for found in _OPERATOR.finditer(data)})
+    texts = (leaf for _, leaf in walk(tree) if isinstance(leaf, str))
+    names = {found[1] for found in map(_NAMED.fullmatch, texts) if found}
+    names |= {"__setstate__"} if b".__setstate__" in data else set()
+    with suppress(UnsupportedError):  # which was told where the code was looked at
+        for _, text in _sources(index, root, _MAX_CODE):
+            names.difference_update(found[0] for found in _WORD.finditer(text) if found[0] in names)
+    findings = [_operator("bytecode", f"torch.{name}", place) for name in reaching]
+    if names:
+        what = (
+            f"the bytecode uses {', '.join(sorted(names)[:5])}, and the code does not: a mobile runtime runs another program than is shown"
+        )
+        findings.append(Finding("two programs", "warning", what, {"operators": sorted(names)[:100], **place}, _HINT))
+    return findings
 
 
 # pickles
@@ -179,10 +228,11 @@ def _unpickled(index: ZipIndex, record: str, folder: str, byteorder: str = "litt
     return tree, [*found, *trailing]
 
 
-def _scanned(index: ZipIndex, record: str) -> list[Finding]:
+def _scanned(index: ZipIndex, root: str, record: str) -> list[Finding]:
     """What is wrong with a pickle that holds no weights."""
     try:
-        unread, found = [], _unpickled(index, record, record)[1]
+        tree, found = _unpickled(index, record, record)
+        unread = _bytecode(index, root, record, tree) if record.lower() == f"{root}bytecode.pkl".lower() else []
     except FormatError as error:
         unread = [Finding("unreadable pickle", "danger", f"the pickle cannot be read: {error.message}", {"record": record})]
         found = list(error.partial.findings) if error.partial is not None else []
