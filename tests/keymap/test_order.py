@@ -257,3 +257,107 @@ def test_parts_of_stages_that_count_first():
     taken = filled_by(source, wanted)
     assert taken["stages.1.embeds.norm.weight"] == "enc.embeds.1.norm.weight"
     assert taken["stages.2.embeds.proj.weight"] == "enc.embeds.2.proj.weight"
+
+
+@pytest.mark.parametrize("names", [("up4", "up3", "up2"), ("up.4", "up.3", "up.2"), ("refinenet1", "refinenet2", "refinenet3")])
+def test_numbers_under_other_words_do_not_decide_against_the_order_or_on_a_way_up(names: tuple[str, ...]) -> None:
+    source = {f"net.{name}.conv.weight": torch.zeros(8, 8, 3, 3) for name in names}
+    km = wb.match(source, {f"net.stage.layers.{n}.conv.weight": (8, 8, 3, 3) for n in range(3)})
+    assert not km.pairs
+    assert len(km.ambiguous) == 3
+
+
+def test_the_last_refinenet_of_midas_is_the_first_layer() -> None:
+    source = {f"scratch.refinenet{n}.out_conv.weight": torch.zeros(8, 8, 1, 1) for n in (1, 2, 3, 4)}
+    km = wb.match(source, {f"neck.fusion_stage.layers.{n}.projection.weight": (8, 8, 1, 1) for n in range(4)})
+    assert [pair.source for pair in km.pairs] == [f"scratch.refinenet{n}.out_conv.weight" for n in (4, 3, 2, 1)]
+
+
+def _encoder(head: str, size: tuple[int, ...] = (5, 8), **more: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    blocks = {f"layers.{n}.fc{m}.weight": (16, 8) if m == 1 else (8, 16) for n in range(3) for m in (1, 2)}
+    return {"embed.weight": (30, 8), **blocks, **more, f"{head}.weight": size}
+
+
+def _found(source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]], name: str) -> str:
+    km = wb.match({n: torch.zeros(s) for n, s in source.items()}, target)
+    return next((pair.source for pair in km.pairs if pair.target == name), "")
+
+
+def test_the_last_one_left_is_taken_where_its_place_agrees() -> None:
+    assert _found(_encoder("decision"), _encoder("forecast"), "forecast.weight") == "decision.weight"
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (_encoder("lm_head"), _encoder("score")),  # another task
+        (_encoder("decision"), _encoder("forecast", more=(3, 3))),
+        (_encoder("image_tower"), _encoder("text_tower")),
+        (dict(reversed(_encoder("decision").items())), _encoder("forecast")),  # another place
+        (_encoder("decision", (5, 8), **{"other.weight": (3, 8)}), _encoder("forecast")),  # more is left
+        ({**_encoder("decision"), "rival.weight": (5, 8)}, _encoder("forecast")),
+    ],
+)
+def test_the_last_one_left_is_left_where_more_speaks_against_it(
+    source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]]
+) -> None:
+    if "more" in target:
+        target = {**target, "more.weight": target.pop("more")}
+    name = next(n for n in target if n.startswith(("score", "forecast", "text_tower")))
+    assert not _found(source, target, name)
+
+
+def test_a_scale_goes_where_its_shift_went() -> None:
+    source = {f"layers.{n}.norm_{m}.{p}": (8,) for n in range(2) for m in (1, 2) for p in ("alpha", "bias")}
+    more = {
+        f"layers.{n}.{w}.weight": s for n in range(2) for w, s in (("attn.q", (8, 8)), ("ff.linear_1", (16, 8)), ("ff.linear_2", (8, 16)))
+    }
+    target = {n.replace("alpha", "weight"): s for n, s in source.items()}
+    km = wb.match({n: torch.zeros(s) for n, s in (source | more).items()}, target | more)
+    assert all(pair.source.replace("alpha", "weight") == pair.target for pair in km.pairs)
+    assert len(km.pairs) == len(target | more)
+
+
+def test_modules_of_one_form_are_told_by_the_word_that_they_share() -> None:
+    rest = {"features.weight": (32, 4), "value_stream.2.weight": (1, 20), "advantage_stream.2.weight": (6, 20)}
+    source = {**rest, "advantage_stream.0.weight": (20, 32), "value_stream.0.weight": (20, 32)}
+    target = {
+        "features.weight": (32, 4),
+        "value_fc.weight": (20, 32),
+        "value_out.weight": (1, 20),
+        "adv_fc.weight": (20, 32),
+        "adv_out.weight": (6, 20),
+    }
+    assert _found(source, target, "value_fc.weight") == "value_stream.0.weight"
+
+
+def test_attn1_and_attn2_of_diffusers_are_self_and_cross_attention() -> None:
+    source = {f"blocks.{n}.{a}_attn.{w}.weight": (8, 8) for n in range(2) for a in ("self", "cross") for w in "qkvo"}
+    words = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+    target = {f"blocks.{n}.attn{a}.{w}.weight": (8, 8) for n in range(2) for a in (1, 2) for w in words.values()}
+    for number, word in ((1, "self"), (2, "cross")):
+        assert _found(source, target, f"blocks.1.attn{number}.to_q.weight") == f"blocks.1.{word}_attn.q.weight"
+
+
+def test_stacked_experts_are_taken_apart_for_litgpt() -> None:
+    source = {
+        f"model.layers.{n}.mlp.experts.{w}": s for n in range(2) for w, s in (("gate_up_proj", (3, 48, 16)), ("down_proj", (3, 16, 24)))
+    }
+    words = {"fc_1": (24, 16), "fc_2": (24, 16), "proj": (16, 24)}
+    target = {f"transformer.h.{n}.mlp.experts.{e}.{w}.weight": s for n in range(2) for e in range(3) for w, s in words.items()}
+    source |= {f"model.layers.{n}.self_attn.o_proj.weight": (16, 16) for n in range(2)}
+    target |= {f"transformer.h.{n}.attn.proj.weight": (16, 16) for n in range(2)}
+    km = wb.match({n: torch.zeros(s) for n, s in source.items()}, target)
+    assert {p.target: p.parts[0].rows for p in km.pairs}["transformer.h.1.mlp.experts.2.fc_2.weight"] == (2 * 48 + 24, 2 * 48 + 48)
+    assert len(km.pairs) == len(target)
+
+
+def test_a_layer_scale_may_keep_its_vector_as_gamma() -> None:
+    shapes = {
+        f"blocks.{n}.{w}": s
+        for n in range(2)
+        for w, s in (("conv.weight", (8, 8, 3, 3)), ("norm.weight", (8,)), ("norm.running_mean", (8,)))
+    }
+    source = shapes | {f"blocks.{n}.layer_scale_{m}": (8, 1, 1) for n in range(2) for m in (1, 2)}
+    target = shapes | {f"blocks.{n}.layer_scale_{m}.gamma": (8, 1, 1) for n in range(2) for m in (1, 2)}
+    assert _found(source, target, "blocks.1.layer_scale_2.gamma") == "blocks.1.layer_scale_2"

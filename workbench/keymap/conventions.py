@@ -16,6 +16,8 @@ stand together. A row may ask only for whole words and for numbers of one or two
 
 from __future__ import annotations
 
+import re
+
 WORDS: tuple[tuple[str, str, str], ...] = (
     (".norm", r"\.(?:layer\.norm|layernorm|layrnorm|ln|norm|batch\.norm|batchnorm|bn|group\.norm|groupnorm|gn|normalization|(?:layer|batch|group)\.normalization|rms\.norm|rmsnorm)", "torch.nn, Keras, CLIP"),
     (r".ffn.fc:1", r"\.ffn\.layers\.0\.0", "OpenMMLab"),
@@ -87,6 +89,9 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     (".classifier", r"\.classifier\.1(?=\.(?:weight|bias)\.$)", "transformers ResNet"),
     (".relative.position", r"\.relative\.position\.bias\.relative\.position", "transformers Swin"),
     (".conv", r"\.(?:convolution|conv\.2d)", "transformers ResNet"),
+    *((rf".neck.fusion.stage.layers.{4 - n}", rf"\.(?:depth\.head\.)?scratch\.refinenet:{n}", "MiDaS, DPT, Depth Anything: the last is first") for n in (1, 2, 3, 4)),
+    (r"\1.residual.layer:\2", r"(\.fusion\.stage\.layers\.\d)\.res\.conf\.unit:([12])", "MiDaS, DPT, Depth Anything"),
+    (r"\1.projection", r"(\.fusion\.stage\.layers\.\d)\.out\.conv", "MiDaS, DPT, Depth Anything"),
     (r".conv.proj.\1", r"\.conv\.projection\.(q)uery\.conv\.projection|\.conv\.projection\.(k)ey\.conv\.projection|\.conv\.projection\.(v)alue\.conv\.projection", "transformers CvT"),
     *((rf"\1.\2:{min(n + 1, 3)}", rf"(\.layers\.\d+)\.layer\.{n}\.(conv|norm)", "transformers ResNet, RegNet") for n in range(4)),
     *((rf"\1.se.fc:{n // 2 + 1}", rf"(\.layers\.\d+)\.layer\.2\.attention\.{n}", "transformers RegNet") for n in (0, 2)),
@@ -112,6 +117,8 @@ WORDS: tuple[tuple[str, str, str], ...] = (
 DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ...] = (
     ((".mlp.c.proj.", ".mlp.w:1.", ".mlp.w:2."), (".mlp.w:3.",), {".mlp.w:1.": ".mlp.up.", ".mlp.w:2.": ".mlp.gate."}, "Qwen 1"),
     ((".mlp.fc:1.", ".mlp.fc:2.", ".mlp.proj."), (), {".mlp.fc:1.": ".mlp.gate.", ".mlp.fc:2.": ".mlp.up."}, "litgpt"),
+    ((".expert.#", ".fc:1.", ".fc:2.", ".proj."), (), {".fc:1.": ".gate.", ".fc:2.": ".up.", ".proj.": ".down."}, "litgpt"),
+    *(((f".attn:{n}.to.q.",), (), {f".attn:{n}.": f".{word}.attn."}, "diffusers") for n, word in ((1, "self"), (2, "cross"))),
     *(((f".mlp.c.fc:{n}.", f".mlp.c.fc:{n + 1}.", ".mlp.c.proj."), (), {f".mlp.c.fc:{n}.": ".mlp.gate.", f".mlp.c.fc:{n + 1}.": ".mlp.up."}, who) for n, who in ((0, "EXAONE"), (1, "lit-llama"))),
     ((".self.attention.query.key.value.bias.", ".mlp.dense.h.to.4h."), (".self.attention.dense.bias.", ".mlp.dense.h.to.4h.bias."), {".mlp.dense.h.to.4h.": ".mlp.gate.up."}, "ChatGLM 2"),
     ((".fc:1.", ".fc:2.", ".fc:3.", ".w.query."), (), {f".fc:{n}.": f".mlp.{word}." for n, word in ((1, "gate"), (2, "up"), (3, "down"))}, "LLMs from scratch"),
@@ -120,7 +127,7 @@ DIALECTS: tuple[tuple[tuple[str, ...], tuple[str, ...], dict[str, str], str], ..
     ((".stem.conv.", ".top.conv.", ".norm:0.", ".norm:1."), (), {".norm:0.": ".stem.norm.", ".norm:1.": ".top.norm."}, "EfficientNet-PyTorch"),
     ((".stem.conv.", ".top.conv.", ".norm:1.", ".norm:2."), (".norm:0.",), {".norm:1.": ".stem.norm.", ".norm:2.": ".top.norm."}, "timm EfficientNet"),
     ((".mlp.fc:11.", ".mlp.fc:12.", ".mlp.fc:2."), (), {".mlp.fc:11.": ".mlp.up.", ".mlp.fc:12.": ".mlp.gate."}, "nomic-bert"),
-    ((".gamma.", ".running.mean."), (), {".gamma.": ".weight.", ".beta.": ".bias."}, "Keras"),
+    ((".gamma.", ".running.mean."), (".layer.scale",), {".gamma.": ".weight.", ".beta.": ".bias."}, "Keras"),
     *(((f".{word}.gate.", ".experts."), (), {f".{word}.gate.": ".mlp.router."}, "Mixtral, DeepSeek") for word in ("mlp", "feed.forward", "block.sparse.moe", "moe", "ffn")),
     ((".mlp.w:3.", ".mlp.w:2.", ".mlp.ffn.norm."), (), {".mlp.w:1.": ".mlp.gate.", ".mlp.w:2.": ".mlp.up.", ".mlp.w:3.": ".mlp.down."}, "EVA-02"),
     ((".w:12.", ".w:3."), (), {".w:3.": ".down."}, "xformers, DINOv2"),
@@ -208,8 +215,8 @@ BLOCK: tuple[tuple[str, str, str], ...] = (
     (r".mlp.\1", r"\.(?:w\.)?(up|down|gate)(?:\.proj)?(?=\.(?:weight|bias)\.$)", "plain words"),
     (r".experts.gateup", r"\.experts\.gate\.up\.proj", "transformers experts"),
     (r".experts.\1", r"\.experts\.(gate|up|down)\.proj", "transformers experts"),
-    (r".ls:\1", r"\.(?:ls:([12])\.gamma|layer\.scale:([12])(?:\.lambda:1)?|gamma:([12])|lambda:([12]))", "DINOv2, BEiT"),
-    (".ls", r"\.(?:layer\.scale(?:\.parameter)?|gamma)", "ConvNeXt"),
+    (r".ls:\1", r"\.(?:ls:([12])\.gamma|layer\.scale:([12])(?:\.lambda:1|\.gamma)?|gamma:([12])|lambda:([12]))", "DINOv2, BEiT"),
+    (".ls", r"\.(?:layer\.scale(?:\.parameter|\.gamma)?|gamma)", "ConvNeXt"),
     (".shortcut.conv", r"\.downsample\.0|\.shortcut\.0|\.shortcut\.conv|\.conv\.shortcut|\.shortcut(?=\.weight\.$)", "torchvision and transformers ResNet"),
     (r".shortcut.norm", r"\.downsample\.1|\.shortcut\.1|\.shortcut\.norm", "torchvision, transformers and detectron2 ResNet"),
     (".conv.dw", r"\.(?:dwconv|conv\.dw|depthwise\.conv)", "ConvNeXt"),
@@ -254,6 +261,12 @@ MERGED = (
         for word in ("relative_position", "position_bias_mlp", ".cpb_mlp.")
     ),
 )
+
+# what a norm's scale is called
+SCALES = frozenset({"weight", "gamma", "scale", "alpha", "g", "a_2"})
+
+# words of a way up: their numbers may count from its end, as in MiDaS (refinenet4 is first) and most U-Nets (up4, up3, up2)
+UPWARD = re.compile(r"(?:^|[._])(?:up|dec|decoder|deconv|refinenet|fusion|lateral|fpn)s?[._:]?[\d#]", re.I)
 
 # layer kinds that multiply by 1 + weight, and of which llama.cpp's files hold that sum
 ONE_MORE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "RecurrentGemmaRMSNorm", "Qwen3NextRMSNorm", "NemotronLayerNorm1P"})

@@ -45,7 +45,7 @@ from workbench.keymap.naming import (
     tokens_of,
     wrapper_rule,
 )
-from workbench.keymap.order import in_order
+from workbench.keymap.order import in_order, last, members
 from workbench.keymap.published import counted, one_more
 from workbench.keymap.rules import is_single_role
 from workbench.keymap.targets import Target, read_target
@@ -199,7 +199,7 @@ class Search:
         follow(self, chosen)
         self._singles({p.target for p in chosen if p.reading != SAME_NUMBERS})
         self._join_single_fusions()
-        for place in (beside, in_order, stem, beside, in_order):  # the more is paired, the more tells where the rest goes
+        for place in (beside, in_order, stem, beside, in_order, members, last):  # the more is paired, the more tells where the rest goes
             place(self)
         if not self.pairs:  # beside other pairs, what is left may be another head
             rest(self, Pairing("", "", {(): ()}, "", 0))

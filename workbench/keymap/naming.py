@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+from workbench.keymap.conventions import UPWARD
 from workbench.keymap.rules import dialect, normal, role_of, words_of
 from workbench.names import WRAPPERS
 
@@ -99,33 +100,35 @@ def _placed(name: str) -> tuple[str, Indices, str]:
     if len(name) > _LONGEST:  # nobody's convention
         return "", (), f".{name}."
     pieces = _NUMBERS.split(name)  # text, number, text, …
-    if masked := _counted(tuple(pieces[::2])):
-        numbers = tuple([int(pieces[at]) for at in masked])
+    masked, told = _counted(tuple(pieces[::2]))
+    if told is not None:  # each number is an index
+        return told[0], tuple(map(int, pieces[1::2])), told[1]
+    if masked:
+        numbers = iter([int(pieces[at]) for at in masked])
         for at in masked:
             pieces[at] = str(_MASK)
-        context, indices, rest, count = _split_masked(tuple(pieces))
-        if count == len(numbers):  # each is an index
-            told = iter(numbers)
-            return context, numbers if len(indices) == len(numbers) else tuple([next(told) if n == _MASK else n for n in indices]), rest
+        context, indices, rest = _split_masked(tuple(pieces))
+        if indices.count(_MASK) == len(masked):
+            return context, tuple([next(numbers) if n == _MASK else n for n in indices]), rest
     return _split(words_of(normal(name)))
 
 
 @lru_cache(maxsize=1 << 14)
-def _counted(texts: tuple[str, ...]) -> tuple[int, ...]:
-    """Which pieces of a name with these texts around its numbers are numbers that stand behind a word for blocks."""
-    return tuple(
-        2 * at + 1
-        for at, text in enumerate(texts[:-1])
-        if text.rpartition(".")[2] in _COUNTED and not text.endswith(("ff.layers", "ffn.layers"))
-    )
+def _counted(texts: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, str] | None]:
+    """Which pieces of a name with these texts around its numbers are numbers behind a word for blocks; if all are, and are indices, the
+    container and what follows."""
+    words = [text.rpartition(".")[2] in _COUNTED and not text.endswith(("ff.layers", "ffn.layers")) for text in texts[:-1]]
+    if all(words) and words:
+        context, indices, rest = _split_masked(tuple([piece for text in texts for piece in (text, str(_MASK))][:-1]))
+        if indices == (_MASK,) * len(words):
+            return (), (context, rest)
+    return tuple([2 * at + 1 for at, counts in enumerate(words) if counts]), None
 
 
 @lru_cache(maxsize=1 << 14)
-def _split_masked(pieces: tuple[str, ...]) -> tuple[str, Indices, str, int]:
-    """... and how many of its indices are masked."""
+def _split_masked(pieces: tuple[str, ...]) -> tuple[str, Indices, str]:
     name = pieces[0] + "".join(f".{number}{text}" for number, text in zip(pieces[1::2], pieces[2::2], strict=True))
-    context, indices, rest = _split(words_of(normal(name)))
-    return context, indices, rest, indices.count(_MASK)
+    return _split(words_of(normal(name)))
 
 
 def read_names(names: Mapping[str, str]) -> dict[str, Name]:
@@ -141,7 +144,9 @@ def read_names(names: Mapping[str, str]) -> dict[str, Name]:
             beside[outer].add(".experts.")
     roles = {context: _roles(context, rests, beside[context]) for context, rests in inside.items()}
     keys = [(context, indices, roles[context][rest]) for context, indices, rest in placed]
-    taken = {key for key, count in Counter(keys).items() if count > 1}
+    taken = {key for key, count in Counter(keys).items() if count > 1} if len(set(keys)) < len(keys) else ()
+    if not taken:
+        return {name: Name(name, *key, bare) for name, key, bare in zip(names, keys, bares, strict=True)}
     return {  # two words of one role in one block: what they mean is not known, and they stay as they are
         name: Name(name, *key, bare) if key not in taken else Name(name, *place, bare)
         for name, key, place, bare in zip(names, keys, placed, bares, strict=True)
@@ -155,7 +160,7 @@ def outside(told: Name) -> Name:
 
 def _roles(context: str, rests: set[str], beside: set[str]) -> dict[str, str]:
     """What each of the words in a block means there. A word that is said twice tells no more than once, unless both are there."""
-    changes, out = dialect(rests | beside), {}
+    changes, out = dialect(rests | beside | ({".expert.#"} if context.endswith(".experts.#") else set())), {}
     for rest in rests:
         told = rest
         for old, new in changes.items():
@@ -263,6 +268,22 @@ def tokens_of(name: Name) -> list[str]:
 
 def shown(context: str) -> str:
     return context.strip(".").replace("#", "*")
+
+
+def in_runs(names: Iterable[str]) -> bool:
+    """Whether what is numbered alike rises or falls from first to last: a file that is shuffled tells no order."""
+    runs: dict[str, list[Indices]] = defaultdict(list)
+    for name in names:
+        runs[re.sub(r"\d+", "#", name)].append(tuple(map(int, re.findall(r"\d+", name))))
+    return all(run in (sorted(run), sorted(run, reverse=True)) for run in runs.values())
+
+
+def count_alike(ours: list[tuple[str, Indices]], theirs: list[tuple[str, Indices]], ordered: bool) -> bool:
+    """Whether the numbers of two runs, each under one word and in its own order, tell which is which: under other words not where one
+    falls and the other does not, or where others stand behind a word of a way up, which some number from its end."""
+    falls = [ordered and side == sorted(side, reverse=True) for side in (ours, theirs)]
+    upward = {n for _, n in ours} != {n for _, n in theirs} and any(UPWARD.search(side[0][0]) for side in (ours, theirs))
+    return ours[0][0] == theirs[0][0] or (falls[0] == falls[1] and not upward)
 
 
 _PART = re.compile(r"(.*?[.:])(\d+)(?=\.)")

@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from workbench.keymap.conventions import IN_OUT
+from workbench.keymap.conventions import IN_OUT, SCALES
 from workbench.keymap.leftovers import variants
 from workbench.keymap.maps import Ambiguous
-from workbench.keymap.naming import Name, opposed
+from workbench.keymap.naming import Name, count_alike, in_runs, opposed
 
 if TYPE_CHECKING:
     from workbench.keymap.inference import Search
@@ -38,6 +38,10 @@ _ONLY = "the only one of its shapes, in two models that hold the same modules"
 _PLACE = "its place in the order of the modules, which hold the same shapes from first to last"
 _EXCHANGEABLE = "several modules hold the same shapes, and neither numbers nor the order tell which is which"
 _TOLD = re.compile(r"\.x?attn\.(?:q|k|v|o|qkv|kv)$|\.emb\.\w+$")  # roles that another would be wrong for
+_GENERAL = frozenset(
+    ("encoder", "decoder", "layer", "layers", "block", "blocks", "model", "embeddings", "attention")
+)  # words that tell no module
+_TASKS = frozenset(("lm", "mlm", "qa", "ner", "score", "classifier", "cls", "box", "mask", "reward", "regression"))  # that a head is for
 _APART = ({"gate", "up"}, {"source", "target"}, {"src", "tgt"}, {"key", "query"})
 
 
@@ -77,7 +81,102 @@ def in_order(search: Search) -> None:
             if why:
                 search.take(target, source, f"{one.path} becomes {other.path}", "likely", why)
             else:
-                search.ambiguous[target] = Ambiguous(target, (source,), _EXCHANGEABLE)
+                alike = tuple(m.names[param] for m, its, _ in found if its.sign == other.sign and param in m.names)
+                search.ambiguous[target] = Ambiguous(target, alike[:8], _EXCHANGEABLE)
+
+
+def _sides(search: Search) -> list[list[Module]]:
+    """The modules of both sides in the order of the names; a parameter with a name of its own (a token, a table) is one by itself."""
+    sides = []
+    for names, shapes in zip((search.source_names, search.target_names), search.shapes, strict=True):
+        found: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in [name for name in names if name in shapes]:
+            path, _, param = names[name].bare.rpartition(".")
+            known = param in ("weight", "bias") or param in SCALES or param.startswith(("running_", "num_batches_"))
+            found[path if known else names[name].bare][param if known else ""] = name
+        signs = [tuple(sorted((p, _turned(n, shapes[n])) for p, n in held.items() if p[:4] != "num_")) for held in found.values()]
+        sides.append(
+            [
+                Module(path, "", (), names[next(iter(held.values()))].role, held, sign)
+                for (path, held), sign in zip(found.items(), signs, strict=True)
+                if sign
+            ]
+        )
+    return sides
+
+
+def members(search: Search) -> None:
+    """The scale of a norm goes where its shift went (`alpha` and `weight`, beside `bias`): all else of the two modules is one."""
+    if len(search.pairs) == len(search.wanted.shapes) or len(search.items) > _MOST:
+        return
+    ours, theirs = _sides(search)
+    of = {name: module for module in theirs for name in module.names.values()}
+    went = {source: of[target] for target, pair in search.pairs.items() for source in pair.sources if target in of}
+    ways = {(m.path, went[n].path): (m, went[n]) for m in ours for n in m.names.values() if n in went}
+    often = Counter(end for way in ways for end in enumerate(way))
+    for one, other in [both for way, both in ways.items() if often[0, way[0]] == often[1, way[1]] == 1 and "bias" in both[1].names]:
+        left = [{p: n for p, n in m.names.items() if n not in done} for m, done in ((one, search.used), (other, search.pairs))]
+        names = [next(iter(side.values())) for side in left if len(side) == 1 and side.keys() & SCALES]
+        if len(names) == 2 and len(search.wanted.shapes[names[1]]) < 2 and names[1] not in search.ambiguous:
+            search.take(names[1], names[0], f"{one.path} becomes {other.path}", "likely", "all else of the two modules is one")
+
+
+def last(search: Search) -> None:
+    """The last module that is left of the file goes where the last of its shapes is left of the model, when nearly all else is paired.
+
+    That is evidence where the words of both are the same but for their order and endings, or where what is paired before and after them
+    is one on both sides and nothing else is left; never where their kinds differ or more is left beside one of them.
+    """
+    if not 3 * len(search.wanted.shapes) <= 4 * len(search.pairs) < 4 * len(search.wanted.shapes) or len(search.items) > _MOST:
+        return
+    sides, done = _sides(search), (search.used, search.pairs)
+    open_ = [[m for m in side if not any(n in done[at] for n in m.names.values())] for at, side in enumerate(sides)]
+    main = {id(m): max((tuple(sorted(search.shapes[at][n])) for n in m.names.values()), key=len) for at in (0, 1) for m in open_[at]}
+    often = [Counter(main[id(m)] for m in side) for side in open_]
+    ones = [{main[id(m)]: m for m in side if often[0][main[id(m)]] == often[1][main[id(m)]] == 1} for side in open_]
+    found = [(one, other) for shape, one in ones[0].items() if one.sign == (other := ones[1][shape]).sign and _one_kind(one, other)]
+    found = [both for both in found if search.ambiguous.keys().isdisjoint(both[1].names.values())]
+    left = [[m for m in side if m not in [both[at] for both in found]] for at, side in enumerate(open_)]
+    told = {name for a in search.ambiguous.values() for name in (a.target, *a.candidates)}
+    more = any("weight" in m.names and len(main[id(m)]) > 1 and told.isdisjoint(m.names.values()) for side in left for m in side)
+    turned = any(pair.rule.endswith(", transposed") for pair in search.pairs.values())
+    for one, other in found:
+        if (turned or "" in one.names) and len(main[id(one)]) == 2 and len(set(main[id(one)])) == 1:  # it would fit transposed
+            continue
+        homes = [module.path.rpartition(".")[0] for module in (one, other)]
+        beside = [m for at in (0, 1) for m in left[at] if "weight" in m.names and "" != m.path.rpartition(".")[0] == homes[at]]
+        shared = len(_common(one.path, other.path) - _GENERAL)
+        rival = any(len(_common(its.path, m.path) - _GENERAL) >= shared for side, its in zip(left, (other, one), strict=True) for m in side)
+        words = [re.sub(r".*\.(?=[^.]*[a-zA-Z])", "", module.path) for module in (one, other)]
+        alike = all(_common(a, b) == set(re.findall("[a-z]{3,}", a.lower())) for a, b in (words, words[::-1])) or shared > 1
+        if not beside and ((alike and shared and not rival) or (not more and _one_place(search, sides, one, other))):
+            for param, target in other.names.items():
+                if param in one.names:
+                    why = "the last of the file that is left and the last of its shapes in the model"
+                    search.take(target, one.names[param], f"{one.path} becomes {other.path}", "likely", why)
+
+
+def _one_kind(one: Module, other: Module) -> bool:
+    """Whether the words of two modules of one form allow that they are one; what has a bias is no table."""
+    kinds = {_kind_of(one), _kind_of(other)} & {"norm", "output", "positions", "" if "bias" in one.names else "table"}
+    tasks = [_TASKS & set(re.findall("[a-z]+", m.path.lower())) or {"lm"} & {m.role.strip(".")[:2]} for m in (one, other)]
+    return len(kinds) < 2 and (not all(tasks) or bool(tasks[0] & tasks[1])) and not _speaks_against(one, other)
+
+
+def _one_place(search: Search, sides: list[list[Module]], one: Module, other: Module) -> bool:
+    """Whether what is paired next before and next after them is one."""
+    sources = {name: {*pair.sources} for name, pair in search.pairs.items()}
+    for step in (-1, 1):
+        runs = [
+            side[side.index(m) + step :: step] if side.index(m) + step >= 0 else [] for side, m in zip(sides, (one, other), strict=True)
+        ]
+        near = [
+            next(({*m.names.values()} & done for m in run if not done.isdisjoint(m.names.values())), set())
+            for run, done in zip(runs, (search.used, sources.keys()), strict=True)
+        ]
+        if near[0] != near[1] and not any(near[0] & sources[name] for name in near[1]):
+            return False
+    return True
 
 
 def _open(modules: list[Module], done: Collection[str]) -> tuple[list[Module], bool]:
@@ -148,6 +247,7 @@ def _paired(ours: list[Module], theirs: list[Module], least: int = _LEAST) -> It
     if counts[0] != counts[1] or len(theirs) < least:
         return
     one_order = [m.sign for m in ours] == [m.sign for m in theirs] and _ascend(ours) and _ascend(theirs)
+    ordered = all(in_runs(m.path for m in side) for side in (ours, theirs))
     exchangeable = _exchangeable(ours) | _exchangeable(theirs)
     for sign, wanted in groups[1].items():
         held = groups[0][sign]
@@ -157,11 +257,26 @@ def _paired(ours: list[Module], theirs: list[Module], least: int = _LEAST) -> It
         elif len(held) == 1:
             yield held[0], wanted[0], _ONLY
         elif numbered:
-            yield from ((*both, _ALIKE) for both in zip(*(sorted(side, key=lambda m: m.numbers) for side in (held, wanted)), strict=True))
+            told = _ALIKE if count_alike([(m.mask, m.numbers) for m in held], [(m.mask, m.numbers) for m in wanted], ordered) else ""
+            yield from ((*both, told) for both in zip(*(sorted(side, key=lambda m: m.numbers) for side in (held, wanted)), strict=True))
+        elif near := _by_words(held, wanted):
+            yield from ((*both, "the only one of its shapes with a word in common") for both in near)
         else:
             for one, other in zip(held, wanted, strict=True):
                 free = one.path not in exchangeable and other.path not in exchangeable
                 yield one, other, _PLACE if one_order and (free or _same_role(one, other)) else ""
+
+
+def _by_words(held: list[Module], wanted: list[Module]) -> list[tuple[Module, Module]]:
+    """Each with the only one on the other side that has a word in common with it, or the beginning of one; nothing, if one has none."""
+    near = [(one, other) for other in wanted for one in held if _common(one.path, other.path)]
+    return near if len(near) == len(held) == len({m.path for m, _ in near}) == len({m.path for _, m in near}) else []
+
+
+def _common(one: str, other: str) -> set[str]:
+    """The words of one path that are words of the other, or the beginning of one, or begin with one."""
+    mine, theirs = (set(re.findall("[a-z]{3,}", path.lower())) for path in (one, other))
+    return {word for word in mine if any(word.startswith(its) or its.startswith(word) for its in theirs)}
 
 
 def _exchangeable(modules: list[Module]) -> set[str]:
