@@ -177,7 +177,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
     @cached_property
     def _sections(self) -> tuple[Section, ...]:
         below: dict[Path, list[LazyTensor]] = {}
-        for name, path in self._paths.items():
+        if set(map(len, self._paths.values())) == {1}:
+            below = dict(zip(self._paths.values(), ([tensor] for tensor in self._tensors.values()), strict=True))
+            below[()] = list(self._tensors.values())
+        for name, path in () if below else self._paths.items():
             for depth in range(len(path) + 1):
                 below.setdefault(path[:depth], []).append(self._tensors[name])
         return tuple(sorted(find_sections(self.tree, below), key=section_rank))

@@ -133,9 +133,8 @@ def canonical(names: Collection[str], others: Collection[str] = ()) -> dict[str,
             held = f"{plain}_{piece}" if piece in ("orig", "mask") else ".".join(filter(None, (module, "parametrizations", leaf, piece)))
             out[name] = Spelling(held, f"parametrization: {piece}", (plain,) if piece == "orig" else ())
     adapters = _adapters(names)
-    marked = bool(adapters) or any(
-        word in name for name in names for word in ("lora", "modules_to_save.", "base_layer.", "prompt_encoder.")
-    )
+    told = "\0".join(names)
+    marked = bool(adapters) or any(word in told for word in ("lora", "modules_to_save.", "base_layer.", "prompt_encoder."))
     if not marked and not all("base_model." in name for name in names):
         return out
     beside = _beside_bases(names)
@@ -193,7 +192,8 @@ _SPELLINGS = [
 def _families(names: Collection[str]) -> dict[str, dict[str, str]]:
     """plain name -> its stored pieces, under the names of torch.nn.utils.parametrize (`orig` and `mask` of pruning)."""
     out: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in names:
+    told = "\0".join(names) + "\0"  # most models have none, and a hundred thousand names are soon asked at once
+    for name in names if any(mark in told for mark in ("parametrizations.", "_g\0", "_orig\0")) else ():
         if "parametrizations." in name:
             if found := _PARAMETRIZED.fullmatch(name):
                 out[(found[1] or "") + found[2]][found[3]] = name
