@@ -62,7 +62,7 @@ _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|ggu
 _OBJECTS = re.compile(rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\""")  # in an .npy header: an element type that is a pickle, or an escape
 _NUMBERS, _MAYBE = re.compile(rb"""['"]descr['"]\s*:\s*['"][<>|=]?[biufcSaUVmM]\d*(?:\[\w+\])?['"]"""), re.compile(rb"O|object|\\")
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
-_RAW_VALUES = re.compile(r"(?:^|/)(?:data|constants|weights|tensors)/[^/.]+$")
+_RAW_VALUES = frozenset({"data", "constants", "weights", "tensors"})  # folders of values
 _SCRIPT_PICKLES = re.compile(
     r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
 )
@@ -334,10 +334,11 @@ class _Scan:
         first = {"torch-export": _HEAD, "npz": _ARRAY_HEAD}.get(kind, 16)
         with piece.span.file.kept_open() as source:
             may_act = kind == "torch-export"  # torch may unpickle what a .pt2 holds, as its config says
-            raw = _RAW_VALUES.search if may_act else _STORAGE.fullmatch
             busy = {*_MARKS, *(bytes([code]) for code in _FIRST if may_act)}
             heads = () if self.crc else index.first_bytes(source.pread)
-            quiet |= {name for name, first in heads if first not in busy and raw(name)}
+            quiet |= {
+                name for name, first in heads if first not in busy and (_STORAGE.fullmatch(name) or (_is_raw(name) and not _climbs(name)))
+            }
             for name in (name for name in index.records if name not in quiet):
                 try:
                     record = index.records[name]
@@ -357,8 +358,8 @@ class _Scan:
                         self.tell("not scanned", "danger", told, piece.place())
                         break
                     may_run = _is_marked(head) or (may_act and head[:1] in busy and acts_at_all(head))
-                    looked += 0.25 if kind == "torchscript" and _CODE.search(name) else may_run or not _RAW_VALUES.search(name)
-                    if may_run or not _RAW_VALUES.search(name) or _CLIMBS.search(name):
+                    looked += 0.25 if kind == "torchscript" and _CODE.search(name) else may_run or not _is_raw(name)
+                    if may_run or not _is_raw(name) or _climbs(name):
                         self.record(piece, index, name, head, kind, payload if stored else None)
                 except FormatError as error:
                     self.refuse(error, piece.inner(piece.span, name).place()._replace(position=None))
@@ -369,12 +370,12 @@ class _Scan:
 
     def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
         """One record, whose bytes are `stored` where they lie as they are."""
-        is_script, is_raw = kind == "torchscript", _RAW_VALUES.search(name) is not None
+        is_script, is_raw = kind == "torchscript", _is_raw(name)
         self.inflated += 0 if stored else index.records[name].size
         found = stored or payload_span(index.file, read_record(index, name, max(0, 2 * _MOST_READ - self.inflated)))
         assert found is not None
         inner, seen = piece.inner(found, name, is_script), len(self.pickles)
-        if _CLIMBS.search(name):
+        if _climbs(name):
             self.tell(STRAY, "danger", f"{inner.name} would be unpacked outside the archive's own folder", inner.place())
         is_code = is_script and name.partition("/")[2].startswith("code/")
         if not is_raw and not is_code and (head.startswith(_PROGRAM_MARKS) or _PROGRAM.search(name)):
@@ -397,7 +398,7 @@ class _Scan:
             body = _inflated(body, _MOST_READ - self.inflated) if method == 8 else body
             self.inflated += len(body) if method == 8 else 0
             found = payload_span(piece.span.file, body)
-            if found is not None and not _RAW_VALUES.search(name):
+            if found is not None and not _is_raw(name):
                 self.content(piece.inner(found, name), sure=name.endswith("data.pkl"))
 
     def tar(self, piece: _Piece, head: bytes) -> None:
@@ -513,6 +514,17 @@ class _Scan:
 
 
 _MARKS = (b"\x80", b"P", b"\x93")
+
+
+def _is_raw(name: str) -> bool:
+    """Whether a record holds the values of a tensor, as its folder and its lack of an ending say."""
+    _, _, rest = f"/{name}".rpartition("/")
+    return bool(rest) and "." not in rest and f"/{name}"[: -len(rest) - 1].rpartition("/")[2] in _RAW_VALUES
+
+
+def _climbs(name: str) -> bool:
+    """Whether a record would be unpacked outside of its archive's folder; names may be long, so the rare signs are looked for first."""
+    return (".." in name or ":" in name[:2] or name[:1] in ("/", "\\")) and _CLIMBS.search(name) is not None
 
 
 def _is_marked(head: bytes) -> bool:

@@ -34,7 +34,7 @@ from workbench.tensors import LazyTensor
 from workbench.tree import NOTHING, Global, Inert, walk, with_asides
 
 _MAX_PICKLE = 1 << 30
-_MAX_CODE = 8 << 20
+_MAX_CODE = 5 << 20
 _MAX_NAMES = 8 << 20  # characters of the names of classes
 _CLASS_COST = 64  # of each, beside the letters of its name
 _ASIDE = ("bytecode.pkl", "mobile_debug_handles.pkl", "traced_inputs.pkl")

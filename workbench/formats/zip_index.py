@@ -158,7 +158,7 @@ class ZipIndex:
             names_agree = head[26:28] == told[28:30] and head[30 : 30 + length] == told[46:]
             ends_there = header + 30 + length + int.from_bytes(head[28:30], "little") == start
             if head[:4] == b"PK\3\4" and head[6:10] == told[8:12] and sizes_agree and names_agree and ends_there:
-                yield name, head[-1:]
+                yield name, head[-1:] if packed else b""
 
     @cached_property
     def _in_order(self) -> list[int]:
