@@ -137,13 +137,14 @@ def test_keywords_and_nested_outputs_are_traced_in_order(tmp_path):
 @pytest.mark.parametrize("model", [AutoEncoder(), OptionalEncoder()], ids=["scripted", "traced"])
 def test_methods_go_into_the_same_torchscript_and_into_graphs_of_their_own(model, tmp_path):
     x, z = torch.randn(2, 4), torch.randn(2, 2)
-    report = export_model(model, x, to=("torchscript", "pt2"), folder=tmp_path, methods={"encode": x, "decode": z}).check()
+    folder = tmp_path / "out" / "deep"  # which is made
+    report = export_model(model, x, to=("torchscript", "pt2"), folder=folder, methods={"encode": x, "decode": z}).check()
     stem = type(model).__name__.lower()
-    loaded = torch.jit.load(tmp_path / f"{stem}.torchscript.pt")
+    loaded = torch.jit.load(folder / f"{stem}.torchscript.pt")
     assert torch.allclose(loaded.encode(x), model.encode(x))
     assert torch.allclose(loaded.decode(z), model.decode(z))
     assert [e.target for e in report.exports] == ["torchscript", "pt2", "pt2:encode", "pt2:decode"]
-    assert torch.allclose(torch.export.load(tmp_path / f"{stem}.decode.pt2").module()(z), model.decode(z))
+    assert torch.allclose(torch.export.load(folder / f"{stem}.decode.pt2").module()(z), model.decode(z))
     assert not hasattr(type(model).encode, "_torchscript_modifier")
     with pytest.raises(SelectionError, match="no method"):
         export_model(model, x, to="pt2", path=tmp_path / "m", methods={"endcode": x})

@@ -284,3 +284,10 @@ def test_figures_of_classes_are_shown():
     row = dict(zip([c.title for c in outputs.columns], outputs.rows[0], strict=True))
     assert 0 < row["KL"] < 1
     assert 0 < row["top-5"] <= 1
+
+
+def test_a_made_batch_of_which_the_mask_leaves_nothing_is_told_and_not_judged():
+    model = nn.Linear(4, 3)
+    report = parity(model, copy.deepcopy(model), torch.ones(5, 4), mask=lambda x: x.sum(1) > 0, vary=True)
+    assert report
+    assert {trial.inputs: trial.left_out for trial in report.tried}["zeros"] == "the mask leaves nothing of them"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.errors import SelectionError, UnsupportedError
+from workbench.errors import SelectionError, UnsupportedError, WriteError
 from workbench.exporting.report import Exported, ExportReport
 from workbench.exporting.wrappers import method_of, rescued
 from workbench.verification.runners import running
@@ -101,7 +101,7 @@ def export_model(
         args: example inputs: a tensor, or a tuple of positional arguments.
         kwargs: example keyword arguments.
         to: the target, or several: `onnx`, `torchscript`, `pt2`.
-        path: the file to write, for one target. Otherwise `folder`: files named after the model's class.
+        path: the file to write, for one target. Otherwise `folder`, made where it is not there: files named after the model's class.
         input_names, output_names: names in the graph, in order; outputs are by default called as the model calls them.
         dynamic_axes: {input name: {axis: name} or [axis]}; or dynamic_shapes, as torch.export takes them.
         opset_version: ONNX opset asked for; read back from the file, which is failed when it has another.
@@ -193,6 +193,10 @@ def _paths(model: Any, to: str | Sequence[str], path: Any, folder: Any) -> dict[
     if path is not None:
         return {targets[0]: Path(os.path.realpath(path))}
     stem = type(model).__name__.lower()
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"the folder cannot be made: {error.strerror}", path=str(folder)) from error
     return {target: Path(os.path.realpath(folder)) / f"{stem}{_TARGETS[target][0]}" for target in targets}
 
 

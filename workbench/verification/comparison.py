@@ -389,11 +389,12 @@ class _Comparison:
         for label, call in (corners(batch) | other_sizes).items():
             try:
                 expected = self.reference(call.fresh())
-                kept(self.mask, call, expected)
+                keep = kept(self.mask, call, expected)
             except Exception as error:  # a stranger's forward: what it does not take proves nothing
                 why = f"{self.reference.name} does not take them ({_raised(error)})"
             else:
                 why = f"{self.reference.name} gives NaN or infinity" if self.finite and not _finite(expected) else ""
+                why = "the mask leaves nothing of them" if not why and any(not bool(places.any()) for places in keep.values()) else why
             if not why:
                 try:
                     found = self.candidate(call.fresh())
