@@ -197,6 +197,9 @@ def test_the_exporter_asked_for_is_the_one_used(tmp_path):
     one = export_model(Keywords(), (x,), {"scale": x}, to="torchscript", path=tmp_path / "n.pt", exporter="script")["torchscript"]
     assert not one.ok
     assert "script compiler does not take the model" in one.cause
+    for target, exporter in (("onnx", "classic"), ("torchscript", "dynamo"), (("pt2", "torchscript"), "script")):
+        with pytest.raises(SelectionError, match="no target here is made by"):
+            export_model(AutoEncoder(), x, to=target, folder=tmp_path, exporter=exporter)
 
 
 def test_a_stored_program_runs_only_under_the_trust_rule(tmp_path):

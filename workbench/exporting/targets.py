@@ -109,7 +109,7 @@ def export_model(
         do_constant_folding, verbose: the exporter's own; what it says is kept in `report["onnx"].log`, never printed.
         external_data: weights in a `.data` file beside; None does so from 1.5 GB on.
         custom_translation_table: {torch operator: onnxscript function}, for operators ONNX has no translation of.
-        exporter: only this one: `dynamo` or `classic` for onnx, `script` or `trace` for torchscript; None tries them in that order.
+        exporter: for torchscript, only this one: `script` or `trace`; None tries them in that order.
         methods: {method name: its example inputs} of further methods to export: in the same file for torchscript, one file each otherwise.
         check: run the format's checker, and compare what was written with the model, on the example, on other values of the same shape,
             and at other sizes. A file that fails is not put in place. False writes it unproved, and the report says so.
@@ -127,6 +127,8 @@ def export_model(
     if not isinstance(model, torch.nn.Module):
         raise SelectionError(f"a {type(model).__name__} cannot be exported", hint="pass an nn.Module with its weights loaded")
     paths = _paths(model, to, path, folder)
+    if exporter is not None and (exporter not in ("script", "trace") or [*paths] != ["torchscript"]):
+        raise SelectionError(f"no target here is made by {exporter!r}", hint="exporter='script' or 'trace' is for to='torchscript' alone")
     if dynamic_axes is not None and dynamic_shapes is not None:
         raise SelectionError("dynamic_axes and dynamic_shapes say the same thing twice", hint="give one of them")
     example, rescue = _example(args, kwargs), ""
