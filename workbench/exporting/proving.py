@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,7 +44,7 @@ class Failed(Exception):
         self.advice, self.error = advice, error
 
 
-class Export:
+class Export(ABC):
     """One export in progress: the request, what is known of the result, and what was heard and noticed.
 
     A target subclasses it with `run(made)`, which writes `made` in a folder of its own, proves it, and ends in `finish`.
@@ -57,8 +58,9 @@ class Export:
         self.notes: list[str] = []
         self.log = ""
 
+    @abstractmethod
     def run(self, made: Path) -> Exported:
-        raise NotImplementedError
+        """Write `made`, prove it, and end in `finish`; raises Failed."""
 
     def carry_out(self) -> Exported:
         """A failure is a value with its cause, and leaves what stood at the path as it was."""

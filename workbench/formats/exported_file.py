@@ -93,7 +93,8 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     byteorder, found = read_byteorder(index, root)
     findings += found
     job = _Job(index, byteorder, findings)
-    models = {name: _model(job, *records[:3]) for name, records in places.items()}
+    with index.file.kept_open():
+        models = {name: _model(job, *records[:3]) for name, records in places.items()}
     for name, records in places.items():  # last, for the weights count more than what is told of the graph
         models[name] = with_asides(models[name], {"program": _program(job, records[3])})
     tree = next(iter(models.values())) if len(models) == 1 else models

@@ -135,9 +135,9 @@ def last(search: Search) -> None:
     often = [Counter(main[id(m)] for m in side) for side in open_]
     ones = [{main[id(m)]: m for m in side if often[0][main[id(m)]] == often[1][main[id(m)]] == 1} for side in open_]
     found = [(one, other) for shape, one in ones[0].items() if one.sign == (other := ones[1][shape]).sign and _one_kind(one, other)]
-    found = [both for both in found if search.ambiguous.keys().isdisjoint(both[1].names.values())]
-    left = [[m for m in side if m not in [both[at] for both in found]] for at, side in enumerate(open_)]
     told = {name for a in search.ambiguous.values() for name in (a.target, *a.candidates)}
+    found = [both for both in found if told.isdisjoint([*both[0].names.values(), *both[1].names.values()])]
+    left = [[m for m in side if m not in [both[at] for both in found]] for at, side in enumerate(open_)]
     more = any("weight" in m.names and len(main[id(m)]) > 1 and told.isdisjoint(m.names.values()) for side in left for m in side)
     turned = any(pair.rule.endswith(", transposed") for pair in search.pairs.values())
     for one, other in found:
