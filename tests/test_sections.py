@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import workbench as wb
-from workbench.errors import SelectionError
+from workbench.errors import SelectionError, TensorNotFoundError
 from workbench.tree import Global, Inert
 
 
@@ -168,6 +168,15 @@ def test_parts_with_an_equal_claim_are_rivals_and_small_ones_are_not(tree, taken
     ckpt = wb.open(tree)
     assert ckpt.weights_section.name == taken
     assert {section.name for section in ckpt.rival_sections} == rivals
+
+
+def test_weights_taken_of_several_say_so_and_a_section_asked_as_a_tensor_is_named():
+    ckpt = wb.open({"G": SD, "D": SD, "epoch": 3})
+    (told,) = ckpt.weights.findings
+    assert told.severity == "warning" and "'G', 'D'" in told.message and "this is 'G'" in told.message
+    assert not ckpt.section("D").findings and not wb.open({"model": SD, "epoch": 3}).weights.findings
+    with pytest.raises(TensorNotFoundError, match=r"ckpt\.section\('D'\)"):
+        ckpt["D"]
 
 
 def test_the_reason_says_what_else_lies_in_the_weights():

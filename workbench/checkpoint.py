@@ -109,9 +109,10 @@ class Checkpoint(Mapping[str, LazyTensor]):
             return self._tensors[name]
         except KeyError:
             close = suggest(str(name), self._tensors)
-            raise TensorNotFoundError(
-                f"no tensor is called {name!r}", hint="did you mean " + ", ".join(close) + "?" if close else None
-            ) from None
+            hint = "did you mean " + ", ".join(close) + "?" if close else None
+            if any(other.startswith(f"{name}.") for other in self._tensors):
+                hint = f"tensors lie below it: ckpt.section({name!r}) is a checkpoint of its own"
+            raise TensorNotFoundError(f"no tensor is called {name!r}", hint=hint) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -234,10 +235,20 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
     @property
     def weights(self) -> Checkpoint:
-        """The state dict a model would load; the checkpoint itself where it is one already."""
+        """The state dict a model would load; the checkpoint itself where it is one already.
+
+        Of several with an equal claim (`rival_sections`) it is the largest, and a finding says so.
+        """
         chosen = self.section(self.weights_section.path)
         kept = trees.without_asides(chosen.tree)
-        return chosen if kept is chosen.tree else replace(chosen, tree=kept, findings=_kept(chosen.findings))
+        told: tuple[Finding, ...] = ()
+        if self.rival_sections:
+            names = [self.weights_section.name, *(s.name for s in self.rival_sections)]
+            text = f"the sections {', '.join(map(repr, names))} have an equal claim to be the weights, and this is {names[0]!r}"
+            told = (Finding("several sections", "warning", text, hint=f"choose one: ckpt.section({names[0]!r})"),)
+        elif kept is chosen.tree:
+            return chosen
+        return replace(chosen, tree=kept, findings=(*_kept(chosen.findings), *told))
 
     def with_section(self, path: str | Path, new: Checkpoint) -> Checkpoint:
         """The whole tree with the section at `path` replaced by `new`."""
