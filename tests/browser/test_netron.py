@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.metadata
-import importlib.util
 import os
 import urllib.parse
 from collections.abc import Iterator
@@ -209,7 +208,6 @@ def test_no_other_path_is_served(served: tuple[str, Path], path: str) -> None:
         assert headers["Location"].endswith(path.rstrip("/"))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("voila") is None, reason="voila is no dependency; where it is installed it must work")
 def test_in_voila_on_the_same_server(served: tuple[str, Path], lab: Lab) -> None:
     page = lab.open(MODEL, SHOW)
     book = max(lab.folder.glob("*.ipynb"), key=os.path.getmtime).name
