@@ -179,4 +179,4 @@ def serving(folder: Path) -> Iterator[tuple[str, Path]]:
             yield url, books
         finally:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=20)
+            process.wait(timeout=90)

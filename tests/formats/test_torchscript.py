@@ -391,6 +391,8 @@ REACHING = [
     'torch.save(self.w, "MARK")',
     'ops.aten.save(self.w, "MARK")',
     'torch . save(self.w, "MARK")',
+    'torch.autograd.save(self.w, "MARK")',
+    '(ops.aten.autograd.autograd).save(self.w, "MARK")',
     'torch.\\\nsave(self.w, "MARK")',
     "s = \"'\"\n    torch.save(self.w, 'MARK')",
     's = 0  # don\'t\n    torch.save(self.w, "MARK")',

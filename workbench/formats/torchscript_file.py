@@ -54,11 +54,12 @@ _MARK = re.compile("__(?:parameters|buffers)__")
 _NAMED = re.compile(r"\w+::(_?[a-z]\w*)(?:\..*)?")  # an operator that the code calls by its name, and not by a sign of the language
 _WORD = re.compile(r"\w++")
 _TENSORS = re.compile(rf"__(parameters|buffers)__\s*+=\s*+\[((?:[\s,]|{_TEXT})*+)\]")
-# operators that touch files or the network; then `torch` and `ops` as values, through which any operator can be had
+# operators that touch files or the network; `autograd`, by which torch's compiler comes back to all operators and which its printer never
+# writes; then `torch` and `ops` as values, through which any operator can be had
 _OPERATORS = r"(?:from|read|write)_file|save|load_tensor|rpc_\w+"
 _OPERATOR = re.compile(rf"::({_OPERATORS})".encode())  # as bytecode names one, and then an opcode of its pickle follows
 _REACHES = re.compile(
-    rf"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+({_OPERATORS})\b"
+    rf"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+({_OPERATORS}|autograd)\b"
     r"|(torch(?<![\w.]torch)\b(?!\s*[.:])|ops(?<![\w.]ops)\b(?!\s*:|\s*\.\s*\w+\s*\.))"
 )
 Tensors = dict[str, set[str]]  # of a module's class: the names of its "parameters" and "buffers"
