@@ -20,7 +20,7 @@ def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], held())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 {code}
 done.set()

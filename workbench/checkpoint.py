@@ -68,18 +68,19 @@ class Checkpoint(Mapping[str, LazyTensor]):
     within: Path = ()
     history: tuple[Step, ...] = ()
     _tensors: dict[str, LazyTensor] = field(init=False, default_factory=dict)
-    _paths: dict[str, Path] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         found = list(self.findings)
         stopped = collisions = 0
         counts: dict[str, int] = {}
-        tensors, paths = self._tensors, self._paths
+        tensors = self._tensors
+        paths: dict[str, Path] = {}
         entries = items_of(self.tree) if is_mapping(self.tree) else {}
         is_flat = set(map(type, entries)) == {str} and set(map(type, entries.values())) == {LazyTensor}
         if is_flat:  # as most files are: a walk would find the same, three times as slowly
             tensors.update(entries)
-            paths.update(zip(entries, zip(entries, strict=True), strict=True))
+        else:
+            object.__setattr__(self, "_paths", paths)
         for path, value in () if is_flat else walk(self.tree, values=False):
             if isinstance(value, LazyTensor):
                 name = flat = join_path(path) if path else "tensor"
@@ -130,6 +131,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
         return self._tensors.values()
 
     # what is in it
+
+    @cached_property
+    def _paths(self) -> dict[str, Path]:
+        """Of a flat mapping; of any other, they are found with the tensors."""
+        return dict(zip(self._tensors, zip(self._tensors, strict=True), strict=True))
 
     @property
     def paths(self) -> Mapping[str, Path]:

@@ -302,3 +302,21 @@ def test_a_large_header_that_is_no_table_is_refused_before_it_is_read_as_json(wh
     monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was read as JSON"))
     with pytest.raises(UnsupportedError, match="header"):
         wb.open(headed(tmp_path / "m.safetensors", NO_TABLES[what]))
+
+
+def test_entries_are_listed_in_order_whatever_their_layout_and_none_is_taken_from_behind_something_else(tmp_path):
+    rows = [f'"a.{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(5000)]
+    rows[2000:4000:7] = [f'"a.{i}": {{ "shape":[1], "data_offsets":[{i},{i + 1}], "dtype":"U8" }}' for i in range(2000, 4000, 7)]
+    path = tmp_path / "m.safetensors"
+
+    def write(header: str) -> None:
+        path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(range(250)) * 20)
+
+    write("{" + ",".join(rows) + "}")
+    ckpt = wb.open(path)
+    assert list(ckpt) == [f"a.{i}" for i in range(5000)]
+    assert [ckpt[f"a.{i}"].raw()[0] for i in (0, 2000, 2001, 4999)] == [0, 0, 1, 249]
+    for wrong in ("7,", '"a.4999":', "},", "\0"):
+        write("{" + ",".join(rows[:4990]) + "," + wrong + ",".join(rows[4990:]) + "}")
+        with pytest.raises(CorruptFileError):
+            wb.open(path)

@@ -1,6 +1,7 @@
 """torch's oldest container, against torch.load(weights_only=False) on archives written here as torch 0.1 wrote them."""
 
 import io
+import itertools
 import pickle
 import struct
 import tarfile
@@ -14,7 +15,10 @@ from hostile_makers import text
 from strategies import bits, same
 
 import workbench as wb
+from workbench.analyses import scanner
 from workbench.errors import CorruptFileError, FormatError, UnknownFormatError
+from workbench.formats import torch_tar
+from workbench.formats.pickle_vm import Machine
 
 SYSTEM = {"protocol_version": 1000, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
 TYPES = {
@@ -387,3 +391,33 @@ def test_no_error_of_another_kind_escapes_from_a_member_that_is_cut(tmp_path):
         for cut in range(len(members[name])):
             with pytest.raises(FormatError):
                 wb.open(tarred({**members, name: members[name][:cut]}, tmp_path / "cut.pt"))
+
+
+@pytest.mark.parametrize("kind", ["python 3", "python 2", "marked"])
+def test_a_description_is_what_the_machine_makes_of_it_however_it_is_damaged(kind):
+    def place(name):
+        return b"U" + bytes([len(name)]) + name if kind == "python 2" else b"X" + struct.pack("<I", len(name)) + name
+
+    mark, end = (b"(", b"t") if kind == "marked" else (b"", b"\x87")
+    keys = (b"J\1\2\3\4", b"I140234567890000\n", b"\x8a\6\0\1\2\3\4\5", b"K\7")
+    for first, second in zip(keys, (place(b"cpu"), place(b"cuda:1"), b"M\1\2", b"N"), strict=True):
+        good = b"\x80\2" + mark + first + second + b"q\1ctorch\nFloatStorage\nq\2" + end + b"q\3."
+        assert torch_tar.description(good + b"tail").nbytes == len(good)
+        for at, bit in itertools.product(range(len(good)), range(8)):
+            data = good[:at] + bytes([good[at] ^ 1 << bit]) + good[at + 1 :] + bytes(8)
+            if told := torch_tar.description(data):
+                machine = Machine(data, persistent=None, construct=None)
+                assert (machine.run(), machine.end, machine.globals) == (told.value, told.nbytes, {told.value[2]: told.offset})
+
+
+def test_scan_tells_the_same_of_descriptions_as_of_pickles_run_one_by_one(tmp_path, monkeypatch):
+    path = tarred(tar_members({f"layer.{i}.weight": torch.ones(i + 1) for i in range(30)}), tmp_path / "m.pt")
+    ran = []
+    honest = scanner.run_first
+    monkeypatch.setattr(scanner, "run_first", lambda *args: ran.append(args) or honest(*args))
+    fast = wb.scan(path)
+    assert fast.ok
+    assert len(fast.pickles) > 60 > len(ran)
+    monkeypatch.setattr(scanner, "description", lambda _: None)
+    assert vars(wb.scan(path)) == vars(fast)
+    assert len(ran) > 60

@@ -3,11 +3,13 @@
 import contextlib
 import io
 import os
+import pickle
 import struct
 import time
 import zipfile
 
 import hostile_makers as make
+import numpy as np
 import pytest
 import torch
 from conformance import SECONDS
@@ -160,3 +162,109 @@ def test_what_repeats_itself_is_never_spelled_out(data, tmp_path):
     with contextlib.suppress(WorkbenchError):
         str(wb.open(tmp_path / "m.pt"))
     assert time.process_time() - started < 2 * SECONDS
+
+
+# what torch runs where nobody looked: each is proved by torch itself, which leaves the mark
+
+
+def behind(front, archive):
+    """A zip archive whose places count from the start of what stands before it, as `zip -A` leaves one."""
+    data, shift = bytearray(front + archive), len(front)
+    with zipfile.ZipFile(io.BytesIO(archive)) as held:
+        at, count = held.start_dir + shift, len(held.infolist())
+    end = data.rindex(b"PK\5\6")
+    wide = end - 76
+    assert data[wide : wide + 4] == b"PK\6\6"
+    for place, form in ((end + 16, "<I"), (end - 12, "<Q"), (wide + 48, "<Q")):
+        struct.pack_into(form, data, place, struct.unpack_from(form, data, place)[0] + shift)
+    for _ in range(count):
+        name, extra, comment = struct.unpack_from("<HHH", data, at + 28)
+        struct.pack_into("<I", data, at + 42, struct.unpack_from("<I", data, at + 42)[0] + shift)
+        at += 46 + name + extra + comment
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["safetensors", "npy"])
+def test_a_program_behind_another_format_is_a_danger(kind, tmp_path):
+    out, path = io.BytesIO(), tmp_path / f"m.{kind}"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), out)
+    program = out.getvalue()
+    if kind == "safetensors":
+        make.safetensors(path, {"a": make.entry(0, len(program), (len(program),), "U8")})
+        front = path.read_bytes()
+    else:
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(program)},), }}".ljust(117).encode() + b"\n"
+        front = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+    path.write_bytes(behind(front, program))
+    assert torch.jit.load(path)(torch.ones(1, 2)).shape == (1, 1)  # torch reads the program
+    assert wb.open(path).format == kind
+    assert {found.kind for found in wb.scan(path).dangers} == {"polyglot"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", ["inside the values of a tensor", "in a folder below"])
+@pytest.mark.parametrize("length", [200, 5 << 20])
+def test_objects_of_a_dcp_folder_are_looked_at_wherever_they_lie(place, length, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    folder, mark = tmp_path / "d", tmp_path / "mark"
+    evil = make.touch(mark) + b"."
+    values = torch.zeros(length + 200, dtype=torch.uint8)
+    values[100 : 100 + len(evil)] = torch.frombuffer(bytearray(evil), dtype=torch.uint8)
+    dcp.save({"w": values, "o": "hello"}, checkpoint_id=folder, no_dist=True)
+    (part,) = folder.glob("*.distcp")
+    name, at = part.name, part.read_bytes().index(evil)
+    if place == "in a folder below":
+        (folder / "below").mkdir()
+        (folder / "below" / "x").write_bytes(evil.ljust(length, b"\0"))
+        name, at = "below/x", 0
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)  # torch's own, written above
+    (entry,) = (told for index, told in metadata.storage_data.items() if index.fqn == "o")
+    entry.relative_path, entry.offset, entry.length = name, at, length
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "os.system" in {found.where.get("global") for found in wb.scan(folder).dangers}
+    assert not mark.exists()
+    with pytest.raises(dcp.CheckpointException):  # after torch ran it
+        dcp.load({"w": values, "o": None}, checkpoint_id=folder, no_dist=True)
+    assert mark.exists()
+
+
+def test_every_record_that_torch_takes_for_a_model_is_looked_at_as_one(tmp_path):
+    path = tmp_path / "m.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 1), (torch.ones(1, 2),)), path)
+    assert wb.scan(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(archive.namelist()[0].partition("/")[0] + "/models/other.text", b"{}")
+    assert "model in doubt" in {found.kind for found in wb.scan(path).dangers}
+
+
+def test_a_pickle_that_only_our_limits_stop_is_told(tmp_path):
+    """C goes on behind a key of tuples in tuples; what follows would run."""
+    mark = tmp_path / "mark"
+    evil = b"})" + b"\x85" * 17 + b"Ns0" + make.touch(mark) + b"."
+    (tmp_path / "vocab.dat").write_bytes(evil)
+    torch.save({"a": torch.ones(1)}, tmp_path / "m.pt")
+    assert not wb.scan(tmp_path)
+    assert not mark.exists()
+    pickle.loads(evil)
+    assert mark.exists()
+
+
+def test_packed_zeros_and_arrays_of_numbers_are_no_alarm(tmp_path):
+    """Bytes that push values on and on, as the zero points of packed 4-bit weights do, and fields that are called as objects are."""
+    torch.export.save(torch.export.export(Zeros(), (torch.ones(1),)), tmp_path / "m.pt2")
+    np.save(tmp_path / "a.npy", np.zeros(3, dtype=[("O", "<i4"), ("object", "<f4")]))
+    for path in tmp_path.iterdir():
+        report = wb.scan(path)
+        assert not report.dangers, report
+
+
+class Zeros(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qzeros", torch.full((1_200_000,), 0x88, dtype=torch.uint8))
+
+    def forward(self, x):
+        return x + self.qzeros[0]

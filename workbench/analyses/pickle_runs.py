@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from workbench.errors import FormatError
+from workbench.errors import FormatError, UnsupportedError
 from workbench.files import FileRef, Span
 from workbench.formats.dcp_template import carry_out_entries
 from workbench.formats.known_globals import PLAIN, STATEFUL
@@ -28,6 +28,8 @@ def acts_at_all(head: bytes) -> bool:
     machine = _Sequential(head, persistent=lambda _: _LEAF, construct=lambda node: node)
     try:
         machine.run()
+    except UnsupportedError:  # where C would go on
+        return True
     except FormatError:
         return bool(machine.short or machine.globals or machine.calls)
     return True

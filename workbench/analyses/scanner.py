@@ -16,13 +16,14 @@ import struct
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from workbench.analyses.pickle_runs import Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
 from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
 from workbench.checkpoint import Checkpoint, Finding, Severity
-from workbench.dtypes import DTYPES
 from workbench.errors import (
     CorruptFileError,
     FormatError,
@@ -35,12 +36,16 @@ from workbench.errors import (
 )
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
+from workbench.formats.dcp_folder import MOST_TOLD
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, danger_findings, judge, misuses
+from workbench.formats.numpy_file import says_objects
 from workbench.formats.pickle_blobs import Left, most_nested, payload_span
 from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, TOO_MUCH
+from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_archive import pickle_roots
 from workbench.formats.torch_objects import Run, watched_runs
-from workbench.formats.torch_tar import walk
+from workbench.formats.torch_tar import GAPS, LONGEST, description, walk
+from workbench.formats.torchscript_file import open_archive as open_script
 from workbench.formats.zip_index import Outline, ZipIndex, read_record, read_zip_index
 from workbench.tensors import parts
 from workbench.tree import Global
@@ -51,6 +56,7 @@ _FOLDER = 10  # as much as for one file is done for a folder, so many times
 _EACH = 60  # what each pickle of strangers counts for among the things that are built for one file
 _MOST_ENDS = 100_000  # marks of an archive's end that are looked at
 _ARRAY_HEAD, _SPELLED, _MOST_RECORDS = 256, 1 << 20, 3000  # bytes of an array's header, at most; records of one archive that are no tensors
+_MOST_UNLIKE = 2000  # archives behind each other, as in a .distcp, of which none is another with other values
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
@@ -59,8 +65,9 @@ _OWN_KINDS = frozenset(
 )  # findings of wb.open that are made here
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
-_OBJECTS = re.compile(rb"""['"][<>|=]?(?:O\d*|object\d*)['"]|\\""")  # in an .npy header: an element type that is a pickle, or an escape
-_NUMBERS, _MAYBE = re.compile(rb"""['"]descr['"]\s*:\s*['"][<>|=]?[biufcSaUVmM]\d*(?:\[\w+\])?['"]"""), re.compile(rb"O|object|\\")
+_NUMBERS = re.compile(  # the header of an array that holds no objects, as NumPy spells every one
+    rb"\{'descr': '[<>|=]?[biufcSaUVmM]\d*(?:\[\w+\])?', 'fortran_order': (?:True|False), 'shape': \([\d, ]*\), \} *\n?"
+)
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
 _RAW_VALUES = frozenset({"data", "constants", "weights", "tensors"})  # folders of values
 _SCRIPT_PICKLES = re.compile(
@@ -68,6 +75,7 @@ _SCRIPT_PICKLES = re.compile(
 )
 _CODE = re.compile(r"^[^/]+/code/.*\.(?:py|debug_pkl)$")  # two small records for each class of a program
 _STORAGE = re.compile(r"[^/\\:.][^/\\:]*/data/\d+")  # such as are neither code nor climb
+_NAMING, _LAST = re.compile(rb"[ci\x82-\x84\x93]"), 1 << 20  # opcodes of globals, classes and extensions; what is read of the rest at once
 _FIRST = frozenset(
     b"(])}NIJKLMFGSTUVXBCPc\x80\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96"
 )  # opcodes that need no value before them
@@ -188,6 +196,7 @@ class _Scan:
         is_one = any(form.claims(names) for form in FOLDERS)
         if is_one:
             self.open(lambda: open_folder(folder), here)
+            self.objects(folder)
         for name in names:
             try:
                 file = folder.file(name)
@@ -197,11 +206,22 @@ class _Scan:
                 self.tell(STRAY, "warning", f"{name} was not looked into: {error.message}", Place(name))
             else:
                 if is_one:
-                    self.content(_Piece(Span(file, 0, file.size), name), sure=name == ".metadata")
+                    with file.kept_open():
+                        self.content(_Piece(Span(file, 0, file.size), name), sure=name == ".metadata")
                 else:
                     self.file(file, None, must=_CHECKPOINT.search(name) is not None)
         if not self.formats:
             self.refuse(UnknownFormatError("no file in this folder is a checkpoint"), here)
+
+    def objects(self, folder: Folder) -> None:
+        """What the index of the folder calls objects and wb.open did not read: torch unpickles those bytes, wherever they lie."""
+        for found in [found for found in (*self.findings, *self.also_found) if "places" in found.where]:
+            for path, start, nbytes in found.where["places"][:MOST_TOLD]:
+                inner = _Piece(Span(folder.file(path), start, nbytes), path, f"object at byte {start:,}")
+                self.content(inner, sure=True)
+            if len(found.where["places"]) > MOST_TOLD:
+                told = f"more than {MOST_TOLD} objects lie where the index says; the rest was not looked into"
+                self.tell("not scanned", "danger", told, Place(os.path.basename(folder.url)))
 
     def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
         """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
@@ -271,20 +291,29 @@ class _Scan:
         if len(cuts) == most or looked < _MOST_ENDS <= self.ends:
             self.tell("not scanned", "danger", f"{piece.name} has more ends of zip archives than were looked into", piece.place())
         front = cuts[-1]
-        if (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
+        if not front and len(cuts) > 1 and not head.startswith(b"PK\x03\x04"):  # its places count from the start of what stands before it
+            front, what = span.nbytes, "a zip archive that stands behind something else: what it is depends on who reads it"
+            self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
+        elif (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
-        outlines: dict[int, Outline] = {}  # of archives in which nothing was found, by their length
+        outlines: dict[int, dict[Outline, set[bytes]]] = defaultdict(dict)  # of archives in which nothing was found, by their length
+        unlike = 0
         for start, end in pairwise(reversed(cuts)):
             part = piece.part(start, end - start)
-            known = outlines.get(end - start)
-            if known is not None and (first := known.fits(part.span)) and first not in _MARKS:
+            alike = outlines[end - start]
+            if any((found := outline.rest(part.span)) and found[0] in rests and found[1] not in _MARKS for outline, rests in alike.items()):
                 continue
+            if (unlike := unlike + 1) > _MOST_UNLIKE:
+                what = f"{piece.name} holds more kinds of archives than were looked into"
+                self.tell("not scanned", "danger", what, piece.place())
+                break
             told = len(self.findings)
             index, quiet = self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
-            is_clean = len(quiet) == 1 and len(cuts) > 2 and len(self.findings) == told and len(outlines) < _MOST_RECORDS
-            if index is not None and is_clean and (outline := Outline.of(index, part.span, *quiet)):
-                outlines.setdefault(end - start, outline)
+            if index is not None and len(quiet) == 1 and len(cuts) > 2 and len(self.findings) == told:
+                outline = Outline.of(index, *quiet)
+                if outline is not None and (found := outline.rest(part.span)):
+                    alike.setdefault(outline, set()).add(found[0])
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
@@ -297,8 +326,8 @@ class _Scan:
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
                 length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
                 header = span.read(10, min(length, _SPELLED)) if length <= front else b""
-                if header and not _are_numbers(header):  # records of numbers may be a pickle by chance, and are told if they act
-                    self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=_OBJECTS.search(header) is not None)
+                if header and not _NUMBERS.fullmatch(header):  # records of numbers may be a pickle by chance, and are told if they act
+                    self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=says_objects(header))
 
     def archive_start(self, span: Span, end: int) -> int | None:
         """Where the zip archive begins that ends at `end`; None where none does."""
@@ -330,6 +359,10 @@ class _Scan:
         kind = next((form.name for form in ARCHIVES if form.claims(names)), "")
         if len(pickle_roots(names)) > 1:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
+        if kind == "torchscript" and piece.record:  # the code of one that is the whole file was looked at as it was listed
+            with suppress(FormatError):
+                held = (found for found in open_script(index).findings if found.severity == "danger")
+                self.findings += [replace(found, where={**found.where, **piece.place().to_dict()}) for found in held]
         whole, looked = True, 0.0
         first = {"torch-export": _HEAD, "npz": _ARRAY_HEAD}.get(kind, 16)
         with piece.span.file.kept_open() as source:
@@ -379,7 +412,9 @@ class _Scan:
             self.tell(STRAY, "danger", f"{inner.name} would be unpacked outside the archive's own folder", inner.place())
         is_code = is_script and name.partition("/")[2].startswith("code/")
         if not is_raw and not is_code and (head.startswith(_PROGRAM_MARKS) or _PROGRAM.search(name)):
-            self.tell(STRAY, "danger", f"{inner.name} is a program or script, and no part of a checkpoint", inner.place())
+            is_text = is_script and name.partition("/")[2].startswith("extra/") and not head.startswith(_PROGRAM_MARKS)  # the author's own
+            told = f"{inner.name} is a program or script, and no part of a checkpoint"
+            self.tell(STRAY, "warning" if is_text else "danger", told, inner.place())
         self.content(inner, sure=not is_script and _PICKLE.search(name) is not None)
         expected = name.endswith(".npy" if kind == "npz" else "data.pkl") and name.count("/") < 2
         expected |= is_script and _SCRIPT_PICKLES.fullmatch(name) is not None
@@ -409,8 +444,9 @@ class _Scan:
         try:
             for name, span in walk(piece.span):
                 member = piece.inner(span, name)
-                if name in _GAPS:
-                    self.run_all(member, sure=True, gap=_GAPS[name])
+                if name in GAPS:
+                    with span.file.kept_open():
+                        self.run_all(member, sure=True, gap=GAPS[name])
                 else:
                     self.content(member, sure=name == "pickle")
                 if name not in ("pickle", "storages", "tensors", "sys_info"):
@@ -424,13 +460,23 @@ class _Scan:
         """The pickle at the start and those that follow it; `gap` tells how many other bytes stand behind each but the first."""
         at = 0
         for count in range(_MOST_PICKLES if gap is None else 12 * _MOST_PICKLES):
-            ended = self.run(piece, at, sure=sure and (count == 0 or gap is not None))
+            ended = None if gap is None else self.described(piece, at)
+            ended = ended or self.run(piece, at, sure=sure and (count == 0 or gap is not None))
             if ended is None:
                 return
             at = ended[0] + (gap(ended[1], piece.span.read(ended[0], ended[0] + 8)) if gap is not None and count else 0)
             if at >= piece.span.nbytes:
                 return
         self.tell("not scanned", "danger", f"{piece.name} holds more pickles than were looked into", piece.place())
+
+    def described(self, piece: _Piece, at: int) -> tuple[int, Any] | None:
+        """As `run`, of a pickle that old torch wrote of a storage or a tensor, which its bytes prove to do nothing else."""
+        if (told := description(piece.span.read(at, at + LONGEST))) is None:
+            return None
+        self.pickles.append(PickleSeen(piece.place(at), 2, told.nbytes, "at its STOP"))
+        verdict, why = judge(told.value[2])
+        self.uses.append(GlobalUse(told.value[2].dotted, verdict, "imported", why, piece.place(at + told.offset)))
+        return at + told.nbytes, told.value
 
     def run(self, piece: _Piece, at: int, *, sure: bool) -> tuple[int, Any] | None:
         """One pickle: what it names and calls is noted. The byte after it and its value, or None where none ends."""
@@ -463,9 +509,16 @@ class _Scan:
                 )
             if error is not None and sure and not machine.is_spent:
                 self.refuse(error, piece.place(at))
-        if error is not None and machine.is_spent:
+        if isinstance(error, UnsupportedError) and (
+            machine.is_spent or self.may_name(piece.span.part(at, piece.span.nbytes - at), machine)
+        ):
             self.refuse(error, piece.place(at))
         return None if error is not None else (at + machine.end, root)
+
+    def may_name(self, span: Span, machine: Machine) -> bool:
+        """Whether an opcode that names something may follow where only this machine went no further."""
+        reach = range(machine.place, span.nbytes, _LAST)
+        return any(_NAMING.search(span.read(at, min(at + _LAST, span.nbytes))) for at in reach)
 
     def outcome(self, span: Span, sure: bool) -> Outcome:
         """The run that wb.open made of the same bytes, or a new one. What is done for one file is bounded in all."""
@@ -535,12 +588,7 @@ def _is_marked(head: bytes) -> bool:
 def _is_numbers(head: bytes) -> bool:
     """Whether these bytes hold the whole header of an array, and none of objects."""
     length = 10 + int.from_bytes(head[8:10], "little")
-    return head[:7] == b"\x93NUMPY\1" and 10 < length <= len(head) and _are_numbers(head[10:length])
-
-
-def _are_numbers(header: bytes) -> bool:
-    """Whether an array's header says one plain element type, and has nothing about it that might spell objects."""
-    return _NUMBERS.search(header) is not None and not _MAYBE.search(header)
+    return head[:7] == b"\x93NUMPY\1" and 10 < length <= len(head) and _NUMBERS.fullmatch(head, 10, length) is not None
 
 
 def _inflated(body: bytes, most: int) -> bytes:
@@ -548,17 +596,3 @@ def _inflated(body: bytes, most: int) -> bytes:
         return zlib.decompressobj(-15).decompress(body, min(64 * len(body) + (1 << 20), max(1, most)))
     except zlib.error:
         return body
-
-
-def _storage_gap(value: Any, head: bytes) -> int:
-    """A storage: 8 bytes count, then the elements; none behind the list of views, which comes last."""
-    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], Global)):
-        return 0
-    return 8 + int.from_bytes(head, "little") * DTYPES[ALL_STORAGE_DTYPES.get(value[2].name, "uint8")].itemsize
-
-
-# a tensor: 4 bytes dimensions, 4 unused, then sizes, strides and offset, 8 bytes each
-_GAPS: dict[str, Callable[[Any, bytes], int]] = {
-    "storages": _storage_gap,
-    "tensors": lambda _, head: 16 + 16 * int.from_bytes(head[:4], "little"),
-}

@@ -39,13 +39,16 @@ from workbench.tree import Global, Inert, is_mapping, items_of, wrapped
 
 _MAX_METADATA = 1 << 30
 _MAX_OBJECTS, _LEAST = 4 << 20, 2 << 10  # bytes of objects that a listing looks at; what each counts for at least
+MOST_TOLD = 3000  # places of objects that were not read
 _MAX_FILES = 1 << 15
 _MAX_COMPARISONS = 500_000  # of chunks that lie in no grid
-_MAX_STEPS = 100
+_MAX_STEPS, _STEPS = 100, frozenset((str, int))
 _ATOMS = frozenset((bool, int, float, str, type(None)))
 _made: Any = tuple.__new__
 Place = Span | str  # bytes, or why they cannot be read
-Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
+Troubles = dict[
+    tuple[str, Severity, str, str], list[tuple[str, Place]]
+]  # (kind, severity, reason, hint) -> whose values are not read, and where they lie
 _OBJECT = f"{ROOM}.BytesStorageMetadata"
 
 
@@ -65,6 +68,14 @@ class Chunk(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     span: Span
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+    def open(self) -> Any:
+        """Its bytes as those of a tensor that it is the whole of."""
+        return Tiles(self.dtype, self.sizes, (self,)).open()
 
     def values(self) -> LazyTensor:
         """The chunk as its archive lists it."""
@@ -180,11 +191,21 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
     if not is_mapping(entries) or not all(isinstance(name, str) for name in items_of(entries)):
         raise CorruptFileError("the metadata holds no table of tensors by name")
     spans, files = _spans(metadata.get("storage_data"), folder)
-    leaves: dict[str, Any] = {}
     troubles: Troubles = {}
     budget = _Budget(file.size)
+    leaves: dict[str, Any] = {}
+    wholes: dict[int, Any] = {}  # by the ids of entries, of which alike ones are one
     for name, entry in items_of(entries).items():
         try:
+            if (whole := wholes.get(id(entry), ...)) is ...:
+                whole = wholes[id(entry)] = _whole(entry)
+            if whole is not None:
+                spec, strides, offsets, nbytes, grad = whole
+                place = spans.get((name, offsets))
+                if type(place) is Span and place.nbytes >= nbytes:
+                    chunk = _made(Chunk, (name, spec.dtype, offsets, spec.shape, place))
+                    leaves[name] = LazyTensor(spec, _made(Stored, (chunk, 0, strides, "little")), grad)
+                    continue
             if isinstance(entry, Inert) and entry.dotted == _OBJECT:
                 leaves[name] = _object(name, spans, budget, troubles, findings)
             else:
@@ -192,9 +213,12 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
         except Exception:  # entering a context for each of very many would take a tenth of the time
             with located(tensor=name):
                 raise
-    for (kind, severity, reason, hint), names in troubles.items():
-        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-        findings.append(Finding(kind, severity, f"{names[0]!r}{more}: {reason}", {"names": names[:100]}, hint))
+    for (kind, severity, reason, hint), unread in troubles.items():
+        more = f", and {len(unread) - 1} more" if len(unread) > 1 else ""
+        paths = {id(file): path for path, file in files.items()}
+        spans_of = [(paths[id(at.file)], at.start, at.nbytes) for _, at in unread[: 1 + MOST_TOLD] if isinstance(at, Span)]
+        where = {"names": [name for name, _ in unread[:100]], **({"places": spans_of} if spans_of else {})}
+        findings.append(Finding(kind, severity, f"{unread[0][0]!r}{more}: {reason}", where, hint))
     about = {**_fields(metadata.get("storage_meta")), "version": metadata.get("version")}
     about = {key: value for key, value in about.items() if isinstance(value, str)}
     tree, name = _nested(leaves, metadata.get("planner_data")), folder.url.rstrip("/").rpartition("/")[2]
@@ -214,12 +238,12 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
     spans: dict[Any, Place] = {}
     files: dict[str, FileRef | None] = {}
     for index, node in (items_of(storage_data) if is_mapping(storage_data) else {}).items():
-        name, offsets = (index.fqn, index.offset) if type(index) is IndexEntry else _index(index)
+        key = (*index,) if type(index) is IndexEntry else _index(index)
         path, start, nbytes = node if type(node) is PlaceEntry else map(_fields(node).get, PlaceEntry._fields)
-        if not (isinstance(name, str) and isinstance(path, str) and type(start) is type(nbytes) is int and start >= 0 <= nbytes):
+        if not (isinstance(key[0], str) and isinstance(path, str) and type(start) is type(nbytes) is int and start >= 0 <= nbytes):
             raise CorruptFileError("the metadata names bytes without saying whose they are or where they lie")
-        if (name, offsets) in spans:
-            raise CorruptFileError("the metadata says twice where the bytes lie", tensor=name)
+        if key in spans:
+            raise CorruptFileError("the metadata says twice where the bytes lie", tensor=key[0])
         if path not in files:
             if len(files) == _MAX_FILES:
                 raise UnsupportedError(f"the metadata names more than {_MAX_FILES} files")
@@ -229,12 +253,12 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
                 files[path] = None
         file = files[path]
         if file is None:
-            spans[name, offsets] = f"{path} is not there"
+            spans[key] = f"{path} is not there"
         elif type(node) is not PlaceEntry and _fields(node).get("transform_descriptors"):
-            spans[name, offsets] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
+            spans[key] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
         else:
             cut = start + nbytes > file.identity[2]
-            spans[name, offsets] = f"{path} is cut: the bytes end behind its end" if cut else _made(Span, (file, start, nbytes, None))
+            spans[key] = f"{path} is cut: the bytes end behind its end" if cut else _made(Span, (file, start, nbytes, None))
     return spans, files
 
 
@@ -264,14 +288,7 @@ def _chunk_entry(node: Any) -> ChunkEntry:
 
 
 def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], budget: _Budget, troubles: Troubles) -> LazyTensor:
-    spec, strides, whole, nbytes = _form(entry.dtype.name, entry.size)
-    if entry.chunks == whole and nbytes:  # as most are
-        offsets, extents = whole[0]
-        place = spans.get((name, offsets))
-        if type(place) is Span and place.nbytes >= nbytes:
-            chunk = _made(Chunk, (name, spec.dtype, offsets, extents, place))
-            stored = _made(Stored, (_made(Tiles, (spec.dtype, spec.shape, (chunk,))), 0, strides, "little"))
-            return LazyTensor(spec, stored, entry.requires_grad)
+    spec, strides, whole = _form(entry.dtype.name, entry.size)
     trouble, chunks = None, []
     for offsets, extents in whole if entry.chunks == whole else _tiling(spec.shape, entry.chunks, budget):
         nbytes = math.prod(extents) * spec.dtype.itemsize
@@ -281,15 +298,25 @@ def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], budget: _Bud
         elif nbytes:  # a rank that has no part of the tensor records an empty chunk
             trouble = place if isinstance(place, str) else "the bytes cannot hold a chunk of that size"
     if trouble:
-        troubles.setdefault(("values locked", "danger", trouble, "what is locked is listed; its values are refused"), []).append(name)
+        troubles.setdefault(("values locked", "danger", trouble, "what is locked is listed; its values are refused"), []).append(
+            (name, trouble)
+        )
     return LazyTensor(spec, Stored(Tiles(spec.dtype, spec.shape, tuple(chunks)), 0, strides), entry.requires_grad, trouble)
 
 
+def _whole(entry: Any) -> tuple[TensorSpec, Counts, Counts, int, bool] | None:
+    """Of a tensor in one chunk, as most are: spec, strides, where the chunk lies, its bytes, and whether it requires grad."""
+    if type(entry) is not TensorEntry:
+        return None
+    spec, strides, whole = _form(entry.dtype.name, entry.size)
+    return (spec, strides, whole[0].offsets, spec.nbytes, entry.requires_grad) if entry.chunks == whole and spec.nbytes else None
+
+
 @lru_cache(maxsize=4096)
-def _form(dtype: str, shape: Counts) -> tuple[TensorSpec, Counts, list[ChunkEntry], int]:
-    """What all tensors of one kind share: spec, strides, the chunk that is the whole of it, and its bytes."""
+def _form(dtype: str, shape: Counts) -> tuple[TensorSpec, Counts, list[ChunkEntry]]:
+    """What all tensors of one kind share: spec, strides, and the chunk that is the whole of it."""
     spec = TensorSpec(dtypes.DTYPES.get(dtype) or dtypes.dtype(dtype), sizes(shape))
-    return spec, row_major(shape), [ChunkEntry((0,) * len(shape), shape)], spec.nbytes
+    return spec, row_major(shape), [ChunkEntry((0,) * len(shape), shape)]
 
 
 def _tiling(shape: Counts, nodes: list[Any], budget: _Budget) -> list[ChunkEntry]:
@@ -326,15 +353,16 @@ def _tiling(shape: Counts, nodes: list[Any], budget: _Budget) -> list[ChunkEntry
 
 def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troubles, findings: list[Finding]) -> Any:
     """What a pickled object is."""
-    reason, told = spans.get((name, None), "the metadata does not say where it lies"), ("object not read", "warning")
+    place, told = spans.get((name, None), "the metadata does not say where it lies"), ("object not read", "warning")
+    reason = place if isinstance(place, str) else f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed"
     try:
-        if isinstance(reason, Span):
-            data, cost = reason.read() if reason.nbytes <= _LEAST else b"", max(reason.nbytes, _LEAST)
+        if isinstance(place, Span):
+            data, cost = place.read() if place.nbytes <= _LEAST else b"", max(place.nbytes, _LEAST)
             if data in budget.atoms:
                 return budget.atoms[data]
             if cost <= budget.objects:
                 budget.objects -= cost
-                index = read_zip_index(reason.file, reason)
+                index = read_zip_index(place.file, place)
                 swollen = max((record.size for record in index.records.values()), default=0) - cost
                 if swollen <= budget.objects:
                     budget.objects -= max(0, swollen)
@@ -347,10 +375,9 @@ def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troub
                     ):
                         budget.atoms[data] = held.tree
                     return held.tree
-            reason = f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed"
     except FormatError as error:
         told, reason = ("unreadable pickle", "danger"), f"it may hide anything: {error.message}"
-    troubles.setdefault((*told, reason, "wb.scan looks into each"), []).append(name)  # type: ignore[arg-type]
+    troubles.setdefault((*told, reason, "wb.scan looks into each"), []).append((name, place))  # type: ignore[arg-type]
     return Global(ROOM, "BytesStorageMetadata")
 
 
@@ -358,11 +385,15 @@ def _nested(leaves: dict[str, Any], paths: Any) -> Any:
     """The leaves at the paths that the planner recorded; a flat dict where it recorded none."""
     branches: dict[tuple[Any, ...], dict[Any, Any]] = {(): {}}
     told = items_of(paths) if is_mapping(paths) else {}
+    above: list[Any] = []
+    parent: dict[Any, Any] | None = branches[()]
     for name, leaf in leaves.items():
         path = told.get(name, (name,))
-        if not (isinstance(path, tuple) and 0 < len(path) <= _MAX_STEPS and {*map(type, path)} <= {str, int}):
+        if not (isinstance(path, tuple) and 0 < len(path) <= _MAX_STEPS and _STEPS.issuperset(map(type, path))):
             raise CorruptFileError("the metadata gives it no path of keys and positions", tensor=name)
-        parent = branches.get(path[:-1])
+        *before, last = path
+        if before != above:
+            above, parent = before, branches.get(path[:-1])
         if parent is None:
             parent = branches[()]
             for depth in range(1, len(path)):
@@ -370,9 +401,9 @@ def _nested(leaves: dict[str, Any], paths: Any) -> Any:
                 if here not in branches and here[-1] in parent:
                     raise CorruptFileError(f"the path {path!r} is taken by something else", tensor=name)
                 parent = parent.setdefault(here[-1], branches.setdefault(here, {}))
-        if path[-1] in parent:
+        if last in parent:
             raise CorruptFileError(f"the path {path!r} is taken by something else", tensor=name)
-        parent[path[-1]] = leaf
+        parent[last] = leaf
     for here in sorted(branches, key=len, reverse=True):
         if here and branches[here].keys() == set(range(len(branches[here]))):  # positions, and so a list
             branches[here[:-1]][here[-1]] = [branches[here][i] for i in range(len(branches[here]))]

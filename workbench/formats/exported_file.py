@@ -88,7 +88,11 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     if _OLDER[-1] not in index.records:
         root = _root(index)
         extra = f"{root}extra/"
-        names = [name[len(root) + 7 : -5] for name in index.records if name.startswith(f"{root}models/") and name.endswith(".json")]
+        held = [name for name in index.records if name.startswith(f"{root}models/")]
+        names = [name[len(root) + 7 : -5] for name in held if name.endswith(".json")]
+        for odd in [name for name in held if not name.endswith(".json")][:100]:
+            what = f"torch takes {odd} for a model, whatever its ending, and it was not looked at as one"
+            findings.append(Finding("model in doubt", "danger", what, {"record": odd}))
         places = {name: tuple(root + place.format(name) for place in _PLACES) for name in names}
     byteorder, found = read_byteorder(index, root)
     findings += found
@@ -136,31 +140,36 @@ def _payloads(job: _Job, stem: str) -> Any:
             return _torch_file(job, record)
     folder = stem.rpartition("/")[0]
     record = f"{stem}_{folder.rpartition('/')[2]}_config.json" if folder else f"{stem}.pt"
-    objects = TorchObjects(job.index.storage, job.byteorder)
+    spans = job.index.stored
+    objects = TorchObjects(lambda record: spans.get(record) or job.index.storage(record), job.byteorder)
     out: dict[str, Any] = {}
     with located(path=job.index.file.url, record=record):
         config = _json(job, record).get("config")
         if not isinstance(config, dict):
             raise CorruptFileError("there must be an object called 'config'")
         for name, entry in config.items():
-            with located(tensor=name):
-                payload = f"{folder}/{_at(entry, 'path_name')}"
-                pickled = _at(entry, "use_pickle") or _OBJECT.match(payload)
-                out[name] = _pickled(job, payload) if pickled else _tensor(job.index, objects, payload, _at(entry, "tensor_meta"))
+            try:
+                path, pickled, meta = _told(entry, "path_name", "use_pickle", "tensor_meta")
+                payload = f"{folder}/{path}"
+                is_pickle = pickled or _OBJECT.match(payload)
+                out[name] = _pickled(job, payload) if is_pickle else _tensor(job.index, objects, payload, spans.get(payload), meta)
+            except Exception:  # entering a context for each of very many would take a tenth of the time
+                with located(tensor=name):
+                    raise
     job.findings += objects.troubles
     return out
 
 
-def _tensor(index: ZipIndex, objects: TorchObjects, record: str, meta: Any) -> LazyTensor:
+def _tensor(index: ZipIndex, objects: TorchObjects, record: str, span: Span | None, meta: Any) -> LazyTensor:
     """A view of a record; `objects` proves that it lies within, and locks its values where it does not."""
-    code, sizes, strides = _at(meta, "dtype"), _at(meta, "sizes"), _at(meta, "strides")
-    known = type(code) is int and code in _DTYPES and _at(meta, "layout") == 7
+    code, sizes, strides, offset, layout, grad = _told(meta, "dtype", "sizes", "strides", "storage_offset", "layout", "requires_grad")
+    known = type(code) is int and code in _DTYPES and layout == 7
     if not (known and isinstance(sizes, list) and isinstance(strides, list)):
         raise CorruptFileError("tensor_meta must have a dtype of torch's numbers, sizes, strides and layout 7 (strided)")
-    shape, steps = (tuple(_at(n, "as_int") for n in numbers) for numbers in (sizes, strides))
-    nbytes = index.records[record].size if record in index.records else 0
-    storage = objects.persistent(("storage", _UNTYPED, record, "cpu", nbytes))
-    return objects.tensor(storage, _at(meta, "storage_offset", "as_int"), shape, steps, DTYPES[_DTYPES[code]], _at(meta, "requires_grad"))
+    shape, steps = (tuple([_at(n, "as_int") for n in numbers]) for numbers in (sizes, strides))
+    nbytes = span.nbytes if span is not None else index.records[record].size if record in index.records else 0
+    storage = objects.ref(("storage", _UNTYPED, record, "cpu", nbytes))
+    return objects.tensor(storage, _at(offset, "as_int"), shape, steps, DTYPES[_DTYPES[code]], grad)
 
 
 # nested pickles
@@ -261,6 +270,11 @@ def _json(job: _Job, record: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise CorruptFileError("the record must be a JSON object")
     return value
+
+
+def _told(value: Any, *keys: str) -> list[Any]:
+    """Several entries of an object; None for each that it has not."""
+    return list(map(value.get, keys)) if isinstance(value, dict) else [None] * len(keys)
 
 
 def _at(value: Any, *keys: Any) -> Any:

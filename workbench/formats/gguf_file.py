@@ -19,7 +19,10 @@ from __future__ import annotations
 
 import re
 import struct
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import lru_cache, reduce
+from itertools import repeat
+from operator import add, or_
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding
@@ -29,7 +32,7 @@ from workbench.files import FileRef, Span
 from workbench.formats.packed import Packed
 from workbench.formats.window import Window, require_shape
 from workbench.strided import row_major
-from workbench.tensors import LazyTensor, Stored, TensorSpec
+from workbench.tensors import LazyTensor, Stored, TensorSpec, made, stored_tensors
 
 _PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
 # type -> name, elements a block, bytes a block
@@ -51,10 +54,11 @@ _U32, _BOOL, _TEXT, _ARRAY = 4, 7, 8, 9
 _MAX_PAIRS, _MAX_TENSORS, _MAX_NAMES = 1 << 14, 1 << 19, 64 << 20  # bytes of all names
 _MAX_ITEMS, _DEAR = 4_000_000, 32  # texts in arrays; what an array in an array, and each element that is told, count for
 _MAX_TEXT, _MAX_ALL_TEXT = 1 << 16, 16 << 20  # bytes that are shown
-_HEAD = 256  # bytes; most infos are shorter
+_HEAD, _MAX_KNOWN = 256, 4096  # bytes, most infos are shorter; dimensions and types of tensors that are kept at once
 _SHOWN, _MAX_PARTS = 16, 1000  # elements of an array, or missing parts, that are named one by one
 
 Tensors = dict[str, LazyTensor]
+Kind = tuple[tuple[int, ...], int]  # dimensions as stored, and element type
 
 
 def open_file(file: FileRef) -> Checkpoint:
@@ -122,32 +126,55 @@ def _read_part(file: FileRef) -> tuple[Tensors, dict[str, str], list[Finding]]:
             raise CorruptFileError(f"general.alignment is {alignment}; it must be a power of two, 8 or more")
         infos = index.infos(count)
     data = -(-index.at // alignment) * alignment
+    byteorder = "little" if index.order == "<" else "big"
+    starts = [data + offset for offset in infos.values()]
     tensors: Tensors = {}
-    extents = []
     try:
-        for name, (dims, code, offset) in infos.items():
+        stops = _all_tensors(file, tensors, infos, index.kinds, starts, alignment, byteorder) or []
+        for name, start, (dims, code) in zip(infos, starts, index.kinds, strict=True) if not stops else ():
             try:
-                if offset % alignment:
-                    raise CorruptFileError(f"the offset {offset} is no multiple of the alignment, {alignment}")
-                tensors[name], nbytes = _tensor(file, dims, code, data + offset, "little" if index.order == "<" else "big")
-                extents.append((data + offset, data + offset + nbytes, name))
+                if (start - data) % alignment:
+                    raise CorruptFileError(f"the offset {start - data} is no multiple of the alignment, {alignment}")
+                tensors[name], nbytes = _tensor(file, dims, code, start, byteorder)
+                stops.append(start + nbytes)
             except Exception:  # entering a context for each of very many would take longer than reading it
-                with located(path=file.url, tensor=name, offset=data + offset):
+                with located(path=file.url, tensor=name, offset=start):
                     raise
-        return tensors, metadata, _unclaimed(file, extents, data, alignment)
+        return tensors, metadata, _unclaimed(file, starts, stops, tensors, data, alignment)
     except FormatError as error:
         error.partial = Checkpoint(tensors, name=file.name, format="gguf", metadata=metadata, source=file)
         raise
 
 
-def _unclaimed(file: FileRef, extents: list[tuple[int, int, str]], at: int, alignment: int) -> list[Finding]:
+def _all_tensors(
+    file: FileRef, tensors: Tensors, names: Iterable[str], kinds: list[Kind], starts: list[int], alignment: int, byteorder: str
+) -> list[int] | None:
+    """Fill `tensors`, all at once, and tell where each ends; None, and nothing is filled, where one is wrong or there are none."""
+    try:
+        forms = {kind: _form(*kind, byteorder) for kind in set(kinds)}
+        specs, strides, sizes, packed, orders, locked = zip(*map(forms.__getitem__, kinds), strict=True)
+    except ValueError:
+        return None
+    stops = list(map(add, starts, sizes))
+    if max(stops) > file.size or reduce(or_, starts) % alignment:
+        return None
+    spans = map(made, repeat(Span), zip(repeat(file), starts, sizes, repeat(None)))
+    storages = (made(Packed, (span, *how)) if how else span for span, how in zip(spans, packed, strict=True))
+    tensors.update(zip(names, stored_tensors(specs, storages, strides, orders, locked), strict=True))
+    return stops
+
+
+def _unclaimed(file: FileRef, starts: list[int], stops: list[int], names: Iterable[str], at: int, alignment: int) -> list[Finding]:
     """What the tensors leave over from byte `at` on, as a finding; a byte that two of them claim is an error."""
-    spare = 0
-    for start, stop, name in sorted(extents):
-        if start < at and stop > start:
-            raise CorruptFileError("its bytes overlap those of another tensor", path=file.url, tensor=name, offset=start)
-        spare += max(0, start - at)
-        at = max(at, -(-stop // alignment) * alignment)
+    spare, ends = 0, [stop + alignment - 1 & -alignment for stop in stops]
+    if starts == [at, *ends[:-1]]:  # one behind another, as most are
+        at = ends[-1]
+    else:
+        for start, stop, name in sorted(zip(starts, stops, names, strict=True)):
+            if start < at and stop > start:
+                raise CorruptFileError("its bytes overlap those of another tensor", path=file.url, tensor=name, offset=start)
+            spare += max(0, start - at)
+            at = max(at, -(-stop // alignment) * alignment)
     spare += max(0, file.size - at)
     return [Finding("unclaimed bytes", "warning", f"{spare} bytes of the data belong to no tensor")] if spare >= alignment else []
 
@@ -199,6 +226,7 @@ class _Index:
 
     def __init__(self, window: Window) -> None:
         self.window, self.at, self.order = window, 0, "<"
+        self.kinds: list[Kind] = []
         self._items, self._room, self._names = _MAX_ITEMS, _MAX_ALL_TEXT, _MAX_NAMES
 
     def take(self, count: int) -> bytes:
@@ -299,27 +327,47 @@ class _Index:
         kind = self.number("I")
         return kind, self.count(struct.calcsize("=" + self.kind(kind)[1]) or (8 if kind == _TEXT else 12))
 
-    def infos(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """name -> (dimensions as stored, element type, offset)."""
+    def infos(self, count: int) -> dict[str, int]:
+        """name -> offset; `kinds` has the dimensions as stored and the element type of each."""
         if count > _MAX_TENSORS:
             raise UnsupportedError(f"{count} tensors; at most {_MAX_TENSORS} are listed", offset=8)
-        out: dict[str, tuple[tuple[int, ...], int, int]] = {}
-        for _ in range(count):
-            start, (name, dims, code, offset) = self.at, self._info()
-            if name in out:
-                raise CorruptFileError("two tensors have this name", tensor=name, offset=start)
-            out[name] = (dims, code, offset)
+        out: dict[str, int] = {}
+        number, long = struct.Struct(self.order + "I").unpack_from, struct.Struct(self.order + "Q").unpack_from
+        known: dict[bytes, Kind] = {}
+        kinds = self.kinds
+        while len(out) < count:
+            data, low = self.window.view(self.at, min(_HEAD, self.window.size - self.at))
+            base, first, last = self.at - low, low, len(data) - _HEAD
+            while low <= last and len(out) < count:  # where a name is short and dimensions are as few as ggml has, read where it lies
+                (length,) = long(data, low)
+                if length > _HEAD // 2:
+                    break
+                at = low + 8 + length
+                (dimensions,) = number(data, at)
+                if dimensions > 4:
+                    break
+                name, at, head = data[low + 8 : at].decode("utf-8"), at + 8 + 8 * dimensions, data[at : at + 8 + 8 * dimensions]
+                if head not in known:
+                    if len(known) == _MAX_KNOWN:
+                        known.clear()
+                    _, *dims, code = struct.unpack(f"{self.order}I{dimensions}QI", head)
+                    known[head] = tuple(dims), code
+                if name in out:
+                    raise CorruptFileError("two tensors have this name", tensor=name, offset=base + low)
+                (out[name],) = long(data, at)
+                kinds.append(known[head])
+                low = at + 8
+            self.at = base + low
+            if low == first:
+                name, kind, offset = self._info()
+                if name in out:
+                    raise CorruptFileError("two tensors have this name", tensor=name, offset=base + low)
+                out[name] = offset
+                kinds.append(kind)
         return out
 
-    def _info(self) -> tuple[str, tuple[int, ...], int, int]:
-        head, unpack = self.window.take(self.at, min(_HEAD, self.window.size - self.at)), struct.unpack_from
-        if len(head) == _HEAD and (length := unpack(self.order + "Q", head)[0]) <= _HEAD // 2:
-            (dimensions,) = unpack(self.order + "I", head, 8 + length)
-            if dimensions <= 4:  # as ggml has them: read at one go
-                *dims, code, offset = unpack(f"{self.order}{dimensions}QIQ", head, 12 + length)
-                self.at += 24 + length + 8 * dimensions
-                return head[8 : 8 + length].decode("utf-8"), tuple(dims), code, offset
+    def _info(self) -> tuple[str, Kind, int]:
         name, dimensions = self.name(), self.number("I")
         if dimensions > 64:
             raise CorruptFileError(f"{dimensions} dimensions; ggml has 4", tensor=name, offset=self.at - 4)
-        return name, tuple(self.number("Q") for _ in range(dimensions)), self.number("I"), self.number("Q")
+        return name, (tuple(self.number("Q") for _ in range(dimensions)), self.number("I")), self.number("Q")

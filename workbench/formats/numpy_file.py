@@ -39,6 +39,7 @@ from workbench.tree import Global
 _MAGIC = b"\x93NUMPY"
 _HEAD = 512  # bytes that are read first
 _MAX_HEADER = 1 << 18  # of one file, short ones aside; numpy itself stops at 10,000 characters unless it is told to trust the file
+_MAX_TOLD = 1 << 14  # of one that is asked for objects alone
 _MAX_PICKLE = 64 << 20
 _MOST_ODD = 1000  # arrays of one archive that are no tensors, before the pickles of further ones are not looked at: each takes 0.2 ms
 _MAX_RATIO = 1032  # deflate packs no tighter
@@ -126,6 +127,13 @@ class _Listing:
             told = f"an array of {what} {list(shape)} is listed and not read: torch has no such element type"
             findings.append(Finding("not a tensor", "warning", told, where, _VOID_HINT if re.fullmatch(r"[|<]V[12]", what) else None))
         return Global("numpy", f"ndarray({what}, {list(shape)})")
+
+
+def says_objects(header: bytes) -> bool:
+    """Whether an array's header tells of objects; not where it cannot be read, which listing the file tells."""
+    with suppress(FormatError, json.JSONDecodeError, RecursionError):
+        return len(header) <= _MAX_TOLD and _header(header.decode("latin-1"))[3][0] is None
+    return False
 
 
 @lru_cache(maxsize=256)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding, Severity
@@ -37,7 +37,7 @@ from workbench.formats.protobuf_wire import BYTES, VARINT, Place, Wire, read_var
 from workbench.formats.window import Window, require_shape
 from workbench.names import unique_name
 from workbench.strided import row_major
-from workbench.tensors import LazyTensor, Stored, TensorSpec
+from workbench.tensors import LazyTensor, Stored, TensorSpec, made, stored_tensors
 
 _MODEL = schema(
     "ir_version=1v producer_name=2b producer_version=3b domain=4b model_version=5v doc_string=6b graph=7b opset_import=8b* metadata_props=14b* "
@@ -92,8 +92,9 @@ _PLAIN = re.compile(
     % (_V, _V, _OUTSIDE, _V),
     re.DOTALL,
 )
+_LED, _RAW = re.compile(rb"((?:\x08%b){0,64}\x10[\0-\x7f])B[\0-\x7f]" % _V), 0x4A
 _TOP = bytes(range(128, 256))
-_made: Any = tuple.__new__
+_Form = tuple[int, TensorSpec, tuple[int, ...], int, int, int]
 _MODEL_GRAPH = 7
 
 
@@ -144,7 +145,7 @@ class _Model:
         self._operators: Counter[str] = Counter()
         self._folder, self._lists = file.folder, _MAX_LISTS
         self._files: dict[str, FileRef | WorkbenchError] = {}  # by location, or why there is none
-        self._forms: dict[bytes, tuple[int, TensorSpec, tuple[int, ...], int, int, int]] = {}
+        self._forms: dict[bytes, _Form] = {}
         self._graphs: deque[tuple[Place, str, int]] = deque()  # still to be walked: where, prefix of names, depth
         self._ends: dict[str, list[str]] = {"input": [], "output": []}
 
@@ -200,19 +201,50 @@ class _Model:
         if depth > _MAX_DEPTH:
             raise UnsupportedError(f"graphs nest more than {_MAX_DEPTH} deep", offset=place[0])
         held = self.wire.message(place, _GRAPH)
-        for item in held.get("initializer", []):
-            name, value = self._plain(*item) or self._tensor(item, prefix)
-            if prefix or name in self.tensors or len(name) > self._room:
-                self._add(prefix, name, value)
-            else:
-                self._room -= len(name)
-                self.tensors[name] = value
+        self._initializers(held.get("initializer", []), prefix)
         for item in held.get("sparse_initializer", []):
             self._sparse(item, prefix, "")
         for key, told in self._ends.items() if not prefix else ():
             ends = [self._end(item) for item in held.get(key, [])[:_SHOWN]]
             told += [text for name, text in ends if name not in self.tensors]  # older files list weights among the inputs
         self._nodes(held.get("node", []), prefix, depth)
+
+    def _initializers(self, items: list[Place], prefix: str) -> None:
+        """Those of the main graph that are spelled as nearly all are (dims, type, short name, raw data) are made together, after the loop."""
+        view, tensors, forms = self.wire.window.view, self.tensors, self._forms
+        names: list[str] = []
+        found: list[_Form] = []
+        starts: list[int] = []
+        try:
+            for start, stop in items:
+                count = stop - start if stop - start < _HEAD else _HEAD
+                data, low = view(start, count)
+                if not prefix and (head := _LED.match(data, low, low + count)) and (form := forms.get(lead := head[1]) or self._led(lead)):
+                    at = head.end()
+                    end = at + data[at - 1]  # of the name
+                    size, body = data[end + 1] if end + 1 < low + count and data[end] == _RAW else -1, end + 2
+                    if size >= 0x80 and body < low + count:
+                        size, body = size - 0x80 + (data[body] << 7), body + 1
+                    if size == form[3] and body + size == low + stop - start and data[body - 1] < 0x80 and self.wire.left > 0:
+                        name = data[at:end].decode("utf-8", "replace")
+                        if len(name) <= self._room and name not in tensors and "\ufffd" not in name:
+                            self.wire.left -= 1
+                            self._room -= len(name)
+                            tensors[name] = None
+                            names.append(name)
+                            found.append(form)
+                            starts.append(start + body - low)
+                            continue
+                name, value = self._plain(start, stop) or self._tensor((start, stop), prefix)
+                if prefix or name in tensors or len(name) > self._room:
+                    self._add(prefix, name, value)
+                else:
+                    self._room -= len(name)
+                    tensors[name] = value
+        finally:
+            spans = map(made, repeat(Span), zip(repeat(self.file), starts, (form[3] for form in found), repeat(None)))
+            made_here = stored_tensors([form[1] for form in found], spans, (form[2] for form in found))
+            tensors.update(zip(names, made_here, strict=True))
 
     def _function(self, function: dict[str, Any]) -> None:
         self.wire.charge(2 * _NODE_PRICE, 0)
@@ -324,19 +356,19 @@ class _Model:
             if raw and at + length == stop:
                 count = stop - start  # the rest of the message is known without being seen
             if length == needed and (raw or not wanted):
-                storage = _made(Span, (self.file, at, length, None))
+                storage = made(Span, (self.file, at, length, None))
             elif run and wanted <= length <= 10 * wanted:
-                body, nbytes = _made(Span, (self.file, start, stop - start, None)), spec.nbytes
-                storage = _made(Packed, (body, nbytes, _TYPES[code][0], stop - start, nbytes, _DECODER, (code, typed >> 3)))
+                body, nbytes = made(Span, (self.file, start, stop - start, None)), spec.nbytes
+                storage = made(Packed, (body, nbytes, _TYPES[code][0], stop - start, nbytes, _DECODER, (code, typed >> 3)))
         if storage is None or count < stop - start or (doc and not _is_doc(doc)):
             return None
         self.wire.left -= 1
         try:
-            return name.decode(), LazyTensor(spec, _made(Stored, (storage, 0, strides, "little")))
+            return name.decode(), LazyTensor(spec, made(Stored, (storage, 0, strides, "little")))
         except UnicodeDecodeError:
             return None
 
-    def _led(self, lead: bytes) -> tuple[int, TensorSpec, tuple[int, ...], int, int, int] | None:
+    def _led(self, lead: bytes) -> _Form | None:
         """What dims and type say: type, spec, strides, bytes, numbers in a typed field that is decoded, its key. None for what is unusual."""
         dims, at = lead[1:-2:2], 0  # where each has one byte
         shape = tuple(dims)

@@ -1,6 +1,6 @@
 """What pickle opcodes make of their arguments: numbers and texts spelled in lines, as C reads them; the entries of dicts and sets.
 
-Each raises ValueError where the C unpickler would.
+Each raises ValueError where the C unpickler would, and UnsupportedError where only this reader goes no further.
 
 Source: CPython 3.11 Modules/_pickle.c (load_int, load_long, load_float, load_string).
 """
@@ -88,5 +88,5 @@ def checked_key(value: Any) -> Any:
                 return value
             if parts > 10_000:
                 break
-        raise ValueError("a key of too many parts")
+        raise UnsupportedError("a key of too many parts")
     return value

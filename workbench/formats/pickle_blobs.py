@@ -105,7 +105,7 @@ class PayloadMachine(Machine):
         count = int.from_bytes(self._take(width), "little", signed=signed)
         if (_LONG if self._held < _HELD else _PAGE) < count <= self.size - self.pos:
             if op not in _PAYLOADS:
-                raise ValueError(f"a number of {count} bytes")
+                raise UnsupportedError(f"a number of {count:,} bytes", offset=self.place)
             if self.pos < self.frame_end < self.pos + count:
                 self.cross()
             payload = Left(self.place, count, "text" if op in _TEXTS else "bytes")

@@ -49,7 +49,7 @@ def carry_out(vm: Machine, table: Sequence[Callable[[Machine], None]]) -> Any:
     try:
         while not vm.is_spent:
             if len(stack) + len(marks) > MAX_STACK:
-                raise ValueError(f"more than {MAX_STACK} values wait on the stack")
+                raise UnsupportedError(f"more than {MAX_STACK:,} values wait on the stack", offset=vm.base + pos)
             for done in range(_STRIDE):  # noqa: B007 (what a run that ends here has done)
                 at = pos
                 op = data[pos]

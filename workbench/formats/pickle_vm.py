@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from workbench.errors import UnsupportedError
 from workbench.formats.pickle_arguments import c_string, checked_key, float_line, int_line, pairs_of, string_line, text_of
 from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, MAX_STACK, STORAGE, Starved, carry_out
 from workbench.formats.torch_template import carry_out_one, carry_out_run
@@ -219,7 +220,7 @@ class Machine:
     def _spend(self, nbytes: int) -> None:
         self.copied += nbytes
         if self.copied > _MAX_COPIED:
-            raise ValueError("the pickle copies names and byte strings beyond all measure")
+            raise UnsupportedError("the pickle copies names and byte strings beyond all measure", offset=self.place)
 
     def _push_bytes(self, data: Any) -> None:
         self.stack.append(data)
@@ -455,7 +456,7 @@ class Machine:
             if isinstance(target.state, dict) and isinstance(state, dict):
                 self.merged += len(target.state) + len(state)
                 if self.merged > MAX_STACK:
-                    raise ValueError("the states of an object are given again and again")
+                    raise UnsupportedError("the states of an object are given again and again", offset=self.place)
                 target.state = {**target.state, **state}
             else:
                 target.state = state if target.state is NOTHING else (target.state, state)

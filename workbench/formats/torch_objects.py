@@ -136,13 +136,13 @@ class TorchObjects:
         if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
             self.strangers.append(Inert(pid[1], (), None, True, elements=[pid]))
             return pid[1]
-        ref = self._ref(pid)
+        ref = self.ref(pid)
         spec, stored = TensorSpec(ref.dtype or DTYPES["uint8"], (ref.numel,)), ref.stored or Nowhere(ref.nbytes)
         bare = Bare(spec, Stored(stored, 0, (1,), self._byteorder), False, ref.trouble)
         bare.__dict__["ref"] = ref
         return bare
 
-    def _ref(self, pid: Any) -> StorageRef:
+    def ref(self, pid: Any) -> StorageRef:
         if not (isinstance(pid, (tuple, list)) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global)):
             raise CorruptFileError("a persistent id does not describe a storage")
         _, cls, key, place, numel = pid[:5]
@@ -164,7 +164,7 @@ class TorchObjects:
         """`persistent` and `_rebuild_tensor_v2` at once, for the machine's fast path: a whole storage, met for the first time."""
         spec = _plain_spec(cls, numel, offset, shape, strides)
         if spec is None or key in self.storages:
-            return self.tensor(self._ref(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
+            return self.tensor(self.ref(("storage", cls, key, place, numel)), offset, shape, strides, None, requires_grad)
         ref = self.storages[key] = self._storage(key, spec.dtype, numel, place, None)
         source = Stored(ref.stored or Nowhere(ref.nbytes), 0, strides, self._byteorder)
         return LazyTensor(spec, source, requires_grad, ref.trouble)

@@ -23,15 +23,18 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.checkpoint import Checkpoint, Finding
+from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, UnknownFormatError, UnsupportedError
 from workbench.files import FileRef, Span
 from workbench.formats import FILES
-from workbench.formats.known_globals import danger_findings
+from workbench.formats.known_globals import ALL_STORAGE_DTYPES, danger_findings, judge
 from workbench.formats.pickle_blobs import MAX_OPCODES, Pages, PayloadMachine, kept
 from workbench.formats.torch_objects import Bare, TorchObjects, storage_dtype, trailing_finding, unpickle
+from workbench.formats.torch_template import number
 from workbench.tree import Global, Inert
 
 if TYPE_CHECKING:
@@ -140,6 +143,42 @@ def is_tar(head: bytes) -> bool:
     return sure or is_beyond or header(head[max(after, 0) :]) is not None
 
 
+_NUMBER = rb"K.|M..|J....|\x8a(?:\x01.|\x02..|\x03...|\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|I-?[1-9][0-9]{0,18}\n"
+_THING = rb"(%b|N|(?:X....|U.)(?:-?[0-9]{1,20}|cpu|cuda:[0-9]{1,3}))(?:q.)?" % _NUMBER
+_DESCRIPTION = re.compile(rb"\x80\x02(\()?%b%bc(torch(?:\.cuda)?)\n(\w{1,32})\n(?:q.)?([t\x87])(?:q.)?\." % (_THING, _THING), re.DOTALL)
+LONGEST = 160  # bytes of a description
+
+
+class Description(NamedTuple):
+    """What a pickle holds that is spelled as those of storages and tensors are: two numbers or texts, and a plain class of torch's."""
+
+    value: tuple[Any, Any, Global]
+    nbytes: int
+    offset: int  # behind the name of the class
+
+
+def description(data: bytes) -> Description | None:
+    """The pickle that `data` begins with, read as a whole; None where it is spelled otherwise, or names what is not plain."""
+    found = _DESCRIPTION.match(data)
+    if found is None or (found[1] is None) != (found[6] == b"\x87"):
+        return None
+    cls = _plain_class(found[4].decode(), found[5].decode())
+    things = [_thing(found[2]), _thing(found[3])]
+    return None if cls is None or ... in things else Description((things[0], things[1], cls), found.end(), found.end(5) + 1)
+
+
+def _thing(spelled: bytes) -> Any:
+    if at := {b"X": 5, b"U": 2}.get(spelled[:1]):
+        return spelled[at:].decode() if int.from_bytes(spelled[1:at], "little") == len(spelled) - at else ...
+    return None if spelled == b"N" else int(spelled[1:-1]) if spelled[:1] == b"I" else number(spelled)
+
+
+@lru_cache(maxsize=256)
+def _plain_class(module: str, name: str) -> Global | None:
+    found = Global(module, name)
+    return found if judge(found)[0] == "plain" else None
+
+
 class _Stream:
     """One member, read in order: pickles, numbers, and elements that are stepped over."""
 
@@ -150,6 +189,9 @@ class _Stream:
         self._findings: list[Finding] = []
 
     def pickle(self) -> Any:
+        if told := description(self._pages.pread(self._at, min(LONGEST, self._end - self._at))):
+            self._at += told.nbytes
+            return told.value
         made: list[Inert] = []
         machine = PayloadMachine(self._pages, persistent=lambda pid: pid, construct=kept(made), start=self._at)
         machine.ran, machine.built = self._spent
@@ -250,3 +292,17 @@ class _TarObjects(TorchObjects):
                 raise CorruptFileError("a tensor lies on a storage that the archive does not hold", record="tensors")
             self._known[key] = self.tensor(bare, offset, tuple(lengths[:ndim]), tuple(lengths[ndim:]), None)
         self.troubles += stream.finish()
+
+
+def _storage_gap(value: Any, head: bytes) -> int:
+    """A storage: 8 bytes count, then the elements; none behind the list of views, which comes last."""
+    if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], Global)):
+        return 0
+    return 8 + int.from_bytes(head, "little") * DTYPES[ALL_STORAGE_DTYPES.get(value[2].name, "uint8")].itemsize
+
+
+# a tensor: 4 bytes dimensions, 4 unused, then sizes, strides and offset, 8 bytes each
+GAPS: dict[str, Callable[[Any, bytes], int]] = {
+    "storages": _storage_gap,
+    "tensors": lambda _, head: 16 + 16 * int.from_bytes(head[:4], "little"),
+}

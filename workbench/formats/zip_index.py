@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple
 
 from workbench.errors import CorruptFileError, UnsupportedError
@@ -35,7 +35,7 @@ _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _MAX_DIRECTORY = 1 << 30
 _ALIGNMENT = 64
 _FULL = 0xFFFFFFFF  # stands where a 64-bit field tells the value
-_CENTRAL = struct.Struct("<4s4xHH4xIIIHHHH6xI")
+_CENTRAL, _BEHIND_MARK = struct.Struct("<4s4xHH4xIIIHHHH6xI"), struct.Struct("<4xHH8xIIHHHH6xI")
 
 
 class Record(NamedTuple):
@@ -144,21 +144,46 @@ class ZipIndex:
         headers = self.records.columns.headers
         return self.records.at(self._in_order[bisect_left(self._in_order, start, key=headers.__getitem__) - 1])
 
+    @cached_property
+    def stored(self) -> dict[str, Span]:
+        """The bytes of all stored records, but for those of which `storage` has to tell something.
+
+        Cost: where they do not lie as torch lays them, a pass over the local headers.
+        """
+        names, packed, starts = self.records.columns.names, self.records.columns.packed, dict(enumerate(self._plain))
+        with self.file.open() as source:
+            starts.update((place, start) for place, start, _ in self._agreeing(source.pread, [at for at in starts if starts[at] is None]))
+        return {names[at]: Span(self.file, start, packed[at], self) for at, start in starts.items() if start is not None}
+
     def first_bytes(self, pread: Callable[[int, int], bytes]) -> Iterator[tuple[str, bytes]]:
         """Name and first byte of each stored record whose local header repeats what the directory says."""
-        (names, entries, lengths, sizes, headers, kinds), take = self.records.columns, Window(pread, self.file.size).take
-        rows = zip(names, entries, lengths, sizes, headers, kinds, self._plain, strict=True)
-        for name, entry, length, packed, header, (flags, method), start in rows:
+        names, packed = self.records.columns.names, self.records.columns.packed
+        return ((names[at], first if packed[at] else b"") for at, _, first in self._agreeing(pread, range(len(names))))
+
+    def _agreeing(self, pread: Callable[[int, int], bytes], places: Iterable[int]) -> Iterator[tuple[int, int, bytes]]:
+        """Of those records that are stored and whose local header repeats what the directory says: where the payload starts, and its first byte."""
+        (_, entries, lengths, sizes, headers, kinds), told = self.records.columns, self.records.directory
+        take, plain = Window(pread, self.file.size).take, self._plain
+        allowed = {kind for kind in set(kinds) if not (kind[1] or kind[0] & 0x2041)}
+        for place in places:
+            if kinds[place] not in allowed:
+                continue
+            entry, header, behind = entries[place], headers[place], 30 + lengths[place]
+            start = plain[place]
+            head = take(header, behind + 1 if start is None else start + 1 - header)
+            begins = behind + int.from_bytes(head[28:30], "little")
             if start is None:  # its payload is not where torch lays it
-                start = header + 30 + length + int.from_bytes(take(header + 28, 2), "little")
-                if method or flags & 0x2041 or start + packed > self._next[header]:
+                start = header + begins
+                if start + sizes[place] > self._next[header]:
                     continue
-            told, head = self.records.directory[entry : entry + 46 + length], take(header, start + 1 - header)
-            sizes_agree = head[14:26] == told[16:28] or (flags & 8 and not any(head[14:26]))
-            names_agree = head[26:28] == told[28:30] and head[30 : 30 + length] == told[46:]
-            ends_there = header + 30 + length + int.from_bytes(head[28:30], "little") == start
-            if head[:4] == b"PK\3\4" and head[6:10] == told[8:12] and sizes_agree and names_agree and ends_there:
-                yield name, head[-1:] if packed else b""
+                head = head if begins == behind else take(header, begins + 1)
+            agrees = head[4:28] == told[entry + 6 : entry + 30] or (
+                head[6:10] == told[entry + 8 : entry + 12]
+                and (head[14:26] == told[entry + 16 : entry + 28] or (kinds[place][0] & 8 and not any(head[14:26])))
+                and head[26:28] == told[entry + 28 : entry + 30]
+            )
+            if agrees and head[:4] == b"PK\3\4" and head[30:behind] == told[entry + 46 : entry + 16 + behind] and header + begins == start:
+                yield place, start, head[-1:]
 
     @cached_property
     def _in_order(self) -> list[int]:
@@ -183,17 +208,15 @@ class ZipIndex:
 
 
 class Outline(NamedTuple):
-    """All bytes of a small archive but one payload, what a serializer numbers by its contents, and the checksums of both."""
+    """How a small archive is laid out: where one payload lies, what a serializer numbers by its contents, and the checksums of both."""
 
-    head: bytes
-    tail: bytes
     payload: tuple[int, int]
-    numbers: tuple[tuple[int, int], ...]  # in the tail: digits that count the contents
-    checksums: tuple[tuple[int, ...], ...]  # where each stands, in head and tail together
+    numbers: tuple[tuple[int, int], ...]  # digits that count the contents, without the payload
+    checksums: tuple[tuple[int, ...], ...]  # where each stands, without the payload
 
     @classmethod
-    def of(cls, index: ZipIndex, area: Span, free: str) -> Outline | None:
-        """The outline of the archive in `area`, without the payload of the record `free`; None where a record is not laid out plainly."""
+    def of(cls, index: ZipIndex, free: str) -> Outline | None:
+        """That of an archive, around the payload of the record `free`; None where a record is not laid out plainly."""
         starts, columns = index._plain, index.records.columns
         place = index.records.places[free]
         numbered = [n for n, name in enumerate(columns.names) if name.endswith("/serialization_id")]
@@ -204,26 +227,20 @@ class Outline(NamedTuple):
         gap = stop - start
         if any(a < stop for a, _ in digits):
             return None
-        shift = [(a - gap, b - gap) for a, b in digits]
         sums = []
         for n, (_, end) in zip((place, *numbered), where, strict=True):
             local, central = columns.headers[n] - index.base + 14, index.directory - index.base + columns.entries[n] + 16
             places = (local, central, end + 4) if columns.kinds[n][0] & 8 else (local, central)  # a descriptor stands behind the payload
             sums.append(tuple(at if at < start else at - gap for at in places))
-        found = cls(b"", b"", (start, stop), tuple((a - start, b - start) for a, b in shift), tuple(sums))
-        parts = found._parts(area)
-        return found._replace(head=parts[0], tail=parts[1]) if parts else None
+        return cls((start, stop), tuple((a - gap, b - gap) for a, b in digits), tuple(sums))
 
-    def fits(self, area: Span) -> bytes | None:
-        """The first byte of that payload, where another archive of the same length is this one in all else."""
-        parts = self._parts(area)
-        return parts[2] if parts is not None and parts[:2] == (self.head, self.tail) else None
-
-    def _parts(self, area: Span) -> tuple[bytes, bytes, bytes] | None:
+    def rest(self, area: Span) -> tuple[bytes, bytes] | None:
+        """(all bytes of an archive but that payload, numbers and checksums blanked; the payload's first byte). Archives of one length
+        with one rest differ in nothing else. None where the numbers are none, or the checksums contradict each other.
+        """
         start, stop = self.payload
-        head, tail = area.read(0, start + 1), area.read(stop, area.nbytes)
-        both = bytearray(head[:start] + tail)
-        if not all(tail[a:b].isdigit() for a, b in self.numbers):
+        head, both = area.read(start, start + 1), bytearray(area.read(0, start) + area.read(stop, area.nbytes))
+        if not all(both[a:b].isdigit() for a, b in self.numbers):
             return None
         for places in self.checksums:
             if len({bytes(both[at : at + 4]) for at in places} - {bytes(4)}) > 1:
@@ -231,8 +248,8 @@ class Outline(NamedTuple):
             for at in places:
                 both[at : at + 4] = bytes(4)
         for a, b in self.numbers:
-            both[start + a : start + b] = bytes(b - a)
-        return bytes(both[:start]), bytes(both[start:]), head[start:]
+            both[a:b] = bytes(b - a)
+        return bytes(both), head
 
 
 def _payload_start(record: Record, pread: Callable[[int, int], bytes]) -> int:
@@ -353,15 +370,20 @@ def read_zip_index(file: FileRef, area: Span | None = None) -> ZipIndex:
         raise CorruptFileError(f"{count} records cannot fit a directory of {directory_size} bytes", path=file.url)
     data = whole.read(directory, directory + directory_size)
     columns: list[list[Any]] = [[] for _ in Columns._fields]
-    at = singly = 0  # records to be read one by one, for their neighbours were not alike
+    at = odd = singly = 0  # records to be read one by one, for their neighbours were not plain
+    reach = _BLOCK  # so that what is looked at in vain is never much more than what was found
     while len(columns[0]) < count:
         alike: Sequence[Sequence[Any]] = []
         if singly:
             singly -= 1
         else:
-            alike, at = _alike_records(data, at, whole.start, min(count - len(columns[0]), 4096))
-            singly = 0 if alike and len(alike[0]) >= _RUN else 8 * _RUN
+            alike, behind = _plain_records(data, at, whole.start, count - len(columns[0]), reach)
+            singly = 0 if alike else 8 * _RUN
+            reach, at = min(_BLOCK, max(_LEAST, 2 * (behind - at))), behind
         if not alike:
+            if (odd := odd + 1) > _MOST_ODD:
+                told = f"more than {_MOST_ODD:,} of its {count:,} records have names or fields that neither torch nor NumPy writes"
+                raise UnsupportedError(told, path=file.url)
             record, behind = _central_record(data, at, whole.start)
             kind = (record.flags, record.method)
             alike, at = ((record.name,), (at,), (len(record.raw_name),), (record.packed,), (record.header,), (kind,)), behind
@@ -416,27 +438,38 @@ def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
 
 
 _RUN = 16  # fewer records than these in a row are found faster one by one
-_PLAIN = (28, *range(4), *range(8, 12), *range(29, 36))  # bytes of a central header that are the same in records of one kind
+_LEAST, _BLOCK = 1 << 12, 1 << 18  # bytes of the directory that are looked at at once
+_MOST_ODD = 100_000  # records that are read one by one
 
 
-def _alike_records(data: bytes, at: int, base: int, count: int) -> tuple[Sequence[Sequence[Any]], int]:
-    """The next records in columns, where their names are equally long and nothing about them is unusual: most of a torch file."""
-    mark, flags, method, n, more, comment, disk = struct.unpack("<4s4xHH16xHHHH", data[at : at + 36].ljust(36, b"\0"))
-    step = 46 + n
-    count = min(count, (len(data) - at) // step)
-    count = 0 if count < _RUN else count
-    if mark != b"PK\x01\x02" or method or more or comment or disk or not count:
-        return [], at
-    block = data[at : at + count * step]
-    if not all(block[i::step] == block[i : i + 1] * count for i in _PLAIN):
-        return _alike_records(data, at, base, count // 2)  # the first of them may be
-    packed, sizes, headers, raw_names = zip(*struct.iter_unpack(f"<20xII14xI{n}s", block), strict=True)
-    told = b"\0".join(raw_names)
-    if packed != sizes or _FULL in sizes or _FULL in headers or not told.isascii() or told.count(b"\0") >= count:
-        return _alike_records(data, at, base, count // 2)
-    headers = tuple(base + header for header in headers) if base else headers
-    end = at + count * step
-    return (told.decode("ascii").split("\0"), range(at, end, step), (n,) * count, packed, headers, ((flags, 0),) * count), end
+def _plain_records(data: bytes, at: int, base: int, count: int, reach: int) -> tuple[Sequence[Sequence[Any]], int]:
+    """The next records in columns, as far as nothing about them is unusual, within `reach` bytes: most of a torch file."""
+    first, *found = data[at : at + reach].split(b"PK\x01\x02")
+    found = found[: min(count, len(found) - (at + reach < len(data)))]  # the last may go on
+    count = 0 if first else next((place for place, record in enumerate(found) if len(record) < 42), len(found))
+    while count >= _RUN:
+        found = found[:count]
+        flags, methods, packed, sizes, lengths, more, comments, disks, headers = zip(*map(_BEHIND_MARK.unpack_from, found), strict=True)
+        names: list[Any] = list(map(operator.getitem, found, repeat(slice(42, None))))
+        told = b"\0".join(names)
+        unusual = any(more) or any(comments) or any(disks) or _FULL in packed or _FULL in sizes or _FULL in headers
+        if unusual or tuple(map(len, names)) != lengths or not told.isascii() or told.count(b"\0") >= count:
+            count //= 2  # the first of them may be plain
+        elif not all(map(operator.or_, map(operator.eq, packed, sizes), methods)):
+            count //= 2
+        else:
+            kinds = {kind: kind for kind in zip(flags, methods, strict=True)}
+            *entries, end = accumulate((46 + length for length in lengths), initial=at)
+            headers = tuple(base + header for header in headers) if base else headers
+            return (
+                told.decode("ascii").split("\0"),
+                entries,
+                lengths,
+                packed,
+                headers,
+                [*map(kinds.get, zip(flags, methods, strict=True))],
+            ), end
+    return [], at
 
 
 def _central_record(data: bytes, at: int, base: int) -> tuple[Record, int]:
