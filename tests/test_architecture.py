@@ -19,7 +19,7 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 # a room may import only rooms of an earlier line, or of its own
 ORDER = [
-    {"errors", "dtypes"}, {"files", "remote"}, {"tensors", "names", "tables", "tree", "strided"}, {"render"}, {"report"}, {"sections"}, {"checkpoint"}, {"stream"}, {"formats"}, {"opening"}, {"analyses"}, {"ops"}, {"keymap"},
+    {"errors", "dtypes"}, {"files", "remote"}, {"tensors", "names", "tables", "tree", "strided"}, {"render"}, {"report"}, {"sections"}, {"checkpoint"}, {"stream", "adapter_config"}, {"formats"}, {"opening"}, {"analyses"}, {"ops"}, {"keymap"},
     {"differ"}, {"verification"}, {"exporting"}, {"models"}, {"training", "store"}, {"teaching"}, {"widgets", "cli"},
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
@@ -64,6 +64,7 @@ FAMILIES = {  # one format in several files
     ("widgets", "explorer"): {"explorer_report"},
     ("widgets", "mapper"): {"mapper_report"},
     ("widgets", "netron"): {"netron_report"},
+    ("widgets", "exporter"): {"exporter_report", "netron_report"},
 }
 
 HEAVY = {"torch", "numpy", "onnx", "onnxruntime", "onnxscript", "fsspec", "gguf", "safetensors"}

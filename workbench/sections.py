@@ -58,6 +58,11 @@ def _words(key: Any) -> set[str]:
     return {word.lower() for word in _WORD.findall(key[:200])} if isinstance(key, str) else set()
 
 
+def names_average(key: Any) -> bool:
+    """Whether a key's words say that what it leads to is a moving average of weights."""
+    return any(words & _words(key) for kind, _, words in _ROLES if kind == "ema")
+
+
 def known_rank(section: Section) -> tuple[int, int]:
     """How far from what weights are usually called a section's path is; equal ranks are equal claims."""
     last = str(section.path[-1]) if section.path else ""
@@ -150,7 +155,7 @@ def _state_dict(path: Path, held: list[LazyTensor], role: Kind, why: str, direct
     if all((t.dtype.name, t.shape) in _GENERATOR_STATES for t in held):
         role, why = "random", "its tensors are as long as the states of random generators"
     prefixes = {key.partition(".")[0] for key in direct if isinstance(key, str)}
-    averages = [prefix for prefix in sorted(prefixes) if _ROLES[-1][2] & _words(prefix)]
+    averages = list(filter(names_average, sorted(prefixes)))
     note = f"those under {', '.join(averages[:3])} are moving averages" if averages and role == "weights" else ""
     return _section(path, held, role, _joined(f"{len(direct)} tensors directly under {_where(path)}", why, note))
 

@@ -37,7 +37,7 @@ def value(composite, tensors):
     assert out.shape == composite.shape
     assert str(out.dtype) == f"torch.{composite.dtype}"
     scope = {"source": tensors, "torch": torch}
-    assert torch.equal(eval(formula_code(pair), {"torch": torch}, scope).nan_to_num(), out.nan_to_num())
+    assert torch.equal(eval(formula_code(pair, "source[{!r}]".format), {"torch": torch}, scope).nan_to_num(), out.nan_to_num())
     assert KeyMap((pair,)).apply(tensors)[composite.name].load().nan_to_num().equal(out.nan_to_num())
     return out
 
@@ -160,7 +160,8 @@ def wrapped(adapter=".default", base="base_layer.", rank=2, zero=False):
     }  # fmt: skip
 
 
-CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 3}
+def config(**options):
+    return {"adapter_config.json": {"peft_type": "LORA", "r": 2, "lora_alpha": 3, **options}}
 
 
 @pytest.mark.parametrize(
@@ -169,22 +170,22 @@ CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 3}
 def test_without_its_scale_an_adapter_is_doubted_and_with_it_merged(tensors):
     assert "lora_alpha" in found(tensors)["m.weight"].doubt
     base, a, b = (tensor.double() for tensor in tensors.values())
-    holds(tensors, "m.weight", base + 1.5 * (b @ a), "lora", CONFIG)
-    holds(tensors, "m.weight", base + 3 / math.sqrt(2) * (b @ a), "lora", {**CONFIG, "use_rslora": True})
-    holds(tensors, "m.weight", base + 5 * (b @ a), "lora", {**CONFIG, "alpha_pattern": {"m": 10}})
+    holds(tensors, "m.weight", base + 1.5 * (b @ a), "lora", config())
+    holds(tensors, "m.weight", base + 3 / math.sqrt(2) * (b @ a), "lora", config(use_rslora=True))
+    holds(tensors, "m.weight", base + 5 * (b @ a), "lora", config(alpha_pattern={"m": 10}))
 
 
 def test_adapters_of_convolutions_embeddings_and_turned_layers():
     a, b = noise(2, 4, 3, 3, seed=1), noise(6, 2, 1, 1, seed=2)
     tensors = {"c.base_layer.weight": noise(6, 4, 3, 3), "c.lora_A.x.weight": a, "c.lora_B.x.weight": b}
     delta = torch.einsum("or,rihw->oihw", b[..., 0, 0], a)
-    holds(tensors, "c.weight", tensors["c.base_layer.weight"] + 1.5 * delta, "lora", CONFIG, tol=1e-5)
+    holds(tensors, "c.weight", tensors["c.base_layer.weight"] + 1.5 * delta, "lora", config(), tol=1e-5)
     tensors = {"e.base_layer.weight": noise(9, 5), "e.lora_embedding_A.x": noise(2, 9, seed=1), "e.lora_embedding_B.x": noise(5, 2, seed=2)}
     base, a, b = tensors.values()
-    holds(tensors, "e.weight", base + 1.5 * (b @ a).T, "lora_transposed", CONFIG)
+    holds(tensors, "e.weight", base + 1.5 * (b @ a).T, "lora_transposed", config())
     turned = {"m.base_layer.weight": noise(4, 4), "m.lora_A.weight": noise(2, 4, seed=1), "m.lora_B.weight": noise(4, 2, seed=2)}
     base, a, b = turned.values()
-    holds(turned, "m.weight", base + 1.5 * (b @ a).T, "lora_transposed", {**CONFIG, "fan_in_fan_out": True})
+    holds(turned, "m.weight", base + 1.5 * (b @ a).T, "lora_transposed", config(fan_in_fan_out=True))
 
 
 def test_an_adapter_at_zero_leaves_the_base():
@@ -193,17 +194,60 @@ def test_an_adapter_at_zero_leaves_the_base():
 
 
 @pytest.mark.parametrize(
-    ("extra", "config"),
+    ("extra", "options"),
     [
-        ({"m.lora_magnitude_vector.default.weight": noise(6)}, CONFIG),
-        ({"m.lora_A.other.weight": noise(2, 4), "m.lora_B.other.weight": noise(6, 2)}, CONFIG),
-        ({}, {**CONFIG, "use_dora": True}),
-        ({"m.lora_B.default.weight": noise(6, 3)}, CONFIG),
+        ({"m.lora_magnitude_vector.default.weight": noise(6)}, {}),
+        ({"m.lora_A.other.weight": noise(2, 4), "m.lora_B.other.weight": noise(6, 2)}, {}),
+        ({}, {"use_dora": True}),
+        ({"m.lora_B.default.weight": noise(6, 3)}, {}),
+        ({}, {"r": 4}),
+        ({}, {"rank_pattern": {"m": 4}}),
+        ({}, {"peft_type": "ADALORA"}),
+        ({}, {"use_qalora": True}),
+        ({}, {"an_option_of_tomorrow": [1]}),
+        ({}, {"init_lora_weights": "pissa_niter_4"}),
+        ({}, {"lora_alpha": "3"}),
+        ({}, {"lora_alpha": 10**400}),
+        ({}, {"alpha_pattern": {"(m|m)*": 5}}),
+        ({}, {"alpha_pattern": {"^m": 5}}),
+        ({}, {"alpha_pattern": {"(": 5}}),
+        ({}, {"alpha_pattern": ["m"]}),
     ],
-    ids=["DoRA", "two adapters", "DoRA by config", "ranks that differ"],
-)
-def test_adapters_that_no_formula_here_merges(extra, config):
-    assert found({**wrapped(), **extra}, config)["m.weight"].doubt
+    ids=[
+        "DoRA", "two adapters", "DoRA by config", "ranks that differ", "another rank in the config", "and in its pattern", "another method",
+        "another product", "an option that is not known", "a base that was changed", "a text", "no float", "a pattern that takes long",
+        "a pattern from a root that is not there", "no pattern", "no patterns",
+    ],
+)  # fmt: skip
+def test_adapters_that_no_formula_here_merges(extra, options):
+    assert found({**wrapped(), **extra}, config(**options))["m.weight"].doubt
+
+
+def test_of_a_square_matrix_the_others_tell_whether_the_one_flag_is_true():
+    square = {"s.base_layer.weight": noise(4, 4), "s.lora_A.weight": noise(2, 4, seed=1), "s.lora_B.weight": noise(4, 2, seed=2)}
+    turned = {"t.base_layer.weight": noise(4, 6), "t.lora_A.weight": noise(2, 4, seed=1), "t.lora_B.weight": noise(6, 2, seed=2)}
+    base, a, b = square.values()
+    holds({**square, **wrapped()}, "s.weight", base + 1.5 * (b @ a), "lora", config())
+    holds({**square, **turned}, "s.weight", base + 1.5 * (b @ a).T, "lora_transposed", config(fan_in_fan_out=True))
+    for beside, flag in ((turned, False), (wrapped(), True), ({**wrapped(), **turned}, False)):
+        assert "square" in found({**square, **beside}, config(fan_in_fan_out=flag))["s.weight"].doubt
+
+
+def test_the_config_beside_a_file_is_read_and_the_pair_says_so(tmp_path):
+    model, tensors = torch.nn.ModuleDict({"m": torch.nn.Linear(4, 6, bias=False)}), wrapped()
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors", tmp_path / "weights.pt"):
+        told = path != tmp_path / "weights.pt"
+        torch.save(tensors, tmp_path / "weights.pt") if not told else wb.save(wb.open(tensors), tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config()["adapter_config.json"]) if told else "{no JSON")
+        keymap = wb.match(path, model)
+        if not told:
+            assert "adapter_config.json" in keymap.ambiguous[0].reason
+            continue
+        (pair,) = keymap.pairs
+        assert (pair.rule, pair.confidence) == ("LoRA merge", "likely")
+        assert "lora_alpha 3 / 2 of adapter_config.json" in pair.reason
+        base, a, b = tensors.values()
+        assert torch.allclose(keymap.apply(path)["m.weight"].load(), base + 1.5 * b @ a)
 
 
 def test_an_adapter_alone_makes_nothing():
@@ -460,7 +504,14 @@ def test_no_names_shapes_and_types_make_it_stumble():
     leaves = ["weight", "weight_g", "weight_v", "weight_u", "weight_orig", "weight_mask", "parametrizations.weight.original", "lora_A.x.weight", "lora_B.x.weight", "lora_embedding_A", "lora_embedding_B", "weight_scale", "weight_scale_inv", "scale", "SCB", "weight_format", "weight_zero_point", "weight_packed", "weight_shape", "weight_scale_2", "p_blocks", "p_scales", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4", "qweight", "qzeros", "scales", "g_idx"]  # fmt: skip
     kinds = [torch.float32, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.int8, torch.uint8, torch.int32, torch.bool]
     shapes, random = [(), (0,), (1,), (4,), (4, 4), (4, 1), (1, 1), (32, 4), (4, 0), (2, 8, 2, 16), (2, 8, 2)], Random(0)
-    configs = [None, CONFIG, {"checkpoint_format": "gptq"}, {"weight_block_size": [0, "x"]}, {"quantization_config": {}}]
+    configs = [
+        None,
+        config(),
+        config(fan_in_fan_out=True, r=4),
+        {"checkpoint_format": "gptq"},
+        {"weight_block_size": [0, "x"]},
+        {"quantization_config": {}},
+    ]
     for _ in range(1000):
         names = random.sample(leaves, random.randint(1, 6))
         weights = wb.open({f"m.{name}": torch.ones(random.choice(shapes)).to(random.choice(kinds)) for name in names}).weights

@@ -344,6 +344,10 @@ def test_norms_of_which_llama_cpp_stores_one_more(kind, more):
     values = {name: tensor.load() for name, tensor in keymap.apply(source).items()}
     assert values.keys() == wanted.keys()
     assert all(torch.allclose(values[name], wanted[name]) for name in wanted)
-    code = {pair.target: eval(formula_code(pair), {"torch": torch, "source": source}) for pair in keymap.pairs if pair.formula}
+    code = {
+        pair.target: eval(formula_code(pair, "source[{!r}]".format), {"torch": torch, "source": source})
+        for pair in keymap.pairs
+        if pair.formula
+    }
     assert len(code) == 8 * more
     assert all(torch.equal(value, values[name]) for name, value in code.items())

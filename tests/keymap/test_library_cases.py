@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from library_cases import LIBRARY
+from library_cases import ADAPTERS, LIBRARY, adapted
 from mismatch_kit import equal
 
 import workbench as wb
@@ -81,3 +81,29 @@ def test_the_lists_name_cases():
     names = {spec.name for spec in LIBRARY}
     assert names >= UNSOLVED
     assert len(names) >= 60
+
+
+MERGED = {
+    "bert": ("lora_bert_classifier", {}),
+    "rank and alpha of a layer": ("lora_bert_classifier", {"rank_pattern": {"layer.0.*query": 3}, "alpha_pattern": {"^.*value": 5}}),
+    "rsLoRA": ("lora_bert_classifier", {"use_rslora": True}),
+    "Conv1D": ("lora_gpt2_conv1d", {}),
+    "a square Conv1D": ("lora_gpt2_conv1d", {"target_modules": ["c_attn", "c_proj"]}),
+    "embeddings": ("lora_bert_classifier", {"target_modules": ["word_embeddings", "dense"]}),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_adapters_beside_their_config_are_merged_as_peft_merges_them(name, tmp_path):
+    kind, options = MERGED[name]
+    _, base, own = ADAPTERS[kind]
+    model = adapted("LoraConfig", 5, base, **{**own, "task_type": None, **options})
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    model.peft_config["default"].save_pretrained(tmp_path)
+    target = base(3)
+    keymap = wb.match(tmp_path, target)
+    assert not [pair for pair in keymap.pairs if pair.formula and "adapter_config.json" not in pair.reason]
+    merged = model.merge_and_unload().state_dict()
+    values = keymap.apply(tmp_path)
+    assert set(values) == set(target.state_dict())
+    assert all(torch.allclose(tensor.load(), merged[n], rtol=1e-5, atol=1e-6) for n, tensor in values.items())

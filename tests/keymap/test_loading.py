@@ -323,6 +323,38 @@ def test_a_meta_model_that_is_filled_in_part_is_empty_in_the_rest():
     assert {row.name: row.state for row in certificate.rows} == {"weight": "loaded", "bias": "empty"}
 
 
+@pytest.mark.parametrize("options", [{"assign": True}, {"device": "cpu"}])
+@pytest.mark.parametrize("versioned", [False, True])
+def test_a_counter_that_a_meta_models_file_lacks_is_what_torch_makes_it(versioned, options):
+    def model():
+        return nn.Sequential(tied := nn.Linear(4, 4), nn.BatchNorm1d(4), tied)
+
+    full = model().state_dict()
+    state = type(full)((name, value) for name, value in full.items() if "num_batches" not in name)
+    if versioned:  # by a torch that saves the counter: this file lost it
+        state._metadata = full._metadata
+    with torch.device("meta"):
+        target, other, oracle = model(), model(), model()
+    if versioned:
+        with pytest.raises(RuntimeError, match="num_batches_tracked"):
+            oracle.load_state_dict(state, assign=True)
+        with pytest.raises(SpecMismatchError, match="num_batches_tracked"):
+            load(target, state, **options)
+        certificate = load(other, state, strict=False, **options)
+        assert not certificate
+        assert certificate.named("empty") == ["1.num_batches_tracked"]
+        return
+    oracle.load_state_dict(state, assign=True)
+    certificate = load(target, state, **options)
+    assert certificate
+    assert_same(target, oracle.state_dict())
+    assert target[0].weight is target[2].weight
+    assert target[0].weight.requires_grad
+    (row,) = [row for row in certificate.rows if row.name == "1.num_batches_tracked"]
+    assert (row.state, row.tied_to) == ("set by the module", None)
+    assert "counter" in row.note
+
+
 def machine(monkeypatch, cuda, mps):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)

@@ -12,6 +12,7 @@ import pytest
 import structure_cases  # noqa: F401 and these
 import torch
 from mismatch_kit import SPECS, equal
+from strategies import same
 
 import workbench as wb
 from workbench.keymap.maps import KeyMap
@@ -55,6 +56,10 @@ def test_every_name_is_right_or_told(spec, order):
     assert complete or spec.name in UNSOLVED, left
     again = KeyMap.from_dict(json.loads(json.dumps(keymap.to_dict())))
     assert again == keymap
+    scope = {"checkpoint": source.state_dict() if isinstance(source, torch.nn.Module) else source}
+    exec(again.code(), scope)
+    assert scope["state_dict"].keys() == values.keys()
+    assert all(same(value, values[name]) for name, value in scope["state_dict"].items())
 
 
 def fused_source():

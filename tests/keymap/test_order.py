@@ -259,7 +259,17 @@ def test_parts_of_stages_that_count_first():
     assert taken["stages.2.embeds.proj.weight"] == "enc.embeds.2.proj.weight"
 
 
-@pytest.mark.parametrize("names", [("up4", "up3", "up2"), ("up.4", "up.3", "up.2"), ("refinenet1", "refinenet2", "refinenet3")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("up4", "up3", "up2"),
+        ("up.4", "up.3", "up.2"),
+        ("refinenet1", "refinenet2", "refinenet3"),
+        ("decode1", "decode2", "decode3"),
+        ("uplayer1", "uplayer2", "uplayer3"),
+        ("decoder_stage2", "decoder_stage1", "decoder_stage3"),
+    ],
+)
 def test_numbers_under_other_words_do_not_decide_against_the_order_or_on_a_way_up(names: tuple[str, ...]) -> None:
     source = {f"net.{name}.conv.weight": torch.zeros(8, 8, 3, 3) for name in names}
     km = wb.match(source, {f"net.stage.layers.{n}.conv.weight": (8, 8, 3, 3) for n in range(3)})
@@ -361,3 +371,168 @@ def test_a_layer_scale_may_keep_its_vector_as_gamma() -> None:
     source = shapes | {f"blocks.{n}.layer_scale_{m}": (8, 1, 1) for n in range(2) for m in (1, 2)}
     target = shapes | {f"blocks.{n}.layer_scale_{m}.gamma": (8, 1, 1) for n in range(2) for m in (1, 2)}
     assert _found(source, target, "blocks.1.layer_scale_2.gamma") == "blocks.1.layer_scale_2"
+
+
+def test_a_bias_goes_where_the_weight_of_its_module_went_and_convolutions_of_several_sizes_by_those() -> None:
+    source = linear("attn", 8, 4) | linear("x.embed", 5, 8) | linear("y", 5, 7)
+    target = linear("attn", 8, 4) | linear("z.embed", 5, 8) | linear("w.out", 5, 7)
+    pairs = {p.target: p.source for p in wb.match(source, {n: tuple(t.shape) for n, t in target.items()}).pairs}
+    assert pairs["z.embed.weight"] == "x.embed.weight"
+    assert pairs["z.embed.bias"] == "x.embed.bias"  # though 'y' has one of its length
+    taken = wb.match({**source, "x.embed.bias": torch.ones(6)}, {n: tuple(t.shape) for n, t in target.items()})
+    assert "z.embed.bias" not in {p.target for p in taken.pairs}
+    sizes = {"embedding.weight": torch.ones(40, 12)} | {f"convs.{i}.{p}": t for i in range(3) for p, t in conv(12, 10, i + 2).items()}
+    wanted = {"embed.weight": (40, 12)} | {f"conv_{i + 2}.{p}": tuple(t.shape) for i in range(3) for p, t in conv(12, 10, i + 2).items()}
+    assert {p.target: p.source for p in wb.match(sizes, wanted).pairs if "conv" in p.target} == {
+        f"conv_{i + 2}.{p}": f"convs.{i}.{p}" for i in range(3) for p in ("weight", "bias")
+    }
+
+
+def linear(name: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": torch.randn(outputs, inputs), f"{name}.bias": torch.randn(outputs)}
+
+
+def conv(inputs: int, outputs: int, size: int) -> dict[str, torch.Tensor]:
+    return {"weight": torch.randn(outputs, inputs, size), "bias": torch.randn(outputs)}
+
+
+def _towers(*paths: str, depth: int = 2) -> dict[str, tuple[int, ...]]:
+    parts = (("norm.weight", (8,)), ("norm.bias", (8,)), ("fc.weight", (8, 8)), ("fc.bias", (8,)))
+    return {f"{path}.layers.{n}.{part}": shape for path in paths for n in range(depth) for part, shape in parts}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (("passage_model", "query_model"), ("question_encoder", "ctx_encoder")),
+        (("prior", "posterior"), ("q_net", "p_net")),
+        (("net.drug.body", "net.protein.body"), ("left.stack", "right.stack")),
+        (("red", "green", "blue"), ("one", "two", "three")),
+        (("towers.0", "towers.1"), ("query", "context")),
+    ],
+)
+@pytest.mark.parametrize("more", [{}, {f"known.{n}.weight": (n + 3, 9) for n in range(9)}], ids=["alone", "beside others"])
+def test_towers_that_hold_the_same_are_not_told_apart_by_their_order(
+    ours: tuple[str, ...], theirs: tuple[str, ...], more: dict[str, tuple[int, ...]]
+) -> None:
+    assert filled_by(_towers(*ours) | more, _towers(*theirs) | more).keys() == more.keys()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (("src_encoder", "tgt_encoder"), ("source_enc", "target_enc")),
+        (("decoder", "encoder"), ("dec", "enc")),
+        (("right_eye", "left_eye"), ("view_r", "view_l")),
+        (("rnn_f", "rnn_b"), ("forward_rnn", "backward_rnn")),
+        (("rnnFwd", "rnnBwd"), ("cell_f", "cell_b")),
+    ],
+)
+def test_towers_are_told_apart_by_words_that_mean_the_same(ours: tuple[str, str], theirs: tuple[str, str]) -> None:
+    taken = filled_by(_towers(*ours), _towers(*reversed(theirs)))
+    assert taken == dict(zip(_towers(*theirs), _towers(*ours), strict=True))
+
+
+def test_no_list_is_torn_between_two_others() -> None:
+    def lists(*names: str) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.{part}": s for name in names for part, s in (("c.weight", (8, 8)), ("n.weight", (8,)), ("n.bias", (8,)))}
+
+    assert not filled_by(lists("a1", "a2", "a3", "b1", "b2"), lists("x1", "x2", "y1", "y2", "y3"))
+
+
+def test_an_ordinary_list_counts_from_its_first() -> None:
+    taken = filled_by({f"layers.{n}.fc.weight": (8, 8) for n in range(1, 13)}, {f"blocks.{n}.fc.weight": (8, 8) for n in range(12)})
+    assert taken == {f"blocks.{n}.fc.weight": f"layers.{n + 1}.fc.weight" for n in range(12)}
+
+
+def _double_conv(path: str, words: tuple[str, ...], wide: int) -> dict[str, tuple[int, ...]]:
+    """Two convolutions of which the first has a shape of its own in the model, and a norm behind each."""
+    shapes = {"conv": (8, wide, 3, 3), "norm": (8,), "other": (8, 8, 3, 3), "last": (8,)}
+    return {
+        f"{path}.{word}.{end}": shape
+        for word, shape in zip(words, shapes.values(), strict=True)
+        for end in (("weight",) if len(shape) > 1 else ("weight", "bias", "running_mean", "running_var"))
+    }
+
+
+def _unet(paths: list[str], words: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {name: shape for n, path in enumerate(paths) for name, shape in _double_conv(path, words, n + 3).items()}
+
+
+SOURCE, WANTED = ["inc", "down.conv", "up1.conv"], ["encoder.0", "encoder.1", "decoder.0"]
+
+
+@pytest.mark.parametrize("words", [("0", "1", "3", "4"), ("conv1", "bn1", "conv2", "bn2"), ("first", "scale", "second", "shift")])
+def test_a_member_follows_its_module(words: tuple[str, ...]) -> None:
+    wanted = _unet(WANTED, ("conv_a", "norm_a", "conv_b", "norm_b"))
+    source = _unet(SOURCE, words)
+    assert filled_by(source, wanted) == dict(zip(wanted, source, strict=True))
+    by_name = dict(sorted(source.items()))  # as safetensors writes
+    right = dict(zip(wanted, source, strict=True))
+    assert all(right[name] == other for name, other in filled_by(by_name, wanted).items())
+
+
+def test_a_file_sorted_by_name_tells_no_order() -> None:
+    """`after` stands before `fc1` by its letter alone."""
+    ours, theirs = ("after", "fc1", "fc2", "then"), ("norm_in", "up", "down", "norm_out")
+    shapes = ((8,), (20, 8), (8, 20), (8,))
+    source, wanted = (
+        {f"{path}.{n}.{w}.weight": s for n in range(2) for w, s in zip(words, shapes, strict=True)}
+        for path, words in (("blocks", ours), ("layers", theirs))
+    )
+    assert not {name for name in filled_by(source, wanted) if "norm" in name}
+
+
+def test_queries_and_keys_of_a_rotary_model_do_not_follow_their_module() -> None:
+    words = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "o": (8, 8), "gate": (20, 8), "up": (20, 8), "down": (8, 20)}
+    source = {f"net.layers.{n}.{'mix' if len(w) < 2 else 'ffn'}.{w}.weight": s for n in range(2) for w, s in words.items()}
+    wanted = {f"model.layers.{n}.{'self_attn' if len(w) < 2 else 'mlp'}.{w}_proj.weight": s for n in range(2) for w, s in words.items()}
+    source |= {"net.emb.weight": (30, 8)}
+    wanted |= {"model.embed_tokens.weight": (30, 8)}
+    taken = filled_by(source, wanted)
+    assert taken["model.layers.1.mlp.up_proj.weight"] == "net.layers.1.ffn.up.weight"
+    assert not {name for name in taken if ".q_proj." in name or ".k_proj." in name}
+
+
+def test_heads_kept_one_by_one_under_another_word() -> None:
+    def block(path: str, attn: str) -> dict[str, tuple[int, ...]]:
+        heads = {f"{path}.{attn}.heads.{h}.{w}.weight": (4, 8) for h in range(2) for w in ("key", "query", "value")}
+        return heads | {f"{path}.{attn}.proj.weight": (8, 8), f"{path}.{attn}.proj.bias": (8,)}
+
+    source = {n: s for at in range(2) for n, s in block(f"blocks.{at}", "sa").items()}
+    wanted = {n: s for at in range(2) for n, s in block(f"layers.{at}", "attn").items()}
+    assert filled_by(source, wanted) == dict(zip(wanted, source, strict=True))
+
+
+def test_two_words_that_no_other_shares_tell_the_last_of_a_form() -> None:
+    boxes = {f"boxes.{n}.weight": (n + 40, 8) for n in range(12)}
+    source = (
+        _encoder("input_proj", (9, 7, 1, 1))
+        | boxes
+        | {"query_embed.weight": (6, 8), "class_embed.weight": (6, 8), "class_embed.bias": (6,)}
+    )
+    target = {f"model.{n}": s for n, s in _encoder("input_projection", (9, 7, 1, 1)).items()} | boxes
+    target |= {
+        "model.query_position_embeddings.weight": (6, 8),
+        "class_labels_classifier.weight": (6, 8),
+        "class_labels_classifier.bias": (6,),
+    }
+    assert _found(source, target, "model.input_projection.weight") == "input_proj.weight"
+    assert _found(source, target, "model.query_position_embeddings.weight") == "query_embed.weight"
+
+
+@pytest.mark.parametrize(("roots", "taken"), [(("online_model", "ema_model"), "online_model"), (("net_a", "net_b"), None)])
+def test_of_two_roots_with_the_models_names_the_moving_average_is_left_and_told(roots: tuple[str, str], taken: str | None) -> None:
+    wanted = {"0.weight": (8, 3), "0.bias": (8,), "2.weight": (5, 8), "2.bias": (5,)}
+    km = wb.match({f"{root}.{n}": torch.zeros(s) for root in roots for n, s in wanted.items()}, wanted)
+    assert {pair.target: pair.source for pair in km.pairs} == ({n: f"{taken}.{n}" for n in wanted} if taken else {})
+    assert any("'ema_model'" in str(finding) for finding in km.findings) == bool(taken)
+
+
+def test_a_head_that_the_file_has_not_is_offered_the_table_of_its_shape() -> None:
+    blocks = {f"layers.{n}.mlp.fc{m}.weight": (16, 8) if m == 1 else (8, 16) for n in range(2) for m in (1, 2)}
+    source = {"embed_tokens.weight": (30, 8), **blocks}
+    km = wb.match({n: torch.zeros(s) for n, s in source.items()}, {**source, "lm_head.weight": (30, 8)})
+    (told,) = km.unmatched
+    assert "keymap.edited({'lm_head.weight': 'embed_tokens.weight'})" in told.reason
+    assert km.edited({"lm_head.weight": "embed_tokens.weight"}).ok

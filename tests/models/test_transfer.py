@@ -5,6 +5,7 @@ import io
 import itertools
 
 import pytest
+import safetensors.torch
 import torch
 from strategies import same
 from torch import nn
@@ -529,9 +530,9 @@ def test_a_delta_knows_its_base_in_any_format_and_refuses_another(tmp_path):
 
 def test_a_base_that_could_not_give_the_model_back_is_refused_or_told(tmp_path):
     path, state = tmp_path / "d.safetensors", {"w": torch.zeros(2), "b": torch.ones(2)}
-    nested = {"enc": state}
-    with pytest.raises(SelectionError, match="no name in common"):
-        wb.models.save_delta({"enc.w": torch.ones(2), "enc.b": state["b"]}, nested, path)
+    with pytest.raises(SelectionError, match="in the model unchanged") as error:
+        wb.models.save_delta({"x": torch.ones(2, 3), "y": torch.ones(2, 3)}, state, path)
+    assert "keymap=" in error.value.hint
     rivals = {"teacher": state, "student": {n: t + 1 for n, t in state.items()}}
     for model, base in ((rivals, state), (state, rivals)):
         with pytest.raises(SelectionError, match="equal claim"):
@@ -559,3 +560,49 @@ def test_a_delta_that_replaces_the_first_layer_leaves_the_other_modules_versions
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back._metadata == base.state_dict()._metadata
     assert tuned.load_state_dict(back)
+
+
+def separate(state):
+    """Under other names, queries, keys and values apart."""
+    out = {f"net.{name}": value for name, value in state.items() if "in_proj" not in name}
+    for name in [name for name in state if "in_proj" in name]:
+        for word, piece in zip("qkv", state[name].chunk(3), strict=True):
+            out["net." + name.replace("in_proj_", f"{word}_proj.")] = piece.clone()
+    return out
+
+
+@pytest.mark.parametrize("save", [torch.save, safetensors.torch.save_file])
+@pytest.mark.parametrize("renamed", [lambda s: {f"module.{n}": t for n, t in s.items()}, separate], ids=["wrapped", "apart"])
+def test_a_base_under_other_names_is_taken_through_a_map(renamed, save, tmp_path):
+    model = nn.ModuleDict(
+        {"encoder": nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False), "head": nn.Linear(8, 3)}
+    )
+    save(renamed(model.state_dict()), tmp_path / "base")
+    model["head"] = nn.Linear(8, 5)
+    with torch.no_grad():
+        model["encoder"].layers[1].norm1.bias += 1
+    report = wb.models.save_delta(model, tmp_path / "base", tmp_path / "d.safetensors")
+    assert report.tensors == 3
+    back, own = wb.models.with_delta(tmp_path / "base", tmp_path / "d.safetensors"), model.state_dict()
+    assert set(back) == set(own)
+    assert all(same(tensor.load(), own[name]) for name, tensor in back.items())
+    torch.save(renamed(nn.ModuleDict({"encoder": model["encoder"]}).state_dict()), tmp_path / "other")
+    with pytest.raises(SelectionError, match="another base"):
+        wb.models.with_delta(tmp_path / "other", tmp_path / "d.safetensors")
+
+
+def test_a_map_by_hand_says_where_a_base_lies_and_a_wrong_one_does_no_harm(tmp_path):
+    base, path = {"p": torch.zeros(2), "q": torch.ones(2), "z": torch.ones(3)}, tmp_path / "d.safetensors"
+    model = {"a": torch.ones(2), "b": torch.full((2,), 2.0), "z": torch.ones(3)}
+    for source, kept in (("q", {"b"}), ("p", {"a", "b"})):
+        keymap = KeyMap((Pair.plain("a", source, "", "certain", ""), Pair.plain("z", "z", "", "certain", "")))
+        wb.models.save_delta(model, base, path, keymap=keymap)
+        assert set(wb.open(path)) == kept
+        back = wb.models.with_delta(base, path)
+        assert back.keys() == model.keys()
+        assert all(same(tensor.load(), model[name]) for name, tensor in back.items())
+    told = wb.open(path).metadata
+    for spoilt in ("[]", "{", '{"pairs": [1]}'):
+        safetensors.torch.save_file({"a": torch.ones(2)}, path, {**told, "workbench.delta.keymap": spoilt})
+        with pytest.raises(SelectionError, match="cannot be read"):
+            wb.models.with_delta(base, path)

@@ -1,6 +1,7 @@
 """Merging against torch's own arithmetic, and its memory in a fresh process."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -268,12 +269,26 @@ def test_a_tie_ends_in_words_where_one_name_is_adapted_and_stays_where_both_are(
         wb.open({"emb.weight": shared, "head.weight": shared}),
         {"head.lora_A.weight": torch.ones(1, 4), "head.lora_B.weight": torch.ones(4, 1)},
     )
-    merged = wb.ops.merge_lora(base, wb.open(one))
+    merged = wb.ops.merge_lora(base, wb.open(one), 1.0)
     assert same(merged["emb.weight"].load(), shared)
     assert [f.kind for f in merged.findings] == ["tie ended"]
     both = wb.ops.merge_lora(base, wb.ops.extract_lora(base, wb.open({"emb.weight": tuned, "head.weight": tuned}), 4))
     assert (both.aliases, both.findings) == ({"head.weight": "emb.weight"}, ())
     assert torch.allclose(both["head.weight"].load(), tuned, atol=1e-5)
+
+
+def test_the_scale_is_that_of_adapter_config_and_is_never_assumed(tmp_path):
+    base = wb.open({"q.weight": torch.zeros(4, 4), "k.weight": torch.zeros(4, 4)})
+    a, b = torch.randn(2, 4), torch.randn(4, 2)
+    wb.save(wb.open({f"base_model.model.{n}.lora_{k}.weight": t for n in "qk" for k, t in (("A", a), ("B", b))}), tmp_path / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(SelectionError, match="lora_alpha / r"):
+        wb.ops.merge_lora(base, wb.open(tmp_path / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "alpha_pattern": {"k": 8}, "fan_in_fan_out": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        merged = wb.ops.merge_lora(base, wb.open(source))
+        assert torch.allclose(merged["q.weight"].load(), 1.5 * (b @ a).T)
+        assert torch.allclose(merged["k.weight"].load(), 4.0 * (b @ a).T)
 
 
 def test_modules_with_a_scale_of_their_own_get_it():
@@ -328,7 +343,7 @@ def test_adapters_of_every_kind_of_layer_are_merged(scale):
 )
 def test_an_adapter_that_does_not_fit_is_refused(adapter, error):
     with pytest.raises(error):
-        wb.ops.merge_lora(wb.open({"w.weight": torch.ones(2, 3), "w.bias": torch.zeros(2)}), wb.open(adapter))
+        wb.ops.merge_lora(wb.open({"w.weight": torch.ones(2, 3), "w.bias": torch.zeros(2)}), wb.open(adapter), 1.0)
 
 
 def test_trained_biases_in_an_adapter_replace_those_of_the_base():
@@ -347,7 +362,7 @@ wb.save(wb.ops.average([wb.open({"w": torch.ones(64, 64)}), wb.open({"w": torch.
 MERGED = """
 a, b = (wb.open(f"{folder}/{n}.pt") for n in "ab")
 adapter = {"v.lora_A.weight": torch.ones(4, 2**12), "v.lora_B.weight": torch.arange(2.0**12)[:, None].expand(-1, 4)}
-wb.save(wb.ops.merge_lora(wb.ops.average([a, b]), wb.open(adapter)), folder + "/out.safetensors")
+wb.save(wb.ops.merge_lora(wb.ops.average([a, b]), wb.open(adapter), 1.0), folder + "/out.safetensors")
 """
 
 

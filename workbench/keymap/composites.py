@@ -13,8 +13,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from workbench.adapter_config import lora_scale
 from workbench.tensors import LazyTensor, Stored
 
 Tensors = Mapping[str, LazyTensor]
@@ -50,7 +52,7 @@ class Composite(NamedTuple):
 
 def _group(
     name: str, shape: tuple[int, ...], dtype: str, parts: tuple[str, ...], rule: str, formula: str = "", reason: str = "",
-    confidence: Confidence = "likely", **params: Any,
+    confidence: Confidence = "certain", **params: Any,
 ) -> Composite:  # fmt: skip
     return Composite(name, shape, dtype, parts, formula, {"shape": list(shape), "dtype": dtype, **params}, confidence, rule, reason)
 
@@ -84,7 +86,7 @@ def composites(sources: Tensors, config: Config | None = None) -> list[Composite
     """Every group of `sources` that makes one plain tensor.
 
     Args:
-        config: adapter_config.json or config.json of the file, where there is one: LoRA's scale, GPTQ's format, the size of blocks.
+        config: what `config_beside` gives of the file: LoRA's scale, GPTQ's format, the size of blocks.
     Cost: names, shapes and dtypes; of LoRA's B, GPTQ's zeros and 4-bit states the first bytes (of a B that starts with zeros, all).
     """
     file = _File(sources, config)
@@ -274,7 +276,7 @@ def _beside_bases(names: Collection[str]) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {name[: -len(end)]: [] for end in _BASES for name in names if name.endswith(f".{end}")}
     for name in names if out else ():
         for dot in re.finditer(r"\.", name):
-            if name[: dot.end()] in out and not name.startswith("base_layer.", dot.end()):
+            if name[: dot.end()] in out and not name.startswith("base_layer.", dot.end()) and name[dot.end() :] not in ("weight", "bias"):
                 out[name[: dot.end()]].append(name)
     return out
 
@@ -320,26 +322,28 @@ def _adapted(module: str, adapters: Mapping[str, Mapping[str, str]], file: _File
     if len(held) > 1:
         return plain._replace(doubt=f"{len(held)} adapters stand beside it, and the file does not say which are active")
     parts = (base, held[0]["A.weight"], held[0]["B.weight"])
-    inner, outer = (file.sources[part].shape for part in parts[1:])
-    rank, direct = inner[0] if inner else 0, (*outer[:1], *inner[1:])
-    turned = bool(file.config.get("fan_in_fan_out")) or "lora_embedding_" in parts[1] or (shape != direct and shape == direct[::-1])
-    scale = _lora_scale(module, rank, file.config)
+    inner, outer, direct = _factors(held[0], file)
+    rank = inner[0] if inner else 0
+    scale, reason = lora_scale(file.config, module, rank)
     if scale is None:
-        return plain._replace(doubt="merging needs lora_alpha / r (adapter_config.json), and no name tells whether it was merged already")
+        return plain._replace(doubt=reason)
+    turned = "lora_embedding_" in parts[1] or (shape != direct and shape == direct[::-1])
+    if not turned and len(shape) == 2 and shape[0] == shape[1]:  # peft keeps one flag for all layers, that of the last
+        turned = bool(file.config["adapter_config.json"].get("fan_in_fan_out"))
+        if file.lie - {turned}:
+            return plain._replace(
+                doubt="some layers of this adapter lie as [in, out] and some as [out, in], and of a square one it is not told"
+            )
     if outer[1:2] != (rank,) or math.prod(outer[2:]) != 1 or shape != (direct[::-1] if turned else direct) or dtype not in _WIDE:
         return plain._replace(doubt=f"the adapter's shapes {list(inner)} and {list(outer)} make no {dtype} {list(shape)}")
-    formula, reason = "lora_transposed" if turned else "lora", f"base + {scale:g} * B A, the scale from the adapter's config"
-    return _group(plain.name, shape, dtype, parts, "LoRA merge", formula, reason, scale=scale)
+    formula = "lora_transposed" if turned else "lora"
+    return _group(plain.name, shape, dtype, parts, "LoRA merge", formula, reason, "likely", scale=scale)
 
 
-def _lora_scale(module: str, rank: int, config: Config) -> float | None:
-    """lora_alpha / r as peft computes it, patterns per module included; None where the config does not say."""
-    path = module.rpartition("base_model.model.")[2].removesuffix(".")
-    fits = (value for key, value in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", path))
-    alpha = next(fits, config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)) or config.get("use_dora") or rank < 1:
-        return None
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _factors(pieces: Mapping[str, str], file: _File) -> tuple[tuple[int, ...], ...]:
+    """The shapes of A and B, and that of their product."""
+    inner, outer = (file.sources[pieces[f"{word}.weight"]].shape for word in "AB")
+    return inner, outer, (*outer[:1], *inner[1:])
 
 
 def _is_zero(tensor: LazyTensor) -> bool:
@@ -353,8 +357,21 @@ class _File:
     """The source's tensors and config, and which tensors stand side by side in a module."""
 
     def __init__(self, sources: Tensors, config: Config | None = None) -> None:
-        self.sources, self.config = sources, {**(config or {}), **((config or {}).get("quantization_config") or {})}
+        quantized = (config or {}).get("quantization_config")
+        self.sources, self.config = sources, {**(config or {}), **(quantized if isinstance(quantized, dict) else {})}
         self._modules: dict[str, list[str]] = {}
+
+    @cached_property
+    def lie(self) -> set[bool]:
+        """Whether oblong matrices under adapters lie as [in, out]: True, False, both."""
+        out = set()
+        for module, adapters in _adapters(self.sources).items():
+            bases = [name for name in (f"{module}base_layer.weight", f"{module}weight") if name in self.sources]
+            shape = self.sources[bases[0]].shape if bases else ()
+            for pieces in adapters.values() if len(set(shape)) == 2 == len(shape) else ():
+                if {"A.weight", "B.weight"} <= pieces.keys() and "lora_embedding_" not in pieces["A.weight"]:
+                    out.add(shape != _factors(pieces, self)[2])
+        return out
 
     def strange(self, name: str, *known: str) -> list[str]:
         """Tensors beside `name` that may have a part in its value and are neither `known` nor known to have none."""

@@ -16,7 +16,7 @@ from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.fusions import fused_from
 from workbench.keymap.layouts import SAME, fit
 from workbench.keymap.maps import Ambiguous
-from workbench.keymap.naming import Block, Indices, count_alike, domain, in_runs, opposed, shown, words_in
+from workbench.keymap.naming import Block, Indices, count_alike, domain, in_runs, opposed, shown, together, words_in
 from workbench.keymap.rules import role_of
 
 if TYPE_CHECKING:
@@ -129,12 +129,9 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
                 if key not in compared:
                     compared[key] = _compared(ours[source], theirs[target])
                 p = Pairing(source, target, *read) if (read := compared[key]) else None
-                if p and p.reading != SAME_NUMBERS and len({*ours[source].values(), *theirs[target].values()}) < 3:  # no shape tells it
-                    runs = [
-                        [(f"{c.rsplit('.', 2)[-2]}.#", i) for i in run] for c, run in ((source, ours[source]), (target, theirs[target]))
-                    ]
-                    ordered = all(in_runs([told.bare for told in n.values()]) for n in (search.source_names, search.target_names))
-                    p = p if count_alike(runs[0], runs[1], ordered) else None
+                forms = {*ours[source].values(), *theirs[target].values()} if p and p.reading != SAME_NUMBERS else ()
+                if forms and len(set(map(frozenset, forms))) < 3:  # no shape tells it
+                    p = p if _count_alike(search, source, target) else None
                 if p is not None and p.filled and (only or source == target or 2 * p.filled >= whole):
                     shared = len(words_in(source) & words_in(target))
                     scored.append(((p.filled, source == target, shared, -len(sources[source])), p))
@@ -146,6 +143,15 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
             (score, p) for score, p in options[target] if only or _explains(p, whole, len(held), alone and often[p.source] == 1)
         ]
     return options
+
+
+def _count_alike(search: Search, source: str, target: str) -> bool:
+    """Whether the numbers of two containers that hold one thing many times count the same way: under one word they do."""
+    if source.split(".")[-2] == target.split(".")[-2]:
+        return True
+    runs = [[(context, i) for i in side[context]] for context, side in zip((source, target), search.by_context, strict=True)]
+    names = [[told.bare for told in side.values()] for side in (search.source_names, search.target_names)]
+    return count_alike(runs[0], runs[1], all(together(side) and in_runs(side) for side in names))
 
 
 def _explains(p: Pairing, whole: int, blocks: int, alone: bool) -> bool:

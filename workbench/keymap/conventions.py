@@ -217,8 +217,8 @@ BLOCK: tuple[tuple[str, str, str], ...] = (
     (r".experts.\1", r"\.experts\.(gate|up|down)\.proj", "transformers experts"),
     (r".ls:\1", r"\.(?:ls:([12])\.gamma|layer\.scale:([12])(?:\.lambda:1|\.gamma)?|gamma:([12])|lambda:([12]))", "DINOv2, BEiT"),
     (".ls", r"\.(?:layer\.scale(?:\.parameter|\.gamma)?|gamma)", "ConvNeXt"),
-    (".shortcut.conv", r"\.downsample\.0|\.shortcut\.0|\.shortcut\.conv|\.conv\.shortcut|\.shortcut(?=\.weight\.$)", "torchvision and transformers ResNet"),
-    (r".shortcut.norm", r"\.downsample\.1|\.shortcut\.1|\.shortcut\.norm", "torchvision, transformers and detectron2 ResNet"),
+    (".shortcut.conv", r"\.(?:downsample|skip)\.0|\.(?:shortcut|skip)\.conv|\.shortcut\.0|\.conv\.shortcut|\.(?:shortcut|skip)(?=\.weight\.$)", "torchvision and transformers ResNet, plain words"),
+    (r".shortcut.norm", r"\.(?:downsample|shortcut|skip)\.1|\.(?:shortcut|skip)\.norm", "torchvision, transformers and detectron2 ResNet, plain words"),
     (".conv.dw", r"\.(?:dwconv|conv\.dw|depthwise\.conv)", "ConvNeXt"),
 )  # fmt: skip
 
@@ -265,8 +265,10 @@ MERGED = (
 # what a norm's scale is called
 SCALES = frozenset({"weight", "gamma", "scale", "alpha", "g", "a_2"})
 
-# words of a way up: their numbers may count from its end, as in MiDaS (refinenet4 is first) and most U-Nets (up4, up3, up2)
-UPWARD = re.compile(r"(?:^|[._])(?:up|dec|decoder|deconv|refinenet|fusion|lateral|fpn)s?[._:]?[\d#]", re.I)
+# words of a way up, by how they begin: their numbers may count from its end, as in MiDaS (refinenet4 is first) and most U-Nets (up4, up3)
+UPWARD = re.compile(
+    r"(?:^|[._])(?:up|dec|refine|fusion|fuse|lateral|fpn|expan)[a-z]*(?:[._](?:blocks?|layers?|levels?|stages?))?[._:]*[\d#]", re.I
+)
 
 # layer kinds that multiply by 1 + weight, and of which llama.cpp's files hold that sum
 ONE_MORE = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "RecurrentGemmaRMSNorm", "Qwen3NextRMSNorm", "NemotronLayerNorm1P"})

@@ -29,6 +29,7 @@ class Item(NamedTuple):
     params: Mapping[str, Any] = {}
     note: str = ""
     after: Regroup | None = None
+    reason: str = ""  # of a composite that is no more than likely
 
 
 class Fusion(NamedTuple):

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from workbench.adapter_config import config_beside
 from workbench.checkpoint import Finding
 from workbench.errors import SelectionError
 from workbench.formats import collector_paused
@@ -26,7 +27,7 @@ from workbench.keymap.conventions import IN_OUT
 from workbench.keymap.doubts import doubt
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
 from workbench.keymap.layouts import SAME, Fit, fit, orient, renumber, stack, turn, unstack, withdraw
-from workbench.keymap.leftovers import beside, doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem
+from workbench.keymap.leftovers import beside, doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem, with_weight
 from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part
 from workbench.keymap.naming import (
     Block,
@@ -45,7 +46,8 @@ from workbench.keymap.naming import (
     tokens_of,
     wrapper_rule,
 )
-from workbench.keymap.order import in_order, last, members
+from workbench.keymap.order import in_order, inside, last, members
+from workbench.keymap.plain_code import Origin
 from workbench.keymap.published import counted, one_more
 from workbench.keymap.rules import is_single_role
 from workbench.keymap.targets import Target, read_target
@@ -76,8 +78,9 @@ def match(source: Any, target: Any) -> KeyMap:
     if not wanted.shapes:
         raise SelectionError("the target names no tensors")
     section = ckpt.weights_section
-    tensors = dict(ckpt.weights.items())
-    found = Search(tensors, wanted, ckpt.metadata.get("general.architecture", "")).run()
+    weights = ckpt.weights
+    tensors = dict(weights.items())
+    found = Search(tensors, wanted, ckpt.metadata.get("general.architecture", ""), config_beside(ckpt)).run()
     used = {part.source for pair in found.pairs.values() for part in pair.parts}
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}
@@ -94,9 +97,10 @@ def match(source: Any, target: Any) -> KeyMap:
     others = [
         Finding("another section", "info", message.format(s.name, section.name, section.reason)) for s in same if s.name not in rivals
     ]
+    others += [Finding("another section", "info", message.format(*both, "no moving average")) for both in found.averages]
     return KeyMap(
         tuple(found.pairs[t] for t in order), unmatched, tuple(ambiguous.values()), tuple(n for n in tensors if n not in used),
-        section.name, section.reason, rivals, tuple(others),
+        section.name, section.reason, rivals, tuple(others), Origin.of(ckpt, section.path, weights),
     )  # fmt: skip
 
 
@@ -107,13 +111,14 @@ _MOST_WORDS = 40  # of the end of a name
 class Search:
     """One search: what was found so far."""
 
-    def __init__(self, tensors: dict[str, LazyTensor], wanted: Target, architecture: str = "") -> None:
-        self.wanted, self.tensors = wanted, tensors
+    def __init__(self, tensors: dict[str, LazyTensor], wanted: Target, architecture: str, config: dict[str, Any]) -> None:
+        self.wanted, self.tensors, self.config = wanted, tensors, config
         self.items = {name: Item(name, t.spec.shape, t.spec.dtype.name, (Part(name),)) for name, t in tensors.items()}
         self.refused: dict[str, str] = {}
         self.pairs: dict[str, Pair] = {}
         self.ambiguous: dict[str, Ambiguous] = {}
         self.used: set[str] = set()
+        self.averages: list[tuple[str, str]] = []  # roots of the file that were not taken, and the one that was
         self.sides: set[tuple[bool, str, Shape]] = set()  # in a head or not, last word, shape: what is free outside of blocks
         told = canonical(wanted.shapes)
         self._compose(told)
@@ -136,7 +141,7 @@ class Search:
 
     def _compose(self, told: dict[str, Spelling]) -> None:
         """Put what parts make in the place of the parts, unless the target wants the parts; take out codes that no cast may read."""
-        found = composites(self.tensors)
+        found = composites(self.tensors, self.config)
         mine = canonical(self.tensors) if found else {}
         spelt = [{bare_name(mine[p].name if p in mine else p) for p in made.parts} - {bare_name(made.name)} for made in found]
         wants = {bare_name(told[t].name if t in told else t) for t in (self.wanted.shapes if found else ())}
@@ -153,7 +158,10 @@ class Search:
                 self.items.pop(made.name, None)
             else:
                 parts = tuple(Part(part) for part in made.parts)
-                self.items[made.name] = Item(made.name, made.shape, made.dtype, parts, made.formula, made.params, made.rule)
+                why = made.reason if made.confidence == "likely" else ""
+                self.items[made.name] = Item(
+                    made.name, made.shape, made.dtype, parts, made.formula, made.params, made.rule, reason=why
+                )  # fmt: skip
         locked = locked_raw(self.tensors, found)
         shapes = reversed(self.wanted.shapes) if locked else ()
         wanted = {bare_name(t): self.wanted.dtypes.get(t) for t in shapes}  # of several the first
@@ -179,7 +187,9 @@ class Search:
         for extra in self.strange:
             spelt = {name: ".".join(part for part in text.split(".") if part != extra) for name, text in spelt.items()}
         held = {text: self.items[name].shape for name, text in spelt.items()}
-        if root := fullest_root(held, {text: shapes[name] for name, text in wants.items()}):
+        root, averages = fullest_root(held, {text: shapes[name] for name, text in wants.items()})
+        if root:
+            self.averages = [(average, root) for average in averages]
             self.strange += root.split(".")
             spelt = {name: text.removeprefix(f"{root}.") for name, text in spelt.items()}
         return spelt, wants
@@ -199,7 +209,8 @@ class Search:
         follow(self, chosen)
         self._singles({p.target for p in chosen if p.reading != SAME_NUMBERS})
         self._join_single_fusions()
-        for place in (beside, in_order, stem, beside, in_order, members, last):  # the more is paired, the more tells where the rest goes
+        near = (stem, beside, in_order)  # the more is paired, the more tells where the rest goes
+        for place in (with_weight, beside, in_order, *near, inside, *near, members, last, with_weight):
             place(self)
         if not self.pairs:  # beside other pairs, what is left may be another head
             rest(self, Pairing("", "", {(): ()}, "", 0))
@@ -307,6 +318,7 @@ class Search:
             regroup, rule = item.after, f"{rule}; {item.note}"
         elif item.formula:
             rule = f"{item.note}" if rule == "same name" else f"{rule}; {item.note}"
+            confidence, reason = ("likely", f"{reason}; {item.reason}") if item.reason else (confidence, reason)
         elif regroup is not None:
             parts, regroup = (item.parts[0]._replace(regroup=regroup, shape=item.shape),), None
             rule = f"{rule}, {how.kind}"

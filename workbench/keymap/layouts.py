@@ -169,7 +169,8 @@ def withdraw(search: Search, pair: Pair, why: str) -> None:
     search.ambiguous[pair.target] = Ambiguous(pair.target, pair.sources, why)
 
 
-_POSITIONS = re.compile(r"\.emb\.pos\.|\.relative\.|\.relpos\.")  # of a model that turns no rows
+UNTOLD_ROWS = "its rows may be in the order of Meta's rotary embeddings or of transformers'"
+POSITIONS = re.compile(r"\.emb\.pos\.|\.relative\.|\.relpos\.")  # of a model that turns no rows
 
 
 def turn(search: Search, p: Pairing, names: list[str]) -> None:
@@ -178,7 +179,7 @@ def turn(search: Search, p: Pairing, names: list[str]) -> None:
     names = [n for n in names if re.match(r"\.attn\.[qk]\.", roles[n]) or (".attn.qkv." in roles[n] and len(search.pairs[n].parts) == 3)]
     sides = [search.by_context[0][p.source].values(), search.by_context[1][p.target].values()]
     gated = bool(names) and any(".gate" in role for blocks in sides for block in blocks for role in block)
-    if not gated or any(_POSITIONS.search(role) for role in search.roles):
+    if not gated or any(POSITIONS.search(role) for role in search.roles):
         return
     orders = [rotary_order(name for block in blocks for names in block.values() for name in names) for blocks in sides]
     fused = any(".attn.qkv." in role for blocks in sides for block in blocks for role in block)
@@ -192,7 +193,7 @@ def turn(search: Search, p: Pairing, names: list[str]) -> None:
         known = pair.is_plain or (len(pair.parts) == 3 and not any(part.regroup for part in pair.parts))
         if "" in orders or not known or any(not heads or rows[0] % (2 * heads) for part, heads, rows in turned if part.source):
             why = "the names do not tell" if "" in orders else "the number of heads is not known"
-            withdraw(search, pair, f"its rows may be in the order of Meta's rotary embeddings or of transformers', and {why}")
+            withdraw(search, pair, f"{UNTOLD_ROWS}, and {why}")
             continue
         parts = tuple(p._replace(regroup=_halves(orders[0], n, rows), shape=rows) if p.source else p for p, n, rows in turned)
         search.pairs[name] = replace(

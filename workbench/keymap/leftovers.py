@@ -255,6 +255,22 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def with_weight(search: Search) -> None:
+    """A vector goes where the weight of its module went: under the same word on both sides, and where that weight is one tensor."""
+    left: dict[str, list[str]] = defaultdict(list)  # module of the target -> vectors of which nothing is done
+    for name, shape in search.wanted.shapes.items() if len(search.pairs) < len(search.wanted.shapes) else ():
+        if name not in search.pairs and len(shape) == 1:
+            left[_module(name)].append(name)
+    for module in left:
+        pair = search.pairs.get(f"{module}.weight")
+        if pair is None or pair.formula or len(pair.parts) > 1 or pair.parts[0].rows is not None or not pair.source.endswith(".weight"):
+            continue
+        for name in left[module]:
+            source = _module(pair.source) + name.removeprefix(module)
+            if source in search.items and source not in search.used and search.fits(source, name) and not opposed(name, source):
+                search.take(name, source, "beside its weight", "likely", f"the weight of its module came from {pair.source!r}")
+
+
 def beside(search: Search) -> None:
     """A norm goes where the module beside it went: the only one that is left in its parent, or the one that its number puts behind a
     paired module (`conv1`, `bn1`; `0`, `1`)."""
@@ -306,6 +322,7 @@ def _norms(search: Search, side: int) -> dict[tuple[str, int], list[Unit]]:
 
 
 _HEADS = ("head.weight.", "head.bias.")
+_TABLE = re.compile(r"\bemb\.tok\.(?:weight\.)?$")
 
 
 def settle_swapped(search: Search) -> None:
@@ -325,10 +342,12 @@ def nearest(search: Search, names: list[str], used: Container[str]) -> tuple[Unm
     free = {name: tensor.shape for name, tensor in sources.items() if name not in used} if names else {}
     bare, often = dict(zip(bare_names(sources), sources, strict=True)) if names else {}, Counter(free.values())
     heads = [name for name in free if name in search.source_names and search.source_names[name].role.endswith(_HEADS)]
+    tables = {shapes[t]: pair for t, pair in search.pairs.items() if names and pair.is_plain and _TABLE.search(search.target_names[t].role)}
     out = []
     for name, spelt in zip(names, bare_names(names), strict=True):
         near, shape = name if name in sources else bare.get(spelt, ""), shapes[name]
-        mine = heads if name in search.target_names and search.target_names[name].role.endswith(_HEADS) else []
+        head = name in search.target_names and search.target_names[name].role.endswith(_HEADS)
+        mine = heads if head else []
         other = [s for s in mine if s.rpartition(".")[2] == name.rpartition(".")[2] and free[s][1:] == shape[1:] and free[s] != shape]
         if near in free and free[near] != shape:
             out.append(Unmatched(name, f"{list(free[near])} in the file and {list(shape)} in the model", near))
@@ -338,6 +357,15 @@ def nearest(search: Search, names: list[str], used: Container[str]) -> tuple[Unm
             out.append(Unmatched(name, told, other[0]))
         else:
             count = often[shape]
-            why = f"no name like it; {count} unused tensors have its shape" if count else "nothing in the file has this name or shape"
+            why = (
+                f"no name like it; {count} unused tensors have its shape"
+                if count
+                else "nothing that is left of the file has this name or shape"
+            )
+            if table := tables.get(shape) if head and not count else None:
+                why = (
+                    f"the file has no head, and {table.source!r}, which fills {table.target!r}, has its shape: if the model ties the two, "
+                    f"keymap.edited({{{name!r}: {table.source!r}}})"
+                )
             out.append(Unmatched(name, why))
     return tuple(out)

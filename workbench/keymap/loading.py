@@ -8,6 +8,7 @@ from a new state_dict() afterwards, on the device where it ended up, against the
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, OrderedDict, defaultdict
 from contextlib import suppress
 from copy import deepcopy
@@ -107,6 +108,7 @@ def load_into(
         job.restore()
         raise _refusal(job, absent, left, refused)
     job.fill()
+    job.supply({name for name in job.own if job.own[name].is_meta}.difference(job.values, job.misfits, missing))
     if home is not None:  # what Module.to does, but a tensor left on the meta device stays there
         model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(home))  # type: ignore[no-untyped-call]
     try:
@@ -207,7 +209,9 @@ class _Job:
         if (metadata := _metadata(self.part, self.keymap)) is not None:
             state._metadata = metadata  # type: ignore[attr-defined]
         try:
-            result = self.model.load_state_dict(state, strict=False, **({"assign": True} if self.assign and self.through else {}))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*to a meta parameter")  # of what `supply` puts there
+                result = self.model.load_state_dict(state, strict=False, **({"assign": True} if self.assign and self.through else {}))
         except Exception as error:  # the model's own code may raise anything
             return [], [], f"{type(error).__name__}: {error}".splitlines()[-1].strip()
         return [name for name in result.missing_keys if name not in self.misfits], list(result.unexpected_keys), ""
@@ -260,6 +264,14 @@ class _Job:
                 hints = [f"{done} of {len(leading)} tensors of the model were overwritten before this: build it anew"] * bool(done)
                 error.hint = "; ".join([*hints, error.hint] if error.hint else hints) or None
                 raise
+
+    def supply(self, names: set[str]) -> None:
+        """Put in place of tensors without values what torch's modules make themselves where a file lacks it, as BatchNorm's counter."""
+        if (left := {name for name in names if self.leader[name] not in self.values}) and not self.through:
+            state = OrderedDict((name, getattr(*slot)) for name, slot in self.slots.items() if name in self.own and name not in left)
+            if (metadata := _metadata(self.part, self.keymap)) is not None:
+                state._metadata = metadata  # type: ignore[attr-defined]
+            self.model.load_state_dict(state, strict=False, assign=True)  # each takes itself
 
     def _put(self, name: str) -> None:
         """A new tensor with the file's values, made on the host, in place of the model's and of those tied to it."""

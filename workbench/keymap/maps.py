@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError, visible
-from workbench.keymap.values import formula_code, made, regroup_code
+from workbench.keymap.plain_code import Origin, plain_code
+from workbench.keymap.values import made
 from workbench.report import Report
 from workbench.sections import rename_modules
 from workbench.tables import Column, Table, table
@@ -120,6 +121,7 @@ class KeyMap(Report):
         section: the section of the source that was taken, and `section_reason` why.
         rivals: other sections with the same names and shapes and as good a claim.
         findings: what a reader should know besides.
+        origin: where the source's tensors lie in its file.
     """
 
     pairs: tuple[Pair, ...]
@@ -130,6 +132,7 @@ class KeyMap(Report):
     section_reason: str = ""
     rivals: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    origin: Origin = field(default_factory=Origin)
 
     @property
     def ok(self) -> bool:
@@ -222,12 +225,12 @@ class KeyMap(Report):
                 metadata.setdefault(prefix + name, value)
 
     def code(self) -> str:
-        """Python that does the same to what torch.load gives, without this library."""
-        path = "".join(f"[{part!r}]" for part in self.section.split(".")) if self.section else ""
-        lines = ["import torch", ""] if not all(pair.is_plain for pair in self.pairs) else []
-        lines += [f"source = checkpoint{path}", "state_dict = {"]
-        lines += [f"    {pair.target!r}: {_code(pair)}," for pair in self.pairs]
-        return "\n".join([*lines, "}"])
+        """Python that makes the same state dict with torch and safetensors alone; `checkpoint` is what they read.
+
+        Raises:
+            SelectionError: neither reads such a file, or a tensor lies inside an object of it.
+        """
+        return plain_code(self)
 
     # change
 
@@ -321,7 +324,7 @@ class KeyMap(Report):
             tuple(Unmatched(**u) for u in data["unmatched"]),
             tuple(Ambiguous(a["target"], tuple(a["candidates"]), a["reason"]) for a in data["ambiguous"]),
             tuple(data["unused"]), data["section"], data["section_reason"], tuple(data["rivals"]),
-            tuple(Finding(**f) for f in data["findings"]),
+            tuple(Finding(**f) for f in data["findings"]), Origin.from_list(data.get("origin", Origin())),
         )  # fmt: skip
 
 
@@ -392,16 +395,3 @@ def _joined_shape(pair: Pair) -> Counts:
 
 def _values_of(pair: Pair | None) -> Any:
     return None if pair is None else (pair.parts, pair.regroup, pair.formula, dict(pair.params))
-
-
-def _code(pair: Pair) -> str:
-    if pair.formula:
-        return formula_code(pair)
-    pieces = []
-    for part in pair.parts:
-        zeros = f"torch.zeros({(part.rows or (0, 0))[1]}, dtype=source[{pair.sources[0]!r}].dtype)" if not part.source else ""
-        text = zeros or f"source[{part.source!r}]" + regroup_code(part.regroup, part.shape)
-        whole = part.rows is None or (part.shape and part.regroup is None and part.rows == (0, part.shape[0]))
-        pieces.append(text + ("" if whole or not part.source or part.rows is None else f"[{part.rows[0]}:{part.rows[1]}]"))
-    joined = pieces[0] if len(pieces) == 1 else f"torch.cat([{', '.join(pieces)}])"
-    return joined + regroup_code(pair.regroup)

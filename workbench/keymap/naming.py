@@ -15,6 +15,7 @@ from typing import NamedTuple
 from workbench.keymap.conventions import UPWARD
 from workbench.keymap.rules import dialect, normal, role_of, words_of
 from workbench.names import WRAPPERS
+from workbench.sections import names_average
 
 Indices = tuple[int, ...]
 
@@ -189,17 +190,19 @@ def _without(name: str, part: str) -> str:
     return bare_name(".".join(p for p in name.split(".") if p != part))
 
 
-def fullest_root(sources: Mapping[str, Hashable], targets: Mapping[str, Hashable]) -> str:
-    """The root under which the file has the model's own names, where other roots have some of them too, and none that this has not."""
+def fullest_root(sources: Mapping[str, Hashable], targets: Mapping[str, Hashable]) -> tuple[str, list[str]]:
+    """The root under which the file has the model's own names, where other roots have some of them too, and none that this has not; and
+    those that have them all as well, and whose words say that they are its moving averages."""
     names = list(targets)
     ends = tuple(f".{names[at]}" for at in sorted({0, len(names) // 2, len(names) - 1}))
     roots = {name[: -len(end)] for name in sources if name.endswith(ends) for end in ends if name.endswith(end)}
     if not 2 <= len(roots) <= 8 or not sources.keys().isdisjoint(targets):
-        return ""
+        return "", []
     held = {root: {name for name, shape in targets.items() if sources.get(f"{root}.{name}") == shape} for root in roots}
-    most = max(held, key=lambda root: len(held[root]))
-    alone = all(held[root] < held[most] for root in roots - {most})
-    return most if alone and 10 * len(held[most]) >= 9 * len(targets) else ""
+    most = max(held, key=lambda root: (len(held[root]), not names_average(root)))
+    averages = [root for root in held if root != most and held[root] == held[most] and names_average(root) and not names_average(most)]
+    alone = all(held[root] < held[most] for root in roots - {most, *averages})
+    return (most, sorted(averages)) if alone and 10 * len(held[most]) >= 9 * len(targets) else ("", [])
 
 
 _DOMAINS = {
@@ -217,6 +220,9 @@ _DOMAINS = {
     "fwd": "forward",
     "bwd": "backward",
 }
+
+
+_SHORT = {"src": "source", "tgt": "target", "l": "left", "r": "right", "f": "forward", "b": "backward"}  # beside those of _DOMAINS
 
 
 @lru_cache(maxsize=1 << 16)
@@ -255,6 +261,17 @@ def _clash(one: frozenset[str], other: frozenset[str], pairs: Iterable[set[str]]
     return any(pair <= one | other and not pair & one & other and pair & one and pair & other for pair in pairs)
 
 
+def spaced(path: str) -> str:
+    """A path in small letters, its words apart where a capital began one."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", path).lower()
+
+
+def alike_words(one: str, other: str) -> bool:
+    """Whether two words of modules mean the same: one is short for the other, or its beginning, of three letters or more."""
+    short, long = sorted((_DOMAINS.get(word) or _SHORT.get(word, word) for word in (one, other)), key=len)
+    return short == long or (len(short) > 2 and long.startswith(short))
+
+
 def words_in(context: str) -> set[str]:
     return {word for word in re.split(r"[.:#]", context) if word}
 
@@ -270,6 +287,12 @@ def shown(context: str) -> str:
     return context.strip(".").replace("#", "*")
 
 
+def together(names: Iterable[str]) -> bool:
+    """Whether the names of each module stand together: in a file that is shuffled they do not."""
+    runs = [module for module, _ in groupby(name.rpartition(".")[0] for name in names)]
+    return len(runs) == len(set(runs))
+
+
 def in_runs(names: Iterable[str]) -> bool:
     """Whether what is numbered alike rises or falls from first to last: a file that is shuffled tells no order."""
     runs: dict[str, list[Indices]] = defaultdict(list)
@@ -279,11 +302,13 @@ def in_runs(names: Iterable[str]) -> bool:
 
 
 def count_alike(ours: list[tuple[str, Indices]], theirs: list[tuple[str, Indices]], ordered: bool) -> bool:
-    """Whether the numbers of two runs, each under one word and in its own order, tell which is which: under other words not where one
+    """Whether the numbers of two runs, each under its path and in its own order, tell which is which: under other words not where one
     falls and the other does not, or where others stand behind a word of a way up, which some number from its end."""
+    if ours[0][0] == theirs[0][0]:
+        return True
     falls = [ordered and side == sorted(side, reverse=True) for side in (ours, theirs)]
     upward = {n for _, n in ours} != {n for _, n in theirs} and any(UPWARD.search(side[0][0]) for side in (ours, theirs))
-    return ours[0][0] == theirs[0][0] or (falls[0] == falls[1] and not upward)
+    return falls[0] == falls[1] and not upward
 
 
 _PART = re.compile(r"(.*?[.:])(\d+)(?=\.)")

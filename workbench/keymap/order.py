@@ -3,8 +3,9 @@
 Asked where names have explained next to nothing, and for what is left of both sides where that is the same. Both are cut into modules:
 what lies under one path, by parameter and shape. Where they hold the same modules, but for a head of another size, one that is the
 only one of its shapes is paired with the only one on the other side; those that share their shapes go by their numbers, or by their
-order where the whole order is one. Two that stand side by side, and could be exchanged without a trace (queries and keys), are told by
-their numbers or words, or left.
+order where the whole order is one. Two that could be exchanged without a trace (queries and keys, two towers) are told by their numbers
+or words, or left. `in_order` looks at the models as wholes, `inside` at each part of which something is known, `members` at one module,
+and `last` at the last that are left.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from workbench.keymap.conventions import IN_OUT, SCALES
+from workbench.keymap.layouts import POSITIONS, UNTOLD_ROWS
 from workbench.keymap.leftovers import variants
 from workbench.keymap.maps import Ambiguous
-from workbench.keymap.naming import Name, count_alike, in_runs, opposed
+from workbench.keymap.naming import Name, alike_words, count_alike, in_runs, opposed, spaced, together
+from workbench.keymap.rules import rotary_order
 
 if TYPE_CHECKING:
     from workbench.keymap.inference import Search
 
 Shape = tuple[int, ...]
+Found = tuple["Module", "Module", str]  # of the file, of the model, and what tells that they are one: "" where nothing does
 Sign = tuple[tuple[str, Shape], ...]
 
 _FEW = 10  # per cent of the target's names, which others may have paired
@@ -32,12 +36,14 @@ _OUTPUTS = frozenset(("fc", "linear", "lin", "head", "classifier", "last", "conv
 _LEAST = 3  # modules: fewer are no model
 _ROWS = re.compile(r"qkv|query_key_value|c_attn|in_proj|kv_proj|gate_up|w12|ada_?ln|modulation", re.I)  # parts in an order that is not told
 _PARAM = re.compile(r"(running\.mean|running\.var|num\.batches\.tracked|[^.]+?)(?::\d+)?\.$")
-_COUNTER = "num.batches.tracked"  # a norm may be without
+_COUNTERS = frozenset(("num.batches.tracked", "num_batches_tracked"))  # a norm may be without
 _ALIKE = "the numbers of modules that hold the same shapes"
 _ONLY = "the only one of its shapes, in two models that hold the same modules"
+_WORDS = "the only ones of their shapes with a word in common"
 _PLACE = "its place in the order of the modules, which hold the same shapes from first to last"
 _EXCHANGEABLE = "several modules hold the same shapes, and neither numbers nor the order tell which is which"
 _TOLD = re.compile(r"\.x?attn\.(?:q|k|v|o|qkv|kv)$|\.emb\.\w+$")  # roles that another would be wrong for
+_TURNED = re.compile(r"(?:^|[._])w?(?:q|k|query|key|qk|qkv)(?:$|[._])")  # what rotary embeddings turn
 _GENERAL = frozenset(
     ("encoder", "decoder", "layer", "layers", "block", "blocks", "model", "embeddings", "attention")
 )  # words that tell no module
@@ -71,18 +77,95 @@ def in_order(search: Search) -> None:
     if 100 * len(search.pairs) > _FEW * len(search.wanted.shapes):
         found = _all_that_is_left(search, ours, theirs)
     else:
-        found = list(_paired(ours, theirs)) or list(_paired(ours[:-1], theirs[:-1], 1 + _LEAST))  # which may have another head
+        told = _order_is_told(search)
+        found = list(_paired(ours, theirs, told)) or list(_paired(ours[:-1], theirs[:-1], told, 1 + _LEAST))  # which may have another head
     if any(_speaks_against(one, other) for one, other, why in found if why):
         return
+    _take(search, found)
+    for one, other in [(one, other) for one, other, why in found if not why]:
+        for param, target in [(param, target) for param, target in other.names.items() if param in one.names]:
+            alike = tuple(m.names[param] for m, its, _ in found if its.sign == other.sign and param in m.names)
+            search.ambiguous[target] = Ambiguous(target, alike[:8], _EXCHANGEABLE)
+
+
+def _take(search: Search, found: list[Found], known: str = "") -> None:
+    """Take what is told and not yet known; not where the pair by itself is doubted, and not queries and keys that a rotary embedding may
+    turn: the order of their rows is not told by a place."""
+    turning = any(".gate" in role for role in search.roles) and not any(POSITIONS.search(role) for role in search.roles)
+    orders = {rotary_order(names) for names in (search.tensors, search.wanted.shapes)}
+    turning = turning and (len(orders) > 1 or "" in orders)
     for one, other, why in found:
-        for param, target in other.names.items():
-            if (source := one.names.get(param)) is None:
-                continue
-            if why:
-                search.take(target, source, f"{one.path} becomes {other.path}", "likely", why)
-            else:
-                alike = tuple(m.names[param] for m, its, _ in found if its.sign == other.sign and param in m.names)
-                search.ambiguous[target] = Ambiguous(target, alike[:8], _EXCHANGEABLE)
+        turned = turning and any(_TURNED.search(text) for module in (one, other) for text in (spaced(module.path), _unit(module)))
+        for param, target in other.names.items() if why else ():
+            source, told = one.names.get(param), search.ambiguous.get(target)
+            if turned and source and target not in search.pairs:
+                search.ambiguous[target] = Ambiguous(target, (source,), f"{UNTOLD_ROWS}, and the names do not tell")
+            elif source and source not in search.used and not (told and told.candidates == (source,)):
+                search.take(target, source, f"{one.path} becomes {other.path}", "likely", known + why)
+
+
+def inside(search: Search) -> None:
+    """A member follows its module: a part of the model, of which some matrices came from one part of the file that holds the same
+    modules, is compared with that part as a model by itself. Nothing comes of it where that speaks against what is known."""
+    if len(search.pairs) in (0, len(search.wanted.shapes)) or len(search.items) + len(search.wanted.shapes) > _MOST:
+        return
+    ours, theirs = _sides(search)
+    parts, told = (_by_part(ours), _by_part(theirs)), _order_is_told(search)
+    home = {name: module for module in ours for name in module.names.values()}
+    came: dict[str, set[str]] = defaultdict(set)  # module of the model -> those of the file
+    went: dict[str, set[str]] = defaultdict(set)
+    for module in theirs:
+        for pair in [search.pairs[name] for name in module.names.values() if name in search.pairs]:
+            for its in [home[source] for source in pair.sources if source in home]:
+                came[module.path].add(its.path)
+                went[its.path].add(module.path)
+    for path in sorted(parts[1], key=lambda path: -path.count(".")):  # the innermost first
+        wanted = parts[1][path]
+        known = [m for m in wanted if m.path in came]
+        if len(known) == len(wanted) or not any(len(shape) > 1 for m in known for _, shape in m.sign):
+            continue
+        there = _common_path(set().union(*(came[m.path] for m in known)))
+        for held in [parts[0][end] for end in _ancestors(there) if end in parts[0]]:
+            if Counter(m.sign for m in held) == Counter(m.sign for m in wanted):
+                found = list(_paired(held, wanted, told, 1))
+                if _agrees(found, came, went):
+                    _take(search, found, f"in {path!r}, of which the rest is known: ")
+                break
+
+
+def _by_part(modules: list[Module]) -> dict[str, list[Module]]:
+    """The modules by each path that they lie under."""
+    out: dict[str, list[Module]] = defaultdict(list)
+    for module in modules:
+        for path in _ancestors(module.path.rpartition(".")[0]):
+            out[path].append(module)
+    return out
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    """A path and what it lies in, but for the root."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _common_path(paths: set[str]) -> str:
+    """The innermost path that all of these lie under."""
+    words = sorted(path.split(".")[:-1] for path in paths)
+    first, last = words[0], words[-1]  # between which all others stand
+    return ".".join(word for word, _ in takewhile(lambda both: both[0] == both[1], zip(first, last, strict=False)))
+
+
+def _agrees(found: list[Found], came: Mapping[str, set[str]], went: Mapping[str, set[str]]) -> bool:
+    """Whether what is known already says the same of each, and no word speaks against one."""
+    return not any(
+        why
+        and (
+            (came.get(other.path, {one.path}), went.get(one.path, {other.path})) != ({one.path}, {other.path})
+            or _speaks_against(one, other)
+        )
+        for one, other, why in found
+    )
 
 
 def _sides(search: Search) -> list[list[Module]]:
@@ -92,17 +175,20 @@ def _sides(search: Search) -> list[list[Module]]:
         found: dict[str, dict[str, str]] = defaultdict(dict)
         for name in [name for name in names if name in shapes]:
             path, _, param = names[name].bare.rpartition(".")
-            known = param in ("weight", "bias") or param in SCALES or param.startswith(("running_", "num_batches_"))
-            found[path if known else names[name].bare][param if known else ""] = name
-        signs = [tuple(sorted((p, _turned(n, shapes[n])) for p, n in held.items() if p[:4] != "num_")) for held in found.values()]
-        sides.append(
-            [
-                Module(path, "", (), names[next(iter(held.values()))].role, held, sign)
-                for (path, held), sign in zip(found.items(), signs, strict=True)
-                if sign
-            ]
-        )
+            if not (param in ("weight", "bias") or param in SCALES or param.startswith(("running_", "num_batches_"))):
+                path, param = names[name].bare, ""
+            while param in found[path]:  # two of one name: wrappers, or adapters
+                path += "'"
+            found[path][param] = name
+        made = [_module(path, held, shapes, names) for path, held in found.items()]
+        sides.append([module for module in made if module.sign])
     return sides
+
+
+def _module(path: str, held: dict[str, str], shapes: Mapping[str, Shape], names: Mapping[str, Name]) -> Module:
+    sign = tuple(sorted((param, _turned(name, shapes[name])) for param, name in held.items() if param not in _COUNTERS))
+    role = names[next(iter(held.values()))].role
+    return Module(path, re.sub(r"\d+", "#", path), tuple(map(int, re.findall(r"\d+", path))), role, held, sign)
 
 
 def members(search: Search) -> None:
@@ -122,43 +208,72 @@ def members(search: Search) -> None:
 
 
 def last(search: Search) -> None:
-    """The last module that is left of the file goes where the last of its shapes is left of the model, when nearly all else is paired.
+    """The last module that is left of the file goes where the last of its form is left of the model, when nearly all else is paired.
 
     That is evidence where the words of both are the same but for their order and endings, or where what is paired before and after them
-    is one on both sides and nothing else is left; never where their kinds differ or more is left beside one of them.
+    is one on both sides and nothing else is left; never where their kinds differ or more is left beside one of them, unless they have
+    two words in common that no other has.
     """
     if not 3 * len(search.wanted.shapes) <= 4 * len(search.pairs) < 4 * len(search.wanted.shapes) or len(search.items) > _MOST:
         return
     sides, done = _sides(search), (search.used, search.pairs)
     open_ = [[m for m in side if not any(n in done[at] for n in m.names.values())] for at, side in enumerate(sides)]
-    main = {id(m): max((tuple(sorted(search.shapes[at][n])) for n in m.names.values()), key=len) for at in (0, 1) for m in open_[at]}
-    often = [Counter(main[id(m)] for m in side) for side in open_]
-    ones = [{main[id(m)]: m for m in side if often[0][main[id(m)]] == often[1][main[id(m)]] == 1} for side in open_]
-    found = [(one, other) for shape, one in ones[0].items() if one.sign == (other := ones[1][shape]).sign and _one_kind(one, other)]
     told = {name for a in search.ambiguous.values() for name in (a.target, *a.candidates)}
-    found = [both for both in found if told.isdisjoint([*both[0].names.values(), *both[1].names.values()])]
+    found = [both for both in _only_ones(*open_) if told.isdisjoint([*both[0].names.values(), *both[1].names.values()])]
     left = [[m for m in side if m not in [both[at] for both in found]] for at, side in enumerate(open_)]
-    more = any("weight" in m.names and len(main[id(m)]) > 1 and told.isdisjoint(m.names.values()) for side in left for m in side)
+    more = any("weight" in m.names and len(_largest(m)) > 1 and told.isdisjoint(m.names.values()) for side in left for m in side)
     turned = any(pair.rule.endswith(", transposed") for pair in search.pairs.values())
     for one, other in found:
-        if (turned or "" in one.names) and len(main[id(one)]) == 2 and len(set(main[id(one)])) == 1:  # it would fit transposed
+        shape = _largest(one)
+        if (turned or "" in one.names) and len(shape) == 2 and len(set(shape)) == 1:  # it would fit transposed
             continue
-        homes = [module.path.rpartition(".")[0] for module in (one, other)]
-        beside = [m for at in (0, 1) for m in left[at] if "weight" in m.names and "" != m.path.rpartition(".")[0] == homes[at]]
         shared = len(_common(one.path, other.path) - _GENERAL)
         rival = any(len(_common(its.path, m.path) - _GENERAL) >= shared for side, its in zip(left, (other, one), strict=True) for m in side)
-        words = [re.sub(r".*\.(?=[^.]*[a-zA-Z])", "", module.path) for module in (one, other)]
-        alike = all(_common(a, b) == set(re.findall("[a-z]{3,}", a.lower())) for a, b in (words, words[::-1])) or shared > 1
-        if not beside and ((alike and shared and not rival) or (not more and _one_place(search, sides, one, other))):
+        by_words = shared and not rival and (shared > 1 or (_same_words(one, other) and not _beside(left, one, other)))
+        if by_words or (not more and not _beside(left, one, other) and _one_place(search, sides, one, other)):
             for param, target in other.names.items():
                 if param in one.names:
                     why = "the last of the file that is left and the last of its shapes in the model"
                     search.take(target, one.names[param], f"{one.path} becomes {other.path}", "likely", why)
 
 
+def _only_ones(ours: list[Module], theirs: list[Module]) -> list[tuple[Module, Module]]:
+    """Those of both sides that are the only ones of their form, of a shape that as many have on both sides, and whose words allow it."""
+    shapes = [Counter(tuple(sorted(_largest(m))) for m in side) for side in (ours, theirs)]
+    often = [Counter(m.sign for m in side) for side in (ours, theirs)]
+    return [
+        (one, other)
+        for other in theirs
+        for one in ours
+        if one.sign == other.sign and often[0][one.sign] == often[1][one.sign] == 1
+        if shapes[0][(shape := tuple(sorted(_largest(one))))] == shapes[1][shape] and _one_kind(one, other)
+    ]
+
+
+def _largest(module: Module) -> Shape:
+    """The shape of most axes in a module."""
+    return max((shape for _, shape in module.sign), key=len)
+
+
+def _same_words(one: Module, other: Module) -> bool:
+    """Whether the last words of two modules are the same but for their order and endings."""
+    words = [re.sub(r".*\.(?=[^.]*[a-zA-Z])", "", module.path) for module in (one, other)]
+    return all(_common(a, b) == set(re.findall("[a-z]{3,}", a.lower())) for a, b in (words, words[::-1]))
+
+
+def _beside(left: list[list[Module]], one: Module, other: Module) -> bool:
+    """Whether another module with a weight is left in what one of the two lies in."""
+    homes = [module.path.rpartition(".")[0] for module in (one, other)]
+    return any(
+        "weight" in m.names and "" != m.path.rpartition(".")[0] == home for side, home in zip(left, homes, strict=True) for m in side
+    )
+
+
 def _one_kind(one: Module, other: Module) -> bool:
     """Whether the words of two modules of one form allow that they are one; what has a bias is no table."""
     kinds = {_kind_of(one), _kind_of(other)} & {"norm", "output", "positions", "" if "bias" in one.names else "table"}
+    if kinds == {"positions", "table"} and len(_common(one.path, other.path) - _GENERAL) > 1:  # the same table, said shorter
+        kinds = set()
     tasks = [_TASKS & set(re.findall("[a-z]+", m.path.lower())) or {"lm"} & {m.role.strip(".")[:2]} for m in (one, other)]
     return len(kinds) < 2 and (not all(tasks) or bool(tasks[0] & tasks[1])) and not _speaks_against(one, other)
 
@@ -181,13 +296,13 @@ def _one_place(search: Search, sides: list[list[Module]], one: Module, other: Mo
 
 def _open(modules: list[Module], done: Collection[str]) -> tuple[list[Module], bool]:
     """Those of which nothing is done, and whether there are some of which a part is."""
-    counts = [sum(name in done for param, name in module.names.items() if param != _COUNTER) for module in modules]
+    counts = [sum(name in done for param, name in module.names.items() if param not in _COUNTERS) for module in modules]
     return [m for m, count in zip(modules, counts, strict=True) if not count], any(
         0 < count < len(m.sign) for m, count in zip(modules, counts, strict=True)
     )
 
 
-def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) -> list[tuple[Module, Module, str]]:
+def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) -> list[Found]:
     """Beside others that are paired: only where nothing else is left of the file but vectors, and one alone by general words on both sides."""
     if search.ambiguous.keys() - search.pairs.keys():  # what is left may be what another was meant for
         return []
@@ -195,8 +310,8 @@ def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) 
     ours = [module for module in ours if module.sign in wanted or any(len(shape) > 1 for _, shape in module.sign)]
     if Counter(module.sign for module in ours) != wanted:
         return []
-    found = list(_paired(ours, theirs, 1))
-    several = len({(one.mask, other.mask) for one, other, _ in found}) > 1
+    found = list(_paired(ours, theirs, _order_is_told(search), 1))
+    several = len({(one.mask, other.mask, one.sign) for one, other, _ in found}) > 1
     return found if several or all(_kind_of(one) and _kind_of(one) == _kind_of(other) for one, other, _ in found) else []
 
 
@@ -225,9 +340,7 @@ def _modules(names: Mapping[str, Name], shapes: Mapping[str, Shape]) -> list[Mod
     for path, held in found.items():
         lone = len(held) == 1 and "bias" not in held  # tables and scales have many names
         held = dict.fromkeys(("",), *held.values()) if lone else held
-        sign = tuple(sorted((param, _turned(name, shapes[name])) for param, name in held.items() if param != _COUNTER))
-        role = names[next(iter(held.values()))].role
-        out.append(Module(path, re.sub(r"\d+", "#", path), tuple(map(int, re.findall(r"\d+", path))), role, held, sign))
+        out.append(_module(path, held, shapes, names))
     return [module for module in out if module.sign]
 
 
@@ -237,8 +350,11 @@ def _turned(name: str, shape: Shape) -> Shape:
     return tuple(n for n in turned if n != 1)
 
 
-def _paired(ours: list[Module], theirs: list[Module], least: int = _LEAST) -> Iterator[tuple[Module, Module, str]]:
-    """Modules of both sides, and what tells that they are one; nothing, where they are of one form and nothing tells it."""
+def _paired(ours: list[Module], theirs: list[Module], told: bool, least: int = _LEAST) -> Iterator[Found]:
+    """Modules of both sides, and what tells that they are one; nothing, where they are of one form and nothing tells it.
+
+    `told`: the order of the names is that of the modules on both sides.
+    """
     groups: tuple[dict[Sign, list[Module]], ...] = (defaultdict(list), defaultdict(list))
     for side, modules in zip(groups, (ours, theirs), strict=True):
         for module in modules:
@@ -246,31 +362,72 @@ def _paired(ours: list[Module], theirs: list[Module], least: int = _LEAST) -> It
     counts = [{sign: len(held) for sign, held in side.items()} for side in groups]
     if counts[0] != counts[1] or len(theirs) < least:
         return
-    one_order = [m.sign for m in ours] == [m.sign for m in theirs] and _ascend(ours) and _ascend(theirs)
-    ordered = all(in_runs(m.path for m in side) for side in (ours, theirs))
+    one_order = [m.sign for m in ours] == [m.sign for m in theirs] and _ascend(ours) and _ascend(theirs) and (told or _is_run(ours))
+    in_file_order = all(in_runs(m.path for m in side) for side in (ours, theirs))
     exchangeable = _exchangeable(ours) | _exchangeable(theirs)
     for sign, wanted in groups[1].items():
         held = groups[0][sign]
-        numbered = all(len({m.mask for m in side}) == 1 and len({m.numbers for m in side}) == len(side) for side in (held, wanted))
         if any(_ROWS.search(module.path) for module in (*held, *wanted)):
             yield from ((*both, "") for both in zip(held, wanted, strict=True))
         elif len(held) == 1:
             yield held[0], wanted[0], _ONLY
-        elif numbered:
-            told = _ALIKE if count_alike([(m.mask, m.numbers) for m in held], [(m.mask, m.numbers) for m in wanted], ordered) else ""
-            yield from ((*both, told) for both in zip(*(sorted(side, key=lambda m: m.numbers) for side in (held, wanted)), strict=True))
-        elif near := _by_words(held, wanted):
-            yield from ((*both, "the only one of its shapes with a word in common") for both in near)
+        elif _is_run(held) and _is_run(wanted):
+            yield from _by_numbers(held, wanted, in_file_order, _ALIKE)
+        elif near := _by_words(held, wanted, in_file_order):
+            yield from near
         else:
-            for one, other in zip(held, wanted, strict=True):
-                free = one.path not in exchangeable and other.path not in exchangeable
-                yield one, other, _PLACE if one_order and (free or _same_role(one, other)) else ""
+            yield from _by_place(held, wanted, exchangeable) if one_order else ((*both, "") for both in zip(held, wanted, strict=True))
 
 
-def _by_words(held: list[Module], wanted: list[Module]) -> list[tuple[Module, Module]]:
-    """Each with the only one on the other side that has a word in common with it, or the beginning of one; nothing, if one has none."""
-    near = [(one, other) for other in wanted for one in held if _common(one.path, other.path)]
-    return near if len(near) == len(held) == len({m.path for m, _ in near}) == len({m.path for _, m in near}) else []
+def _order_is_told(search: Search) -> bool:
+    """Whether both sides keep the names of each module together, and neither is sorted by name: else the order is none of the modules."""
+    return all(together(names) and names != sorted(names) for names in (list(search.tensors), list(search.wanted.shapes)))
+
+
+def _is_run(modules: list[Module]) -> bool:
+    """Whether they differ in nothing but their numbers."""
+    return len({m.mask for m in modules}) == 1 and len({m.numbers for m in modules}) == len(modules)
+
+
+def _by_numbers(held: list[Module], wanted: list[Module], in_file_order: bool, why: str) -> Iterator[Found]:
+    told = count_alike([(m.mask, m.numbers) for m in held], [(m.mask, m.numbers) for m in wanted], in_file_order)
+    by_number = (sorted(side, key=lambda m: m.numbers) for side in (held, wanted))
+    yield from ((*both, why if told else "") for both in zip(*by_number, strict=True))
+
+
+def _by_words(held: list[Module], wanted: list[Module], in_file_order: bool) -> list[Found]:
+    """By the words that not all of one side have: where each such set of words is alike to exactly one on the other side, and what has
+    the same words differs in its numbers alone. Nothing, if one has no other: two towers that no word tells apart stay apart."""
+    sets = [_told_by_words(side) for side in (held, wanted)]
+    near = [(mine, its) for mine in sets[0] for its in sets[1] if any(alike_words(a, b) for a in mine for b in its)]
+    if not len(near) == len(sets[0]) == len(sets[1]) == len({mine for mine, _ in near}) == len({its for _, its in near}):
+        return []
+    both = [(sets[0][mine], sets[1][its]) for mine, its in near]
+    if any(len(one) != len(other) or (len(one) > 1 and not (_is_run(one) and _is_run(other))) for one, other in both):
+        return []
+    return [found for one, other in both for found in _by_numbers(one, other, in_file_order, _WORDS)]
+
+
+def _told_by_words(modules: list[Module]) -> dict[frozenset[str], list[Module]]:
+    """The modules by those of their words that not all of them have."""
+    words = [frozenset(re.findall("[a-z]+", spaced(module.path))) for module in modules]
+    shared, out = frozenset.intersection(*words), defaultdict(list)
+    for module, own in zip(modules, words, strict=True):
+        out[own - shared].append(module)
+    return out
+
+
+def _by_place(held: list[Module], wanted: list[Module], exchangeable: set[str]) -> Iterator[Found]:
+    """By their order, which is one on both sides: not what could be exchanged without a trace, unless its role tells it from the others;
+    and nothing where a list would go to two, one of which others go to as well."""
+    often = [Counter((m.numbers, _unit(m)) for m in side) for side in (held, wanted)]
+    ways = {(one.mask, other.mask) for one, other in zip(held, wanted, strict=True)}
+    goes, comes = Counter(mine for mine, _ in ways), Counter(its for _, its in ways)
+    torn = any(goes[mine] > 1 and comes[its] > 1 for mine, its in ways)
+    for one, other in zip(held, wanted, strict=True):
+        free = one.path not in exchangeable and other.path not in exchangeable
+        alone = all(count[m.numbers, _unit(m)] == 1 for count, m in zip(often, (one, other), strict=True))
+        yield one, other, _PLACE if not torn and (free or (alone and _same_role(one, other))) else ""
 
 
 def _common(one: str, other: str) -> set[str]:
@@ -280,8 +437,11 @@ def _common(one: str, other: str) -> set[str]:
 
 
 def _exchangeable(modules: list[Module]) -> set[str]:
-    """Modules that stand side by side in one form, and those in two parts of one module that hold the same, told by words alone, with
-    nothing between them that is the only one of its shapes: two towers, or queries and keys, may stand in any order."""
+    """What may stand in any order, whatever the order of the names: two towers, or queries and keys.
+
+    Modules of one form side by side; and the parts of one module that hold the same, told by words alone. A part of one module keeps
+    its place where one that is the only one of its shapes stands between it and its like.
+    """
     often = Counter(module.sign for module in modules)
     singles = [0, *accumulate(often[module.sign] == 1 for module in modules)]
     parts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))  # path -> part -> where its modules stand
@@ -295,7 +455,7 @@ def _exchangeable(modules: list[Module]) -> set[str]:
         for word, places in inside.items():
             alike[tuple(modules[at].sign for at in places)].append(word)
         for one, other in (both for same in alike.values() for both in pairwise(same)):
-            apart = singles[inside[other][0]] > singles[inside[one][-1] + 1]
+            apart = len(inside[one]) == 1 and singles[inside[other][0]] > singles[inside[one][0] + 1]
             if re.sub(r"\d+", "#", one) != re.sub(r"\d+", "#", other) and not apart:
                 out.update(modules[at].path for word in (one, other) for at in inside[word])
     return out

@@ -7,7 +7,7 @@ published. Everything is deferred: a target that is no source as it stands is on
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workbench.dtypes import DTYPES
@@ -149,8 +149,8 @@ _ROWS = (
 FORMULAS: dict[str, Formula] = {row.name: row for row in _ROWS}
 
 
-def formula_code(pair: Pair) -> str:
-    """What the pair computes, as an expression over `source` and `torch`."""
-    sources = [f"source[{part.source!r}]" for part in pair.parts]
+def formula_code(pair: Pair, at: Callable[[str], str]) -> str:
+    """What the pair computes, as an expression over torch and what `at` makes of each source's name."""
+    sources = [at(part.source) for part in pair.parts]
     code = FORMULAS[pair.formula].code.format(*sources, **{name: repr(value) for name, value in pair.params.items()})
     return f"({code}){regroup_code(pair.regroup)}.to(torch.{DTYPES[pair.params['dtype']]})"

@@ -24,6 +24,7 @@ from workbench.checkpoint import Checkpoint, Finding, Step
 from workbench.errors import SelectionError, SpecMismatchError, UnsupportedError, located
 from workbench.formats import save
 from workbench.formats.writing import SaveReport
+from workbench.keymap.inference import match
 from workbench.keymap.maps import KeyMap, Pair, inverted
 from workbench.names import Patterns, match_names, require_names, suggest
 from workbench.opening import open as open_checkpoint
@@ -440,35 +441,47 @@ def _carried(pair: Pair, slots: Mapping[str, Mapping[str, Any]], shape: tuple[in
 
 # only what was trained
 
-_BASE, _REMOVED = "workbench.delta.base", "workbench.delta.removed"
+_BASE, _REMOVED, _KEYMAP = "workbench.delta.base", "workbench.delta.removed", "workbench.delta.keymap"
 
 
-def save_delta(model: Any, base: Any, path: str | os.PathLike[str]) -> SaveReport:
+def save_delta(model: Any, base: Any, path: str | os.PathLike[str], *, keymap: KeyMap | None = None) -> SaveReport:
     """Save the tensors in which a model differs from its base, as they are, with the base's content hash: a head, an adapter, a few layers.
 
     Args:
         model, base: anything `wb.open` takes.
         path: a safetensors file.
+        keymap: from the base's names to the model's, as ``wb.match(base, model)`` gives it, which is asked where no name is in both. What
+            it says is written down too, so `with_delta` takes the base as it is. It cannot make the result wrong: each tensor is compared.
     Raises:
-        SelectionError: nothing differs, no name is in both, the model holds more than tensors, or sections have an equal claim.
+        SelectionError: nothing differs, no tensor of the base is in the model, the model holds more than tensors, or sections have an
+            equal claim.
     Cost: two reads of the base and one of the model.
     """
     ours, theirs = weights_of(open_checkpoint(model)), weights_of(open_checkpoint(base))
     if ours.extras:
         raise SelectionError(f"a delta holds tensors alone, and the model has {next(iter(ours.extras))!r} besides", hint="save it whole")
-    if ours.keys().isdisjoint(theirs):
-        text = f"the model and the base have no name in common: {next(iter(ours), None)!r} is not among those of {theirs.name}"
-        raise SelectionError(text, hint="wb.match(base, model).apply(base) gives the base the model's names")
+    if keymap is None and ours.keys().isdisjoint(theirs):
+        keymap = match(theirs, model)
+    told = {_BASE: _content_hash(theirs)}
+    if keymap is not None:
+        keymap = _exact(keymap)
+        told[_KEYMAP], theirs = json.dumps(keymap.to_dict()), keymap.apply(theirs)
     kept = {name: tensor for name, tensor in ours.items() if name not in theirs or not _same_bytes(tensor, theirs[name])}
+    if len(kept) == len(ours) and keymap is not None:
+        text = (
+            f"nothing of {theirs.name} is in the model unchanged, under its own names or those of {len(keymap.pairs)} pairs that were found"
+        )
+        raise SelectionError(text, hint="give keymap=, as wb.match(base, model).edited(accept={…}) makes it, or save the model whole")
     removed = [name for name in theirs if name not in ours]
     if not kept and not removed:
         raise SelectionError("nothing differs from the base, so there is nothing to save")
-    told = {_BASE: _content_hash(theirs), _REMOVED: json.dumps(removed)}
-    return save(Checkpoint(kept, name="delta", metadata=told), path, format="safetensors")
+    return save(Checkpoint(kept, name="delta", metadata={**told, _REMOVED: json.dumps(removed)}), path, format="safetensors")
 
 
 def with_delta(base: Any, delta: Any) -> Checkpoint:
     """The base with the tensors of a delta in place of its own: bit for bit those that were saved. What is no tensor stays the base's.
+
+    A base under other names than the model's gives its weights alone, under the model's.
 
     Raises:
         SelectionError: `delta` is none, or was made on another base.
@@ -477,18 +490,30 @@ def with_delta(base: Any, delta: Any) -> Checkpoint:
     whole, part = open_checkpoint(base), open_checkpoint(delta)
     if _BASE not in part.metadata:
         raise SelectionError("this is no delta: it does not say on which base it was made", hint="wb.models.save_delta writes one")
+    if (found := _content_hash(weights_of(whole))) != part.metadata[_BASE]:
+        raise SelectionError(f"the delta was made on another base: content {part.metadata[_BASE][:12]}, and this is {found[:12]}")
+    if _KEYMAP in part.metadata:
+        try:
+            keymap = KeyMap.from_dict(json.loads(part.metadata[_KEYMAP]))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise SelectionError(f"the map from the base's names in {part.name} cannot be read: {error}") from error
+        whole = _exact(keymap).apply(weights_of(whole))
     removed = set(json.loads(part.metadata[_REMOVED]))
 
     def entries(section: Checkpoint) -> Entries:
-        if (found := _content_hash(section)) != part.metadata[_BASE]:
-            raise SelectionError(f"the delta was made on another base: content {part.metadata[_BASE][:12]}, and this is {found[:12]}")
         anchor = next((n for n in section if n not in removed), next(iter(section)))  # what the base never had is put beside this
         added = [(name, tensor, anchor) for name, tensor in part.items() if name not in section]
         return [*((n, part.get(n, t), n) for n, t in section.items() if n not in removed), *added]
 
-    out = on_section(whole, None, False, Step("with_delta", {"with": part.name, "base": part.metadata[_BASE]}), entries)
+    out = on_section(whole, None, _KEYMAP in part.metadata, Step("with_delta", {"with": part.name, "base": part.metadata[_BASE]}), entries)
     text = f"{', '.join(list(out.weights.extras)[:3])}: no tensor, and so not of the delta, but the base's"
     return replace(out, findings=(*out.findings, *[Finding("kept from the base", "warning", text)] * bool(out.weights.extras)))
+
+
+def _exact(keymap: KeyMap) -> KeyMap:
+    """The pairs of a map that give the same bits on every machine, and no more of them than the base has."""
+    pairs = [pair for pair in keymap.pairs if not pair.formula and all(part.source for part in pair.parts)]
+    return KeyMap(tuple(replace(pair, rule="", reason="") for pair in pairs), section=keymap.section)
 
 
 def _same_bytes(a: LazyTensor, b: LazyTensor) -> bool:

@@ -11,12 +11,14 @@ taken in float32 (float64 for float64) and rounded once. Integers and other tens
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench import dtypes
+from workbench.adapter_config import config_beside, lora_scale
 from workbench.checkpoint import Checkpoint, Step
 from workbench.dtypes import DTYPES
 from workbench.errors import SelectionError, SpecMismatchError
@@ -199,8 +201,8 @@ def extract_lora(base: Checkpoint, tuned: Checkpoint, rank: int, *, names: Patte
             shared by both. Leave embeddings out by naming the rest.
         errors: also give ``<module>.lora_error``, the part of the change that was lost: |tuned - base - B A| / |tuned - base|.
     Returns:
-        The adapter under peft's names, for lora_alpha = rank (scale 1), in float32 (float64 for float64). What else was tuned is not in
-        it: ``wb.diff(tuned, wb.ops.merge_lora(base, adapter))`` tells everything that is lost.
+        The adapter under peft's names, for lora_alpha = rank (scale 1; its metadata says so, which safetensors keeps), in float32
+        (float64 for float64). What else was tuned is not in it: ``wb.diff(tuned, wb.ops.merge_lora(base, adapter))`` tells everything that is lost.
     Raises:
         SelectionError, SpecMismatchError: rank below 1, no such matrix, or the two differ in names or shapes.
     Cost: one read of both and a singular value decomposition per matrix, held whole: about five times the matrix in float32.
@@ -229,7 +231,8 @@ def extract_lora(base: Checkpoint, tuned: Checkpoint, rank: int, *, names: Patte
     if not out:
         raise SelectionError("no matrix here was tuned", hint="name them with names=")
     told = {"rank": rank, "names": names, "errors": errors, "with": _places([tuned])}
-    return Checkpoint(out, name=f"{tuned.name}, rank {rank}", history=(*base.history, Step("extract_lora", told)))
+    config = {"adapter_config.json": json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank})}
+    return Checkpoint(out, name=f"{tuned.name}, rank {rank}", metadata=config, history=(*base.history, Step("extract_lora", told)))
 
 
 def low_rank(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequence[Any], at: int) -> list[torch.Tensor]:
@@ -246,29 +249,32 @@ def low_rank(params: dict[str, Any], whole: Sequence[torch.Tensor], blocks: Sequ
 
 
 def merge_lora(
-    base: Checkpoint, adapter: Checkpoint, scale: float | Mapping[str, float] = 1.0, *, fan_in_fan_out: bool = False,
+    base: Checkpoint, adapter: Checkpoint, scale: float | Mapping[str, float] | None = None, *, fan_in_fan_out: bool | None = None,
     section: str | Path | None = None,
 ) -> Checkpoint:  # fmt: skip
     """Put a low-rank adapter into its base: W + scale * B A; peft's embedding adapters and those of ungrouped convolutions too.
 
     Args:
         adapter: lora_A and lora_B as peft saves them. Other tensors in it (biases, modules_to_save) replace those of the base.
-        scale: lora_alpha / r of the adapter's configuration (/ sqrt(r) for rsLoRA); the file itself does not say it. Where its
-            `alpha_pattern` or `rank_pattern` give modules their own, a dict of globs over the base's names to scales, the first that
-            matches counting: ``{"*.q_proj.weight": 32 / 8, "*": 16 / 8}``.
-        fan_in_fan_out: the base keeps its weights as [in, out], as transformers' Conv1D does.
+        scale: lora_alpha / r (/ sqrt(r) for rsLoRA). None reads it from adapter_config.json, module by module: open the adapter's folder,
+            or leave that file beside it. The weights alone do not say it. Or a dict of globs over the base's names to scales, the first
+            that matches counting: ``{"*.q_proj.weight": 32 / 8, "*": 16 / 8}``.
+        fan_in_fan_out: the base keeps its weights as [in, out], as transformers' Conv1D does; None is what adapter_config.json says.
     Returns:
         The base with its own names, shapes and dtypes. Where the adapter changes one of two tied tensors they are two now, as they
         were in training, and a finding says so (peft's merge_and_unload changes both).
     Raises:
         SelectionError: a tensor of the adapter has no place in the base (DoRA's magnitudes, a renamed module), one factor is missing,
-            one scale for factors of several ranks, or a dict of scales that leaves one out; when values are read, a result overflows.
+            no scale is told, one scale for factors of several ranks, or a dict of scales that leaves one out; when values are read, a result overflows.
         SpecMismatchError: B A has another shape than the weight.
     Cost: one read; peak is one block of rows and the two factors.
     """
+    config = config_beside(adapter)
+    turned = bool(config["adapter_config.json"].get("fan_in_fan_out")) if fan_in_fan_out is None else fan_in_fan_out
 
     def entries(part: Checkpoint) -> Entries:
         made: dict[str, LazyTensor] = {}
+        modules: dict[str, str] = {}
         factors: dict[str, dict[str, LazyTensor]] = {}
         for name, tensor in ((n, t) for n, t in weights_of(adapter).items() if not n.endswith(".lora_error")):
             inner = name.removeprefix(_PEFT_ROOT)
@@ -280,18 +286,33 @@ def merge_lora(
                 hint = "give the base its names with wb.match; drop() what it cannot take, and all but one of several adapters"
                 raise SelectionError(f"{name!r} of the adapter has no place in {part.name}", hint=hint)
             held[key] = tensor
+            modules[inner] = name.rpartition(".lora_")[0]
         if not factors:
             raise SelectionError("the adapter holds no lora_A and lora_B")
-        scales = _scales(factors, scale)
+        scales = _told_scales(factors, modules, config) if scale is None else _scales(factors, scale)
         merged: dict[object, LazyTensor] = {}
         for name, pair in factors.items():
             tensor = made.get(name, part[name])
             key = (tensor.source, tensor.spec, scales[name], *((k, t.source, t.spec) for k, t in sorted(pair.items())))
-            made[name] = merged.setdefault(key, _with_product(name, tensor, pair, scales[name], fan_in_fan_out))
+            made[name] = merged.setdefault(key, _with_product(name, tensor, pair, scales[name], turned))
         return [(name, made.get(name, tensor), name) for name, tensor in part.items()]
 
-    step = Step("merge_lora", {"scale": scale, "fan_in_fan_out": fan_in_fan_out, "with": _places([adapter]), "section": section})
+    step = Step("merge_lora", {"scale": scale, "fan_in_fan_out": turned, "with": _places([adapter]), "section": section})
     return on_section(base, section, False, step, entries)
+
+
+def _told_scales(
+    factors: Mapping[str, Mapping[str, LazyTensor]], modules: Mapping[str, str], config: Mapping[str, Any]
+) -> dict[str, float]:
+    """The scale of each product as adapter_config.json tells it."""
+    found: dict[str, float] = {}
+    for name, pair in factors.items():
+        rank = next((tensor.shape[0] for key, tensor in pair.items() if key.endswith("A") and tensor.ndim), 0)
+        told, reason = lora_scale(config, modules[name], rank)
+        if told is None:
+            raise SelectionError(f"{name!r}: {reason}", hint="say it: scale=lora_alpha / r, or {glob: scale}")
+        found[name] = told
+    return found
 
 
 def _scales(factors: Mapping[str, Mapping[str, LazyTensor]], scale: float | Mapping[str, float]) -> dict[str, float]:
