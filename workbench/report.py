@@ -8,12 +8,14 @@ A negative finding (a difference, a failed parity, an unsafe scan) is a falsy re
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from workbench.errors import ReportFailedError, SelectionError
+from workbench.files import atomic_write
 from workbench.tables import Table
 
 if TYPE_CHECKING:
@@ -43,6 +45,25 @@ class Report:
     def plot(self) -> Figure:
         """A matplotlib Figure of the finding, for the reports that have one."""
         raise SelectionError(f"{type(self).__name__} has no figure", hint="its tables() hold every number")
+
+    def figures(self) -> tuple[Figure, ...]:
+        """Every figure there is; what `save_html` draws."""
+        try:
+            return (self.plot(),)
+        except SelectionError:  # no figure of this kind of report, or nothing to draw in this one
+            return ()
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one page with the headline, every figure and every table: it stands alone, and holds no script and no link.
+
+        Raises:
+            WriteError: the folder refuses.
+        """
+        from workbench.render.html import render_page
+
+        with atomic_write(path) as out:
+            out.write(render_page(self).encode(), 0)
+        return Path(path)
 
     def __bool__(self) -> bool:
         return self.ok

@@ -2,8 +2,10 @@
 
 import copy
 import hashlib
+import io
 import logging
 import os
+import threading
 import warnings
 
 import numpy as np
@@ -14,9 +16,10 @@ import torch
 from torch import nn
 
 from workbench.errors import SelectionError, UnsupportedError, WriteError
-from workbench.exporting import export_model
+from workbench.exporting import export_model, onnx_export
 from workbench.exporting.listening import Heard, listening
 from workbench.exporting.onnx_file import check_file
+from workbench.verification.comparison import parity
 
 
 def cnn() -> nn.Module:
@@ -214,8 +217,87 @@ def test_a_branch_baked_by_tracing_does_not_pass(tmp_path, monkeypatch):
     report = export_model(Branch(), torch.randn(2, 4), path=tmp_path / "m.onnx")
     assert not report
     assert report["onnx"].exporter == "classic"
-    assert "Tracing bakes branches" in report["onnx"].cure
+    assert "tracing baked a decision that hangs on values" in report["onnx"].cause
     assert os.listdir(tmp_path) == []
+
+
+class Threshold(nn.Module):
+    """A branch that no variation of the example takes."""
+
+    def forward(self, x):
+        return x * 2 if x.abs().max() < 1e6 else x - 1
+
+
+def test_the_exporter_asked_for_is_the_one_used(tmp_path):
+    x, path = torch.randn(2, 4), tmp_path / "m.onnx"
+    one = export_model(nn.Linear(4, 2), x, path=path, exporter="classic", opset_version=17)["onnx"]
+    assert (one.ok, one.exporter, opset_of(path)) == (True, "classic", 17)
+    assert not one.notes
+    path.unlink()
+    one = export_model(nn.Linear(4, 2), x, path=path, exporter="dynamo", opset_version=11)["onnx"]
+    assert (one.ok, one.exporter) == (False, "dynamo")
+    assert "opset 11 was asked and 18 was written" in one.cause
+    one = export_model(Threshold(), x, path=path, exporter="classic")["onnx"]
+    assert not one.ok
+    assert "decision that hangs on values" in one.cause
+    assert "x.abs().max() < 1e6" in one.reasons[0].code
+    one = export_model(nn.Linear(4, 2), x, path=path, exporter="classic", dynamic_shapes=({0: "n"},))["onnx"]
+    assert "takes no dynamic_shapes" in one.cause
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "classic"])
+@pytest.mark.parametrize(("branches", "at"), [(lambda n: n > 8, 9), (lambda n: n % 4 == 0, 4)], ids=["bound", "multiple"])
+def test_a_branch_by_size_far_from_the_example_is_not_baked(tmp_path, exporter, branches, at):
+    class BySize(nn.Module):
+        def forward(self, x):
+            return x * 2 if branches(x.shape[0]) else x + 1
+
+    x, path = torch.randn(2, 4), tmp_path / "m.onnx"
+    one = export_model(BySize(), x, path=path, exporter=exporter, dynamic_axes={"x": {0: "n"}})["onnx"]
+    assert not one.ok
+    assert f"with axis 0 of input 0 at {at} the file answers otherwise" in one.cause
+    assert export_model(BySize(), x, path=path, exporter=exporter)  # which takes this size alone
+
+
+class Folding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x):
+        return x @ (self.w.t() * self.w)
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "classic"])
+def test_every_option_stands_in_the_report_as_asked_and_as_honoured(tmp_path, exporter):
+    path = tmp_path / "m.onnx"
+    options = {
+        "input_names": ["a"],
+        "output_names": ["b"],
+        "dynamic_axes": {"a": {0: "n"}, "b": {0: "n"}},
+        "opset_version": 18,
+        "external_data": True,
+    }
+    report = export_model(Folding(), torch.randn(2, 32), path=path, exporter=exporter, do_constant_folding=False, verbose=True, **options)
+    assert report
+    found = {option.name: option for option in report["onnx"].options}
+    assert [*found] == [
+        "exporter", "input_names", "output_names", "dynamic_axes", "dynamic_shapes", "opset_version", "export_params", "do_constant_folding",
+        "external_data", "verbose",
+    ]  # fmt: skip
+    graph = onnx.load(str(path), load_external_data=False).graph
+    assert (found["input_names"].asked, found["input_names"].honoured) == ("a", graph.input[0].name)
+    assert found["dynamic_axes"].honoured == "a {0: 'n'}; b {0: 'n'}"
+    assert found["opset_version"].honoured == opset_of(path)
+    assert found["do_constant_folding"].honoured.startswith("2 nodes")
+    assert {"Transpose", "Mul"} <= {node.op_type for node in graph.node}
+    assert [name for name, option in found.items() if not option.kept] == ([] if exporter == "dynamo" else ["external_data"])
+    assert "no such option" in found["external_data"].honoured or exporter == "dynamo"
+    assert next(t for t in report.tables() if t.title == "onnx options").rows[1][:4] == ("input_names", "a", "✓", "a")
+    plain = export_model(Folding(), torch.randn(2, 32), path=path, exporter=exporter)["onnx"]
+    assert {o.name: o.honoured for o in plain.options}["do_constant_folding"].startswith("0 nodes")
 
 
 def test_the_classic_exporter_steps_in_and_is_proved(tmp_path, monkeypatch):
@@ -298,6 +380,14 @@ def test_an_operator_without_translation_is_named_and_can_be_given_one(tmp_path)
         assert export_model(Twice(), x, path=tmp_path / "m.onnx", custom_translation_table=table)
         np.testing.assert_allclose(run(tmp_path / "m.onnx", x)[0], 2 * x)
 
+        torch.onnx.register_custom_op_symbolic("wbtest::twice", lambda g, x: g.op("Add", x, x), 18)
+        try:
+            one = export_model(Twice(), x, path=tmp_path / "m.onnx", opset_version=18)["onnx"]
+        finally:
+            torch.onnx.unregister_custom_op_symbolic("wbtest::twice", 18)
+        assert (one.ok, one.exporter) == (True, "classic")
+        np.testing.assert_allclose(run(tmp_path / "m.onnx", x)[0], 2 * x)
+
 
 def test_an_existing_file_outlives_a_failed_export(tmp_path):
     path = tmp_path / "m.onnx"
@@ -346,6 +436,18 @@ def test_listening_hears_every_channel_and_gives_them_back(capfd):
     assert capfd.readouterr() == ("", "")
     print("after")
     assert capfd.readouterr().out == "after\n"
+
+
+def test_what_another_thread_prints_meanwhile_goes_where_it_went(monkeypatch):
+    cell, heard = io.StringIO(), Heard()
+    monkeypatch.setattr("sys.stdout", cell)
+    with listening(heard):
+        print("own")
+        other = threading.Thread(target=print, args=("other's",))
+        other.start()
+        other.join()
+    assert cell.getvalue() == "other's\n"
+    assert heard.text == "own"
 
 
 def test_a_file_that_differs_is_not_put_in_place(tmp_path, monkeypatch):
@@ -418,6 +520,55 @@ def test_weights_left_out_become_inputs(tmp_path):
     np.testing.assert_allclose(session.run(None, fed)[0], model(x).detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("exporter", ["dynamo", "classic"])
+def test_a_constant_stays_in_a_file_without_weights(tmp_path, exporter):
+    class Flattens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x).reshape(x.shape[0], 2, 36) + torch.tensor([[1.5], [2.5]])
+
+    model, x, path = Flattens(), torch.randn(2, 1, 8, 8), tmp_path / "m.onnx"
+    one = export_model(model, x, path=path, export_params=False, exporter=exporter, external_data=exporter == "dynamo")["onnx"]
+    assert one.ok, one.cause
+    assert [name.removeprefix("model.") for name in one.inputs] == ["x", "conv.weight", "conv.bias"]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    weights = {name: model.state_dict()[name.removeprefix("model.")].numpy() for name in list(one.inputs)[1:]}
+    np.testing.assert_allclose(session.run(None, {"x": x.numpy(), **weights})[0], model(x).detach(), rtol=1e-5, atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_torch_cond_is_exported_with_both_branches_and_the_model_runs_as_before(tmp_path):
+    class Inverts(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.mean() > 0.5, lambda a: 1 - a, lambda a: a.clone(), (x,))
+
+    model, x = Inverts(), torch.rand(3, 4)
+    for target in ("onnx", "pt2"):
+        report = export_model(model, x, to=target, folder=tmp_path)
+        assert report, report.headline
+        assert parity(model, report.path, [x / 2, x / 2 + 0.5])
+    assert torch.equal(model(x / 2), x / 2)
+
+
+def test_the_row_shows_how_far_a_wrong_file_lies_and_the_cure_is_no_tolerance(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_dynamo", lambda request, made: _wrong(request, made))
+    report = export_model(nn.Linear(4, 2), torch.randn(2, 4), path=tmp_path / "m.onnx")
+    row = report.tables()[0].rows[0]
+    assert report["onnx"].parity.max_abs == pytest.approx(3, rel=1e-3)
+    assert report["onnx"].parity.max_abs in row
+    assert "first_divergence" in report["onnx"].cure
+
+
+def _wrong(request, made):
+    moved = copy.deepcopy(request.model)
+    with torch.no_grad():
+        moved.bias += 3
+    torch.onnx.export(moved, request.example.args, str(made), dynamo=True, external_data=False)
+
+
 def test_unchecked_is_said(tmp_path):
     report = export_model(nn.ReLU(), torch.randn(2, 4), path=tmp_path / "m.onnx", check=False)
     assert report
@@ -450,7 +601,8 @@ def test_folder_names_the_file_after_the_model(tmp_path):
     report = export_model(nn.ReLU(), torch.randn(2, 4), folder=tmp_path, to=("onnx",))
     assert report.path == str(tmp_path / "relu.onnx")
     assert os.path.exists(report.path)
-    assert {t.title for t in report.tables()} >= {"targets", "onnx graph"}
+    assert {t.title for t in report.tables()} >= {"targets", "onnx options", "onnx graph", "onnx outputs"}
+    assert len(report.figures()) == 2
     assert report.plot().axes
     assert report.to_dict()["exports"][0]["sha256"]
     with pytest.raises(SelectionError):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 from render_samples import HOSTILE, XSS, Sample, SampleReport, finding, transformer
 
-from workbench.errors import visible
-from workbench.render import html, text
+from workbench.errors import WriteError, visible
+from workbench.render import html, plots, text
 from workbench.tables import format_cell
 
 _VOID = {"img", "br", "hr", "input"}
@@ -116,3 +119,21 @@ def test_words_are_left_and_numbers_right_whatever_the_page_says() -> None:
     assert '<td style="text-align:left"><bdi>fc.weight</bdi></td>' in source
     assert '<td style="text-align:left">[10, 512]</td>' in source
     assert '<td class="wb-right">44.7 MB</td>' in source
+
+
+def test_a_page_stands_alone_and_holds_the_figures(tmp_path: Path) -> None:
+    class Drawn(SampleReport):
+        def plot(self) -> Any:
+            return plots.parity_scatter([0.0, 1.0], [0.0, 1.1], self.headline)
+
+    report = Drawn(XSS)
+    path = report.save_html(tmp_path / "page.html")
+    source = path.read_text(encoding="utf-8")
+    assert source.startswith("<!DOCTYPE html>")
+    assert "default-src 'none'" in source
+    assert source.count('<img src="data:image/png;base64,iVBOR') == 1
+    assert not re.search(r"<script|<link|<[^>]*\son\w+=|https?:|@import|url\(", source)
+    assert all(f"<h4>{html.escape(table.title)}</h4>" in source for table in report.tables())
+    assert SampleReport().save_html(tmp_path / "plain.html").read_text(encoding="utf-8").count("<img") == 0
+    with pytest.raises(WriteError):
+        report.save_html(tmp_path / "none" / "page.html")

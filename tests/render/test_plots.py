@@ -8,6 +8,7 @@ from render_samples import HOSTILE
 
 from workbench.errors import SelectionError, visible
 from workbench.render import plots
+from workbench.tables import format_bytes
 
 
 def changed(**relative: float | None) -> list[Any]:
@@ -22,7 +23,8 @@ def test_any_name_can_be_drawn(name: str) -> None:
     figures = [
         plots.histogram([0.0, 1.0, 2.0], [3, 4], name),
         plots.parity_scatter([0.0, 1.0], [0.0, 1.1], name),
-        plots.size_accuracy([plots.Variant(name, 10**6, 0.9, 0.01), plots.Variant("b", 10**6, 0.9)], name),
+        plots.side_by_side([name, "b"], {name: ([10**6, None], str)}, name),
+        plots.layer_errors([(name, 1e-3, 1e-6, False), ("b", 0.0, 0.0, True), ("c", None, 1e-6, False)], name),
         plots.diff_heat([SimpleNamespace(name=f"layers.0.{name}", relative=0.5)], name),
     ]
     for figure in figures:
@@ -52,19 +54,26 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     assert len(figure.axes[0].collections[0].get_offsets()) == 1
 
 
-def test_labels_of_variants_do_not_overlap() -> None:
-    variants = [plots.Variant(f"variant {i}", 22_000_000 + i * 100_000, 0.99 - i * 0.0004, 0.01) for i in range(4)]
-    variants += [plots.Variant("float32", 44_000_000, 0.991, 0.02), plots.Variant("int8", 11_000_000, 0.98, 0.01)]
-    figure = plots.size_accuracy(variants, "t")
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    boxes = [label.get_window_extent(renderer) for label in figure.axes[0].texts]
-    assert len(boxes) == len(variants)
-    assert not [(i, j) for i, a in enumerate(boxes) for j, b in enumerate(boxes) if i < j and a.overlaps(b)]
+def test_bars_carry_their_values_and_a_dash_for_what_was_not_measured() -> None:
+    measures = {"size": ([None, 22_600], format_bytes), "accuracy": ([0.97, 1.0], "{:.0%}".format)}
+    left, right = plots.side_by_side(["torch", "onnx"], measures, "t").axes
+    assert [text.get_text() for text in left.texts] == ["–", "22.6 kB"]
+    assert [text.get_text() for text in right.texts] == ["97%", "100%"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["torch", "onnx"]
+    assert max(right.get_xticks()) <= 1.0
 
 
-def test_no_variant_is_refused() -> None:
-    with pytest.raises(SelectionError, match="no variant"):
-        plots.size_accuracy([], "t")
+def test_many_layers_are_not_all_named_and_the_first_past_its_limit_is() -> None:
+    rows = [(f"layer.{i}", 1e-3 if i > 321 else 1e-9, 1e-6, i <= 321) for i in range(600)]
+    (axes,) = plots.layer_errors(rows, "t").axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) <= 52
+    assert "layer.322" in labels
+
+
+def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(SelectionError, match="nothing to draw"):
+        plots.side_by_side([], {}, "t")
 
 
 def test_missing_cells_are_dashes_and_an_empty_map_says_so() -> None:

@@ -15,7 +15,7 @@ from memory import peak_over_base
 from onnx import numpy_helper
 from torch import nn
 
-from workbench.errors import BudgetError, SelectionError
+from workbench.errors import BudgetError, SelectionError, UntrustedError
 from workbench.verification.layers import first_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporters and quantizer warn of their own future
@@ -342,11 +342,56 @@ def test_a_layer_of_a_graph_is_saved_too(exports, tmp_path):
     assert report.saved
 
 
-def test_what_cannot_be_tapped_is_refused():
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.parts = nn.GELU(), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x):
+        return self.act(self.parts(self.act(x)))
+
+
+def test_a_pt2_is_searched_under_the_trust_rule_alone(tmp_path):
+    torch.manual_seed(0)
+    model, x, path = Parts().eval(), torch.randn(3, 4), tmp_path / "m.pt2"
+    torch.export.save(torch.export.export(model, (x,)), path)
+    with pytest.raises(UntrustedError, match="did not write"):
+        first_divergence(model, path, x)
+    report = first_divergence(model, path, x, trust=True)
+    assert report
+    assert [layer.name for layer in report.layers] == ["act", "parts.0", "parts.1", "parts", "act#2", "Parts"]
+    bad = copy.deepcopy(model)
+    with torch.no_grad():
+        bad.parts[1].weight[0] += 0.01
+    torch.export.save(torch.export.export(bad, (x,)), path)
+    report = first_divergence(model, path, x, trust=True, save=tmp_path / "bug.pt")
+    assert (report.first, report.candidate) == ("parts.1", "m.pt2")
+    assert torch.equal(torch.load(tmp_path / "bug.pt", weights_only=True)["input.0"], model.parts[0](model.act(x)))
+
+
+def test_the_figure_names_each_layer_and_marks_those_past_their_limit():
+    torch.manual_seed(0)
+    model, bad = Parts().eval(), Parts().eval()
+    bad.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        bad.parts[1].weight[0] += 0.01
+    report = first_divergence(model, bad, torch.randn(3, 4))
+    (axes,) = report.plot().axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [layer.name for layer in report.layers]
+    assert [line.get_marker() for line in axes.lines if line.get_marker() in "oX"] == [
+        "X" if not layer.ok else "o" for layer in report.layers
+    ]
+    assert axes.get_xscale() == "log"
+
+
+def test_what_cannot_be_tapped_is_refused(tmp_path):
     model = nn.Linear(4, 4)
-    for candidate in (torch.jit.script(model), "model.pt", lambda x: x):
+    torch.jit.script(model).save(tmp_path / "m.pt")
+    with pytest.raises(UntrustedError):
+        first_divergence(model, tmp_path / "m.pt", torch.randn(2, 4))
+    for candidate in (torch.jit.script(model), tmp_path / "m.pt", lambda x: x):
         with pytest.raises(SelectionError, match="no layers to tap"):
-            first_divergence(model, candidate, torch.randn(2, 4))
+            first_divergence(model, candidate, torch.randn(2, 4), trust=True)
     with pytest.raises(SelectionError, match="2 batches"):
         first_divergence(model, model, [torch.randn(2, 4), torch.randn(2, 4)])
     with pytest.raises(SelectionError, match="pairs with"):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from onnx import TensorProto, helper, save
 from torch import nn
 
 from workbench.errors import SelectionError
+from workbench.verification import causes
 from workbench.verification.variants import compare
 from workbench.verification.weighing import disk_nbytes, ram_nbytes
 
@@ -156,8 +158,7 @@ def test_a_metric_of_ones_own_and_inputs_by_name(data):
     assert report.variants[0].accuracy == 3.0
     assert report.metric == "worst"
     assert report.batch == 4
-    with pytest.raises(SelectionError, match="size and an accuracy"):
-        report.plot()
+    assert [axes.get_xlabel() for axes in report.plot().axes] == ["size on disk", "RAM", "latency of one item", "worst"]
 
 
 def test_threads_and_training_mode_are_put_back(data):
@@ -185,5 +186,55 @@ def test_what_cannot_be_compared_is_refused(data, change, words):
         compare(**options)
 
 
-def test_the_figure_draws_what_has_size_and_accuracy(data):
-    assert compare({"fp32": model(), "bf16": model().to(torch.bfloat16)}, data).plot().axes
+def test_one_figure_shows_all_five_and_needs_no_labels(data):
+    report = compare({"fp32": model(), "bf16": model().to(torch.bfloat16)}, data)
+    names = ["size on disk", "RAM", "latency of one item", "difference from fp32", "accuracy"]
+    assert [axes.get_xlabel() for axes in report.plot().axes] == names
+    assert max(report.plot().axes[-1].get_xticks()) <= 1.0
+    bare = compare({"fp32": model(), "bf16": model().to(torch.bfloat16)}, (data[0], None))
+    assert [axes.get_xlabel() for axes in bare.plot().axes] == names[:-1]
+
+
+def test_stored_programs_run_under_the_trust_rule_and_are_weighed(tmp_path, data):
+    net = model().eval()
+    script, frozen, program = tmp_path / "m.pt", tmp_path / "frozen.pt", tmp_path / "m.pt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(net, data[0][:2])
+        traced.save(script)
+        torch.jit.freeze(traced).save(frozen)
+    torch.export.save(torch.export.export(net, (data[0],), dynamic_shapes={"input": {0: torch.export.Dim.DYNAMIC}}), program)
+    variants = {"fp32": net, "script": script, "frozen": frozen, "pt2": program}
+    refused = compare(variants, data)
+    assert not refused
+    assert "did not write is not run" in refused.headline
+    assert "trust=True" in refused.headline
+    assert [v.disk_nbytes for v in refused.variants[1:]] == [path.stat().st_size for path in (script, frozen, program)]
+    report = compare({**variants, "weights": _saved(net, tmp_path)}, data, trust=True)
+    assert report, report.headline
+    assert len({v.accuracy for v in report.variants[:4]}) == 1
+    assert {v.ram_nbytes for v in report.variants[:4]} == {sum(4 * p.numel() for p in net.parameters())}
+    assert [v.verdict for v in report.variants] == [None, "within rounding", "within rounding", "within rounding", None]
+    assert all(v.seconds_one for v in report.variants[:4])
+
+
+def _saved(net, folder):
+    torch.save(net.state_dict(), folder / "w.pt")
+    return folder / "w.pt"
+
+
+def test_each_variant_is_judged_by_the_first_ones_rounding_without_a_search_for_causes(data, monkeypatch):
+    monkeypatch.setattr(causes, "cause_of", None)
+    moved = model()
+    with torch.no_grad():
+        moved[2].bias += 1e-4
+    report = compare(
+        {"fp32": model(), "again": lambda x: model()(x), "double": lambda x: model().double()(x.double()).float(), "moved": moved}, data
+    )
+    assert report
+    assert [v.verdict for v in report.variants] == [None, "within rounding", "within rounding", "differs"]
+    judged = report.variants[3].parity.outputs[0]
+    assert judged.figures.max_abs == pytest.approx(1e-4, rel=0.01)
+    assert judged.limit < 1e-5
+    assert judged.figures.count == 70 * 4
+    assert "differs" in str(report)

@@ -30,7 +30,8 @@ _ROWS: tuple[tuple[str, str, str, bool], ...] = (
     (
         r"No ONNX function found for <OpOverload\(op='([^']+)'",
         "the operator {0} has no ONNX translation",
-        "Pass `custom_translation_table={{torch.ops.<namespace>.<name>.default: an onnxscript function}}`, or replace the operator.",
+        "Pass `custom_translation_table={{torch.ops.<namespace>.<name>.default: an onnxscript function}}`, or register a symbolic for the "
+        "classic exporter (`torch.onnx.register_custom_op_symbolic`).",
         False,
     ),
     (
@@ -43,6 +44,12 @@ _ROWS: tuple[tuple[str, str, str, bool], ...] = (
         r"is not a known type|Only tuples, lists and Variables are supported|unsupported output type|Unsupported output type",
         "the model takes or returns an object that is no tensor",
         "Wrap the model so that it takes tensors and returns a tuple of tensors; for a transformer, switch its cache off.",
+        False,
+    ),
+    (
+        r"conflicts? between user-specified ranges and inferred ranges|expected.*dynamic.*but.*size (?:0|1)",
+        "an axis asked to be dynamic has a size of 1 or 0 in the example, or is pinned by the model's own code",
+        "Give an example with two items or more along that axis: torch.export takes a size of 1 or 0 as fixed.",
         False,
     ),
     (

@@ -15,12 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.errors import SelectionError, UnsupportedError, visible
+from workbench.errors import SelectionError, visible
 from workbench.files import file_ref
 from workbench.report import Report
 from workbench.tables import Column, Table, table
 from workbench.verification.programs import load_program
-from workbench.verification.runners import onnx_session
+from workbench.verification.runners import onnx_session, to_numpy
 from workbench.verification.values import Call, calls_from, map_tensors
 
 if TYPE_CHECKING:
@@ -277,10 +277,7 @@ def _require_fit(port: Port, tensor: torch.Tensor) -> None:
 
 def _fitting(port: Port, tensor: torch.Tensor) -> Any:
     _require_fit(port, tensor)
-    try:
-        return tensor.detach().cpu().numpy()
-    except TypeError as error:  # bfloat16 and the float8 family
-        raise UnsupportedError(f"numpy has no {tensor.dtype}, so the input {port} cannot be fed", hint="export a float32 model") from error
+    return to_numpy(tensor, port.name)
 
 
 def _mapped(value: Any, change: Any) -> Any:

@@ -7,14 +7,18 @@ a meta kernel, and the constraints that do not hold.
 from __future__ import annotations
 
 import inspect
+import io
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.exporting.advice import Advice, advise, chain_text
-from workbench.exporting.proving import Export, Failed, digest_of
+from workbench.exporting.advice import advise, chain_text
+from workbench.exporting.evidence import evidence, fixed_in_all, free_axes
+from workbench.exporting.proving import Export, digest_of, require_free, write
 from workbench.exporting.report import Exported
-from workbench.exporting.wrappers import input_names
+from workbench.exporting.wrappers import asked_labels, input_shapes, output_names
 from workbench.verification.programs import load_program, remember
 
 if TYPE_CHECKING:
@@ -34,20 +38,20 @@ class _ProgramExport(Export):
 
         program, how = self._make()
         program.example_inputs = None  # torch would embed them: a stranger's data in a file that is passed on
-        self.heard(lambda: torch.export.save(program, str(made)))
-        free = _free_axes(program, self.request)
-        names = input_names(self.request)
-        shapes: dict[str, tuple[int | str, ...]] = {
-            name: tuple(f"s{axis}" if (number, axis) in free else size for axis, size in enumerate(t.shape))
-            for number, (name, t) in enumerate(zip(names, self.request.example.tensors().values(), strict=True))
-        }
-        self.done = replace(self.done, exporter=how, inputs=shapes)
-        if fixed := _fixed(self.request, names, free):
-            cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
-            raise Failed(Advice(f"an axis asked to be dynamic is not dynamic in the program: {fixed}", cure))
+        stored = io.BytesIO()
+        self.heard(lambda: torch.export.save(program, stored))
+        write(made, stored.getvalue())
+        names = asked_labels(self.request)
+        free = {place: str(size) for place, size in free_axes(program).items()}
+        symbols = {symbol: names[place] for place, symbol in free.items() if names.get(place)}
+        inputs = input_shapes(self.request, {place: symbols.get(symbol, symbol) for place, symbol in free.items()})
+        self.done = replace(self.done, exporter=how, inputs=inputs, outputs=_outputs(program, self.request, symbols))
+        require_free(self.request, inputs, dict.fromkeys(output_names(self.request)))
         if self.request.check:
             remember(digest_of(made))
-            self.prove(load_program(made), free, traced=False, any_size=bool(free))
+            tensors = list(self.request.example.tensors().values())
+            sizes = {(number, axis): tensors[number].shape[axis] + 1 for number, axis in free}
+            self.prove(load_program(made), sizes, traced=False, any_size=bool(free))
         else:
             self.notes.append("The file was not compared with the model, as asked.")
         return self.finish(made)
@@ -66,8 +70,9 @@ class _ProgramExport(Export):
                 return self.heard(export), "strict" if strict else "not strict"
             except Exception as error:  # torch's exporters raise everything under the sun, and run a stranger's forward
                 refusals.append(error)
-        texts = [f"{'strict' if n else 'not strict'}: {chain_text(error)}" for n, error in enumerate(refusals)]
-        raise Failed(advise(refusals[0]), "\n\n".join(texts)) from refusals[0]
+        texts = [chain_text(error) for error in refusals]
+        reasons = fixed_in_all(self.heard(lambda: evidence(request.model, request.example, shapes)) or (), texts)
+        raise self.refuse(advise(refusals[0]), reasons, f"not strict: {texts[0]}\n\nstrict: {texts[1]}") from refusals[0]
 
 
 def _dynamic_shapes(request: Request) -> Any:
@@ -76,19 +81,12 @@ def _dynamic_shapes(request: Request) -> Any:
 
     if not request.dynamic_axes:
         return None
-    names = iter(input_names(request))
-    dims: dict[str, Any] = {}
-
-    def asked(name: str) -> dict[int, Any] | None:
-        axes = (request.dynamic_axes or {}).get(name)
-        if axes is None:
-            return None
-        called = axes if isinstance(axes, dict) else {axis: f"{name}_{axis}" for axis in axes}
-        return {axis: dims.setdefault(str(label), torch.export.Dim.DYNAMIC) for axis, label in called.items()}
+    labels, order = asked_labels(request), iter(range(len(request.example.tensors())))
 
     def spec(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return asked(next(names))
+            number = next(order)
+            return {axis: torch.export.Dim.DYNAMIC for tensor, axis in labels if tensor == number}
         if isinstance(value, dict):
             return {key: spec(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
@@ -99,30 +97,14 @@ def _dynamic_shapes(request: Request) -> Any:
     return {name: spec(value) for name, value in bound.arguments.items()}
 
 
-def _free_axes(program: Any, request: Request) -> dict[tuple[int, int], int]:
-    """{(tensor, axis): another size} of the axes that the program takes at any size, as its placeholders say."""
-    import torch
+def _outputs(program: Any, request: Request, symbols: Mapping[str, str]) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of the outputs as the program declares them, free axes by the names asked for; {} where it gives others than the model."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    shapes = [values[name].shape for name in program.graph_signature.user_outputs if hasattr(values.get(name), "shape")]
+    if len(shapes) != len(request.outputs):
+        return {}
 
-    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    tensors = [values[name] for name in users if isinstance(values.get(name), torch.Tensor)]
-    sizes = [t.shape for t in request.example.tensors().values()]
-    return {
-        (number, axis): sizes[number][axis] + 1
-        for number, value in enumerate(tensors)
-        for axis, size in enumerate(value.shape)
-        if not isinstance(size, int)
-    }
+    def size(value: Any) -> int | str:
+        return value if isinstance(value, int) else re.sub(r"\b[su]\d+\b", lambda found: symbols.get(found[0], found[0]), str(value))
 
-
-def _fixed(request: Request, names: list[str], free: dict[tuple[int, int], int]) -> str:
-    """The first axis of an input that dynamic_axes asks for and the program fixes, in words; or ""."""
-    for name, axes in (request.dynamic_axes or {}).items():
-        if name not in names:
-            if name in (request.output_names or request.outputs):
-                continue
-            return f"{name!r} is no input ({', '.join(names)})"
-        for axis in axes:
-            if (names.index(name), axis) not in free:
-                return f"axis {axis} of {name!r}"
-    return ""
+    return {name: tuple(map(size, shape)) for name, shape in zip(request.outputs, shapes, strict=True)}

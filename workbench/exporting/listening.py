@@ -1,8 +1,8 @@
 """Listening: what a noisy library prints, logs and warns becomes text, and nothing reaches the screen.
 
 The exporters of torch write progress with emoji to stdout, log through handlers of their own, print graphs from C++ past
-Python's streams, and warn of deprecations the caller cannot help. All of it is kept, kind by kind. Streams and warning filters
-belong to the process: other threads that print meanwhile are heard too.
+Python's streams, and warn of deprecations the caller cannot help. All of it is kept, kind by kind. What other threads print through
+`sys.stdout` goes where it went; warnings, and what they write to file descriptors 1 and 2, belong to the process and are heard too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import io
 import logging
 import os
 import re
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TextIO
 
 _LOGGERS = ("torch", "onnxscript", "onnx_ir", "onnx")
 
@@ -36,18 +39,29 @@ class _Collector(logging.Handler):
         self.lines.extend(f"{record.levelname.lower()}: {record.getMessage()}".splitlines())
 
 
+class _OwnThread(io.StringIO):
+    """Holds what the thread that made it writes, and passes on to the stream before what any other does."""
+
+    def __init__(self, before: TextIO) -> None:
+        super().__init__()
+        self._before, self._owner = before, threading.get_ident()
+
+    def write(self, text: str, /) -> int:
+        return super().write(text) if threading.get_ident() == self._owner else self._before.write(text)
+
+
 @contextlib.contextmanager
 def listening(heard: Heard) -> Iterator[None]:
     """Collect stdout, stderr, logs and warnings of the block in `heard`, whether it raises or not. Repeated lines are kept once."""
-    stream, collector, native = io.StringIO(), _Collector(), list[str]()
+    out, err, collector, native = _OwnThread(sys.stdout), _OwnThread(sys.stderr), _Collector(), list[str]()
     with warnings.catch_warnings(record=True) as caught, _logs_to(collector):
         warnings.simplefilter("always")
         try:
-            with _native_output(native), contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            with _native_output(native), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 yield
         finally:
             warned = [f"{w.category.__name__}: {w.message}" for w in caught]
-            lines = [*stream.getvalue().splitlines(), *native, *collector.lines, *warned]
+            lines = [*out.getvalue().splitlines(), *err.getvalue().splitlines(), *native, *collector.lines, *warned]
             heard.text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(dict.fromkeys(lines)))
 
 

@@ -6,32 +6,52 @@ The graph is read without its external data, so a file of any size costs only it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workbench.files import atomic_write
+from workbench.exporting.proving import write
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What a file says of itself: opset of the default domain, and the shapes of inputs and outputs by name."""
+    """What a file says of itself.
+
+    Attributes:
+        opset: of the default domain. inputs, outputs: shapes by name. weights: their names. floats: of these, those of floating values.
+        beside: files that hold weights of it.
+        foldable: how many nodes compute from weights and constants alone.
+    """
 
     opset: int | None
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
     weights: tuple[str, ...]
+    floats: tuple[str, ...]
+    beside: tuple[str, ...]
+    foldable: int
 
 
 def read_graph(path: Path) -> Graph:
-    """Opset, inputs, outputs and names of weights, as they stand in the file. Weights listed among the inputs are not inputs."""
+    """The graph as it stands in the file. Weights listed among the inputs are not inputs."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
     weights = {tensor.name for tensor in model.graph.initializer}
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
     inputs = {value.name: _shape(value) for value in model.graph.input if value.name not in weights}
-    return Graph(opset, inputs, {value.name: _shape(value) for value in model.graph.output}, tuple(sorted(weights)))
+    outputs = {value.name: _shape(value) for value in model.graph.output}
+    beside = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    known, foldable = set(weights), 0
+    for node in model.graph.node:
+        fixed = node.op_type == "Constant" or (bool(node.input) and known.issuperset(filter(None, node.input)))
+        foldable += fixed and node.op_type != "Constant"
+        known.update(node.output if fixed else ())
+    floats = sorted(
+        t.name for t in model.graph.initializer if t.dims and onnx.helper.tensor_dtype_to_np_dtype(t.data_type).kind not in "iub"
+    )
+    return Graph(opset, inputs, outputs, tuple(sorted(weights)), tuple(floats), tuple(sorted(beside)), foldable)
 
 
 def clashes(path: Path) -> list[str]:
@@ -59,21 +79,29 @@ def strip_weight_shapes(path: Path) -> int:
     if removed:
         del model.graph.value_info[:]
         model.graph.value_info.extend(kept)
-        _rewrite(path, model)
+        write(path, model.SerializeToString())
     return removed
 
 
-def weights_to_inputs(path: Path) -> int:
-    """Turn every weight into a graph input of the same name, so that the file holds the computation alone; returns how many."""
+def weights_to_inputs(path: Path, names: Collection[str]) -> int:
+    """Turn every weight of those names into a graph input of the same name, so that the file holds the computation alone; returns how many.
+
+    Constants stay: nobody could know what to feed them.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    moved = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in model.graph.initializer]
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    constants = [tensor for tensor in model.graph.initializer if tensor.name not in names]
     listed = {value.name for value in model.graph.input}
+    moved = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in weights]
     model.graph.input.extend(value for value in moved if value.name not in listed)
     del model.graph.initializer[:]
-    _rewrite(path, model)
-    return len(moved)
+    kept = onnx.ModelProto(graph=onnx.GraphProto(initializer=constants))
+    onnx.external_data_helper.load_external_data_for_model(kept, str(path.parent))  # what stays must not name a file that goes
+    model.graph.initializer.extend(kept.graph.initializer)
+    write(path, model.SerializeToString())
+    return len(weights)
 
 
 def check_file(path: Path) -> str:
@@ -85,11 +113,6 @@ def check_file(path: Path) -> str:
     except (onnx.checker.ValidationError, ValueError) as error:
         return str(error)
     return ""
-
-
-def _rewrite(path: Path, model: Any) -> None:
-    with atomic_write(path) as out:
-        out.write(model.SerializeToString(), 0)
 
 
 def _shape(value: Any) -> tuple[int | str, ...]:

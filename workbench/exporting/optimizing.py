@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import SelectionError, UnsupportedError, visible
 from workbench.exporting.engine import InferenceEngine
 from workbench.exporting.listening import Heard, listening
-from workbench.exporting.proving import digest_of, put_in_place, workplace
+from workbench.exporting.proving import digest_of, paced, put_in_place, workplace, write
 from workbench.report import Report
 from workbench.tables import Column, Table, table
 from workbench.verification.comparison import ParityReport, parity
@@ -23,9 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_ALIKE = 0.05  # times nearer than that are told as no difference
+
+
 @dataclass(frozen=True, repr=False)
 class OptimizeReport(Report):
-    """A TorchScript file before and after: bytes, median seconds of one run, parity, and what was not done. False where they differ."""
+    """A TorchScript file before and after: bytes, seconds of the fastest run, parity, and what was not done. False where they differ."""
 
     path: str
     out: str
@@ -43,13 +44,14 @@ class OptimizeReport(Report):
     @property
     def headline(self) -> str:
         if not self.ok:
-            return f"{visible(self.path)} was not optimized: {self.parity.headline}"
+            return f"{visible(Path(self.path).name)} was not optimized: {self.parity.headline}"
         times = self.seconds_before / self.seconds_after
-        pace = f"{times:.2g} times as fast" if times >= 1 else f"slower, {1 / times:.2g} times as long a run"
-        return f"{visible(self.out)} answers as {visible(self.path)} does and is {pace}."
+        pace = f"{times:.3g} times as fast" if times > 1 + _ALIKE else f"slower, {1 / times:.3g} times as long a run"
+        pace = "no faster" if abs(times - 1) <= _ALIKE else pace
+        return f"{visible(Path(self.out).name)} answers as {visible(Path(self.path).name)} does and is {pace}."
 
     def tables(self) -> tuple[Table, ...]:
-        columns = [Column("", "text"), Column("file", "name"), Column("bytes", "bytes"), Column("seconds", "seconds", "median of one run")]
+        columns = [Column("", "text"), Column("file", "name"), Column("bytes", "bytes"), Column("seconds", "seconds", "the fastest run")]
         rows = [("before", self.path, self.nbytes_before, self.seconds_before), ("after", self.out, self.nbytes_after, self.seconds_after)]
         remarks = (table("remarks", [Column("what", "text")], [(self.note,)]),) if self.note else ()
         return (table("files", columns, rows), *remarks, *self.parity.tables()[:1])
@@ -88,22 +90,10 @@ def optimize_torchscript(
         made = folder / target.name
         faster, note = _faster(program, made, str(path))
         report = parity(program, faster, inputs)
-        before, after = _paced([InferenceEngine(path, trust=trust), InferenceEngine(made)], batches[0], rounds)
+        engines = [InferenceEngine(path, trust=trust), InferenceEngine(made)]
+        before, after = paced([lambda engine=engine: engine.predict(batches[0]) for engine in engines], rounds)  # type: ignore[misc]
         sizes = put_in_place(made, target)[0] if report else {}
     return OptimizeReport(str(path), str(target), Path(path).stat().st_size, sizes.get(target.name), before, after, report, note)
-
-
-def _paced(engines: list[InferenceEngine], batch: Any, rounds: int) -> list[float]:
-    """Median seconds of one run of each, turn about, so that a busy machine troubles both alike."""
-    taken: list[list[float]] = [[] for _ in engines]
-    for engine in engines:
-        engine.warm_up(batch)
-    for _ in range(rounds):
-        for engine, seconds in zip(engines, taken, strict=True):
-            started = time.perf_counter()
-            engine.predict(batch)
-            seconds.append(time.perf_counter() - started)
-    return [statistics.median(seconds) for seconds in taken]
 
 
 def _faster(program: torch.jit.ScriptModule, made: Path, path: str) -> tuple[torch.nn.Module, str]:
@@ -116,12 +106,12 @@ def _faster(program: torch.jit.ScriptModule, made: Path, path: str) -> tuple[tor
         except RuntimeError as error:
             raise UnsupportedError(f"torch cannot freeze it: {next(iter(str(error).splitlines()), '')}", path=path) from error
         try:
-            torch.jit.optimize_for_inference(program).save(str(made))
+            write(made, torch.jit.optimize_for_inference(program).save_to_buffer())
             remember(digest_of(made))
             return load_program(made), ""
         except (RuntimeError, UnsupportedError) as error:
             told = error.message if isinstance(error, UnsupportedError) else next(iter(str(error).splitlines()), "")
-            frozen.save(str(made))
+            write(made, frozen.save_to_buffer())
     remember(digest_of(made))
     kept = "It is frozen only; call torch.jit.optimize_for_inference on it after loading."
     return load_program(made), f"What optimize_for_inference makes of it cannot be stored here ({told}). {kept}"

@@ -6,12 +6,15 @@ tracing needs more than the example: another input at least, and another size of
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
+import re
 import shutil
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UnsupportedError, WriteError
 from workbench.exporting.advice import Advice
+from workbench.exporting.evidence import Reason, value_decisions
 from workbench.exporting.listening import Heard, listening
-from workbench.exporting.report import Exported
+from workbench.exporting.report import Exported, Option
 from workbench.files import Span, atomic_write, file_ref
 from workbench.verification.comparison import ParityReport, parity
 from workbench.verification.runners import evaluating, running
@@ -34,6 +38,11 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 1 << 20
+_MANY = 1 << 26
+_NEAR = 1000  # limits: no tolerance should be asked for a difference beyond
+_ROOM = "make room on the disk, or choose another folder"
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+_DECISION = re.compile(r"TracerWarning: (?:Converting a tensor to|Using len|Iterating over a tensor)[^\n]*")
 
 
 class Failed(Exception):
@@ -54,7 +63,7 @@ class Export(ABC):
 
     def __init__(self, request: Request, path: Path) -> None:
         self.request, self.path = request, path
-        self.done = Exported(self.target, str(path), opset_asked=request.opset_version)
+        self.done = Exported(self.target, str(path), opset_asked=request.opset_version, options=ignored(request, self.target))
         self.notes: list[str] = []
         self.log = ""
 
@@ -74,13 +83,37 @@ class Export(ABC):
         return replace(done, log=self.log, notes=tuple(self.notes), seconds=time.perf_counter() - started)
 
     def heard(self, export: Callable[[], Any]) -> Any:
-        """The result of `export`; what it prints, logs and warns goes to the log."""
+        """The result of `export`; what it prints, logs and warns goes to the log. A full disk is a WriteError, never an exporter's failure."""
         heard = Heard()
         try:
             with listening(heard):
                 return export()
+        except OSError as error:
+            if error.errno not in _FULL or isinstance(error, WriteError):
+                raise
+            raise WriteError(f"the write failed: {error.strerror}; nothing was changed", path=str(self.path), hint=_ROOM) from error
         finally:
             self.log = "\n".join(text for text in (self.log, heard.text) if text)
+
+    def refuse(self, advice: Advice, reasons: Sequence[Reason] | None, error: str) -> Failed:
+        """The end of this export, with the places in the model that stand against it."""
+        self.done = replace(self.done, reasons=tuple(reasons or ()))
+        first = next((f" ({reason.where}: {reason.code})" for reason in reasons or () if reason.where), "")
+        told = [f"draft_export: {reason.told}" for reason in reasons or ()]
+        return Failed(Advice(advice.cause + first, advice.cure), "\n\n".join(filter(None, [error, *told])))
+
+    def refuse_decisions(self, request: Request) -> None:
+        """Raise unless torch.export proves that no decision which the tracer was heard to take hangs on values."""
+        if not (decisions := sorted(set(_DECISION.findall(self.log)))):
+            return
+        found = self.heard(lambda: value_decisions(request))
+        if found:
+            cure = "Write the branch with `torch.where` or `torch.cond`, or make the model scriptable: type its arguments and keep to TorchScript's Python."
+            raise self.refuse(Advice("tracing baked a decision that hangs on values", cure), found, "\n".join(decisions))
+        if found is None:
+            cause = "tracing took decisions, and torch.export could not say whether they hang on values"
+            cure = "See `error` for the lines; write them with `torch.where`, or script the model."
+            raise Failed(Advice(cause, cure), "\n".join(decisions))
 
     def prove(self, candidate: Any, free: Mapping[tuple[int, int], int], *, traced: bool, any_size: bool) -> None:
         """Compare what was made with the model, on the example and beyond it.
@@ -95,6 +128,22 @@ class Export(ABC):
         self.done = replace(self.done, parity=report, tried=tuple(tried), outputs=outputs)
         if not report:
             raise Failed(differs(report, traced=traced))
+        example = self.request.example
+        with running(self.request.model) as model, running(candidate) as runner:
+            runs = [lambda one=one: one(example.fresh()) for one in (model, runner)]
+            self.done = replace(self.done, latency=dict(zip(("model", "file"), paced(runs, 11), strict=True)))
+
+    def prove_sizes(self, request: Request, candidate: Any, wanted: Iterable[Sizes], of: str = "") -> None:
+        """Other sizes that the model takes: what was made answers alike, or refuses them, which is told."""
+        for name, call in at_sizes(request, wanted).items():
+            report = parity(request.model, candidate, [call], rtol=request.rtol, atol=request.atol)
+            if report:
+                self.done = replace(self.done, sizes=(*self.done.sizes, of + name))
+            elif any("failed on" in problem for problem in report.problems):
+                self.notes.append(f"The program refuses {of}{name}, which the model takes: that size was fixed by the exporter.")
+            else:
+                cause = f"the exporter baked a size or a loop count in: with {of}{name} the file answers otherwise than the model"
+                raise Failed(Advice(cause, "Move what loops or branches by size out of the model or script it; or leave that axis fixed."))
 
     def finish(self, made: Path) -> Exported:
         sizes, digest = put_in_place(made, self.path)
@@ -131,30 +180,39 @@ def trials(request: Request, free: Mapping[tuple[int, int], int], notes: list[st
     return usable
 
 
-def other_sizes(request: Request) -> dict[str, Call]:
-    """The example with other sizes that the model itself takes: each group of axes of one size, one longer and one shorter."""
-    example = request.example
+Sizes = Mapping[tuple[int, int], int]  # {(which tensor in order, axis): size}
+
+
+def neighbours(request: Request) -> Iterator[Sizes]:
+    """One longer and one shorter, of each group of axes of one size, and of each axis of such a group."""
+    shapes = [tensor.shape for tensor in request.example.tensors().values()]
     groups: dict[int, list[tuple[int, int]]] = {}
-    for number, tensor in enumerate(example.tensors().values()):
-        for axis, size in enumerate(tensor.shape):
+    for number, shape in enumerate(shapes):
+        for axis, size in enumerate(shape):
             if size:
                 groups.setdefault(size, []).append((number, axis))
-    leading = [(number, 0) for number, tensor in enumerate(example.tensors().values()) if tensor.ndim]
+    leading = [(number, 0) for number, shape in enumerate(shapes) if shape]
+    for axes in [leading, *groups.values(), *([axis] for held in groups.values() if len(held) > 1 for axis in held)]:
+        for step in (1, -1):
+            yield {(number, axis): shapes[number][axis] + step for number, axis in axes}
+
+
+def at_sizes(request: Request, wanted: Iterable[Sizes]) -> dict[str, Call]:
+    """The example at other sizes, by their names, as far as the model itself takes them and 64 Mi elements hold them."""
     found: dict[str, Call] = {}
+    shapes = [list(tensor.shape) for tensor in request.example.tensors().values()]
     with running(request.model) as runner:
-        for axes in [leading, *groups.values(), *([axis] for held in groups.values() if len(held) > 1 for axis in held)]:
-            sizes = [example.tensors()[name].shape for name in example.tensors()]
-            for step in (1, -1):
-                told = {axis: sizes[axis[0]][axis[1]] + step for axis in axes}
-                name = ", ".join(f"axis {axis} of input {number} at {size}" for (number, axis), size in told.items())
-                if min(told.values(), default=0) < 1 or name in found:
-                    continue
-                call = resized(example, told)
-                try:
-                    runner(call.fresh())
-                except Exception:  # a size that the model itself does not take says nothing
-                    continue
-                found[name] = call
+        for told in wanted:
+            name = ", ".join(f"axis {axis} of input {number} at {size}" for (number, axis), size in told.items())
+            grown = [[told.get((number, axis), size) for axis, size in enumerate(shape)] for number, shape in enumerate(shapes)]
+            if min(told.values(), default=0) < 1 or name in found or sum(map(math.prod, grown)) > _MANY:
+                continue
+            call = resized(request.example, told)
+            try:
+                runner(call.fresh())
+            except Exception:  # a size that the model itself does not take says nothing
+                continue
+            found[name] = call
     return found
 
 
@@ -187,7 +245,9 @@ def differs(report: ParityReport, *, traced: bool) -> Advice:
         return Advice(cause, "Make the state an argument and an output of `forward`; a graph keeps nothing between calls.")
     if traced:
         return Advice(cause, "Tracing bakes branches and sizes in: write them with `torch.where` or `torch.cond`.")
-    return Advice(cause, "If a difference of that size is acceptable, say so with `rtol` and `atol`.")
+    if all(o.problem or (o.figures and o.limit and (o.figures.max_abs or 0.0) <= _NEAR * o.limit) for o in report.outputs if not o.ok):
+        return Advice(cause, "If a difference of that size is acceptable, say so with `rtol` and `atol`.")
+    return Advice(cause, "Write it with `check=False` and ask `first_divergence(model, its path, inputs)` for the layer that goes wrong.")
 
 
 @contextmanager
@@ -232,6 +292,59 @@ def put_in_place(made: Path, target: Path) -> tuple[dict[str, int], str]:
         goal = target if source.name == made.name else target.parent / source.name
         sizes[goal.name], digest = _copy(source, goal)
     return sizes, digest
+
+
+def ignored(request: Request, target: str) -> tuple[Option, ...]:
+    """The options asked for that a target has no use for: ONNX alone gives every tensor a name of its own and a graph to be folded."""
+    if target == "onnx":
+        return ()
+    names = ("input_names", "output_names", "opset_version", "custom_translation_table")
+    asked = {name: getattr(request, name) for name in names} | {
+        "dynamic_shapes": request.dynamic_shapes if target == "torchscript" else None
+    }
+    kept = {"export_params": request.export_params, "do_constant_folding": request.do_constant_folding}
+    asked |= {name: value for name, value in kept.items() if not value}
+    return tuple(
+        Option(name, value if value is False else str(value), f"{target} has no such option", False)
+        for name, value in asked.items()
+        if value is not None
+    )
+
+
+def paced(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Seconds of each one's fastest run, after a warm-up, turn about, so that a busy machine troubles all alike; fewer rounds past 2 s."""
+    for run in [*runs, *runs, *runs]:  # TorchScript compiles in its second run
+        run()
+    taken: list[list[float]] = [[] for _ in runs]
+    ends = time.perf_counter() + 2
+    for _ in range(rounds):
+        for run, seconds in zip(runs, taken, strict=True):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+        if time.perf_counter() > ends:
+            break
+    return [min(seconds) for seconds in taken]
+
+
+def write(made: Path, data: bytes) -> None:
+    """A program's bytes to the disk, by us: torch's own writer ends the whole process where the disk is full."""
+    with atomic_write(made) as out:
+        out.write(data, 0)
+
+
+def require_free(request: Request, inputs: Mapping[str, tuple[int | str, ...]], outputs: Mapping[str, Any]) -> None:
+    """Raise where an input's axis that was asked to be dynamic is a number in the file, or is not there."""
+    cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
+    for name, axes in (request.dynamic_axes or {}).items():
+        if name not in inputs and name not in outputs:
+            told = f"{name!r} is neither an input ({', '.join(inputs)}) nor an output ({', '.join(outputs)})"
+            raise Failed(Advice(f"an axis asked to be dynamic is not in the file: {told}", cure))
+        for axis in axes if name in inputs else ():
+            shape = inputs[name]
+            if axis >= len(shape) or isinstance(shape[axis], int):
+                told = f"axis {axis} of {name!r}, which is {list(shape)}"
+                raise Failed(Advice(f"an axis asked to be dynamic is not dynamic in the file: {told}", cure))
 
 
 def digest_of(path: Path) -> str:

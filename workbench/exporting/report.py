@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from workbench.errors import SelectionError, visible
+from workbench.exporting.evidence import Reason
 from workbench.exporting.usage import cpp_program, python_lines
 from workbench.report import Report
-from workbench.tables import Column, Table, format_bytes, table
+from workbench.tables import Column, Table, format_bytes, format_seconds, table
 from workbench.verification.comparison import ParityReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of an export: as asked (None: left to the exporter), as the file shows it or the exporter took it, and whether the two agree."""
+
+    name: str
+    asked: object
+    honoured: object
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,10 @@ class Exported:
         checked: whether the format's own checker passed; None when it was not asked.
         parity: the comparison with the model, or None when there was none.
         tried: names of the batches compared: `example`, `negated`, `noisy`, `exchanged`, `resized`.
+        sizes: other sizes at which it answered alike too.
+        options: each option as asked and as honoured; for other targets than onnx, those that they have no use for.
+        reasons: what in the model stands against the export, by torch.export's own evidence, the gravest first.
+        latency: seconds of the fastest run on the example, of the `model` and of the `file`.
         notes: what was repaired or fell short, in sentences.
         cause, cure: why it failed and what to change, or "".
         error: the exception's own text, or "".
@@ -49,6 +66,10 @@ class Exported:
     checked: bool | None = None
     parity: ParityReport | None = None
     tried: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    reasons: tuple[Reason, ...] = ()
+    latency: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     cause: str = ""
     cure: str = ""
@@ -108,16 +129,39 @@ class ExportReport(Report):
     def tables(self) -> tuple[Table, ...]:
         rows = [_row(e) for e in self.exports]
         tables = [table("targets", _COLUMNS, rows)]
-        remarks = [(e.target, text) for e in self.exports for text in (*_failure(e), *e.notes)]
+        remarks = [(e.target, text) for e in self.exports for text in (*_failure(e), *e.notes, *_sizes(e))]
         if remarks:
             tables.append(table("remarks", [Column("target"), Column("what")], remarks))
         for e in self.exports:
+            if e.reasons:
+                reasons = ((n, r.what, r.where or None, r.code or None, r.cure) for n, r in enumerate(e.reasons, 1))
+                tables.append(table(f"what stands against {e.target}", _REASON_COLUMNS, reasons))
+            if e.options:
+                options = ((o.name, _word(o.asked), "✓" if o.kept else "⚠", _word(o.honoured)) for o in e.options)
+                tables.append(table(f"{e.target} options", _OPTION_COLUMNS, options))
             if e.inputs or e.outputs:
                 graph = [(way, n, shape) for way, names in (("input", e.inputs), ("output", e.outputs)) for n, shape in names.items()]
                 tables.append(table(f"{e.target} graph", [Column(""), Column("name", "name"), Column("shape", "shape")], graph))
             if e.parity is not None:
-                tables.extend(e.parity.tables()[:1])
+                tables.append(replace(e.parity.tables()[0], title=f"{e.target} outputs"))
         return tuple(tables)
+
+    def figures(self) -> tuple[Figure, ...]:
+        """Size and latency of the files beside the model, then each comparison: candidate against reference, and the errors' histogram."""
+        from workbench.render import plots
+
+        compared = tuple(e.parity.plot() for e in self.exports if e.parity is not None and e.parity.sample is not None)
+        made = [e for e in self.exports if e.files]
+        if not made:
+            return compared
+        latency = next((e.latency["model"] for e in made if e.latency), None)
+        measures: dict[str, tuple[list[float | None], Callable[[float], str]]] = {
+            "size on disk": ([None, *(e.nbytes for e in made)], format_bytes),
+            "latency": ([latency, *(e.latency.get("file") for e in made)], format_seconds),
+        }
+        least = min(made, key=lambda e: e.nbytes or 0)
+        title = f"{least.target} takes {format_bytes(least.nbytes or 0)}, the least of {len(made)}"
+        return (plots.side_by_side(["the model in torch", *(e.target for e in made)], measures, title), *compared)
 
     def plot(self) -> Figure:
         """The first comparison's scatter."""
@@ -127,6 +171,19 @@ class ExportReport(Report):
         raise SelectionError("nothing was compared, so there is nothing to draw", hint="its tables() say why")
 
 
+_OPTION_COLUMNS = (
+    Column("option", "name"),
+    Column("asked", "text"),
+    Column("", "mark"),
+    Column("honoured", "text", "as the file shows it"),
+)
+_REASON_COLUMNS = (
+    Column("", "count"),
+    Column("what", "text"),
+    Column("where", "name"),
+    Column("line", "code"),
+    Column("what to change", "text"),
+)
 _COLUMNS = (
     Column("target"),
     Column("", "mark"),
@@ -136,16 +193,26 @@ _COLUMNS = (
     Column("opset", "count"),
     Column("checked", "mark"),
     Column("max abs", "number", "largest difference from the model over every batch tried"),
-    Column("seconds", "seconds"),
+    Column("latency", "seconds", "the fastest run on the example"),
+    Column("made in", "seconds", "checks included"),
     Column("sha256", "code"),
 )
 
 
 def _row(e: Exported) -> tuple[object, ...]:
     checked = None if e.checked is None else "✓" if e.checked else "⚠"
-    difference = e.parity.max_abs if e.parity else None
+    difference = e.parity.max_abs if e.parity is not None else None
     digest = e.sha256[:16] if e.sha256 else None
-    return (e.target, "✓" if e.ok else "⚠", e.path, e.nbytes, e.exporter, e.opset, checked, difference, e.seconds, digest)
+    latency = e.latency.get("file")
+    return (e.target, "✓" if e.ok else "⚠", e.path, e.nbytes, e.exporter, e.opset, checked, difference, latency, e.seconds, digest)
+
+
+def _word(value: object) -> str | None:
+    return "yes" if value is True else "no" if value is False else None if value is None else str(value)
+
+
+def _sizes(e: Exported) -> tuple[str, ...]:
+    return (f"It answers alike at other sizes: {'; '.join(e.sizes)}.",) if e.sizes else ()
 
 
 def _failure(e: Exported) -> tuple[str, ...]:
@@ -154,9 +221,9 @@ def _failure(e: Exported) -> tuple[str, ...]:
 
 def _sentence(model: str, e: Exported) -> str:
     opset = "" if e.opset is None else f", opset {e.opset}"
-    size = f"{visible(e.path)} ({format_bytes(e.nbytes or 0)}{opset})"
+    size = f"{visible(PurePath(e.path).name)} ({format_bytes(e.nbytes or 0)}{opset})"
     if e.parity is None:
         return f"{visible(model)} was written to {size} and was not compared with the model."
     apart = f"at most {e.parity.max_abs:.2g} apart" if e.parity.max_abs else "without any difference"
-    inputs = ", ".join(e.tried)
-    return f"{visible(model)} was written to {size} and answers as the model does: {apart} on {inputs} inputs."
+    sizes = f" and at {len(e.sizes)} other size{'s'[: len(e.sizes) > 1]}" if e.sizes else ""
+    return f"{visible(model)} was written to {size} and answers as the model does: {apart} on {', '.join(e.tried)} inputs{sizes}."

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import SelectionError, UnsupportedError, WriteError
+from workbench.exporting.exported_program import export_program
+from workbench.exporting.onnx_export import export_onnx
 from workbench.exporting.report import Exported, ExportReport
-from workbench.exporting.wrappers import method_of, rescued
+from workbench.exporting.torchscript import export_torchscript
+from workbench.exporting.wrappers import input_names, method_of, output_names, rescued
 from workbench.verification.runners import running
 from workbench.verification.values import Call, calls_from
 
@@ -47,27 +50,11 @@ class Request:
     methods: Mapping[str, Call] = field(default_factory=dict)
 
 
-def _onnx(request: Request, path: Path) -> Exported:
-    from workbench.exporting.onnx_export import export_onnx
-
-    return export_onnx(request, path)
-
-
-def _torchscript(request: Request, path: Path) -> Exported:
-    from workbench.exporting.torchscript import export_torchscript
-
-    return export_torchscript(request, path)
-
-
-def _pt2(request: Request, path: Path) -> Exported:
-    from workbench.exporting.exported_program import export_program
-
-    return export_program(request, path)
-
-
-_TARGETS: dict[str, tuple[str, Callable[[Request, Path], Exported]]] = {
-    "onnx": (".onnx", _onnx), "torchscript": (".torchscript.pt", _torchscript), "pt2": (".pt2", _pt2),
-}  # fmt: skip
+_TARGETS: dict[str, tuple[str, Callable[[Request, Path], Exported], tuple[str, ...]]] = {  # suffix, what makes it, exporters to choose from
+    "onnx": (".onnx", export_onnx, ("dynamo", "classic")),
+    "torchscript": (".torchscript.pt", export_torchscript, ("script", "trace")),
+    "pt2": (".pt2", export_program, ()),
+}
 _ONE_FILE = 1_500_000_000  # protobuf ends at 2 GiB; the graph needs room beside the weights
 
 
@@ -106,16 +93,19 @@ def export_model(
         dynamic_axes: {input name: {axis: name} or [axis]}; or dynamic_shapes, as torch.export takes them.
         opset_version: ONNX opset asked for; read back from the file, which is failed when it has another.
         export_params: False leaves the weights out of the file; they become inputs of the graph, under their own names.
-        do_constant_folding, verbose: the exporter's own; what it says is kept in `report["onnx"].log`, never printed.
+        do_constant_folding: False leaves in the graph what weights alone decide.
+        verbose: the exporter says more; what it says is kept in `report["onnx"].log`, never printed.
         external_data: weights in a `.data` file beside; None does so from 1.5 GB on.
-        custom_translation_table: {torch operator: onnxscript function}, for operators ONNX has no translation of.
-        exporter: for torchscript, only this one: `script` or `trace`; None tries them in that order.
+        custom_translation_table: {torch operator: onnxscript function}, for operators ONNX has no translation of; the classic exporter
+            takes what `torch.onnx.register_custom_op_symbolic` was given instead.
+        exporter: only this one: `dynamo` or `classic` for onnx, `script` or `trace` for torchscript; None tries them in that order.
         methods: {method name: its example inputs} of further methods to export: in the same file for torchscript, one file each otherwise.
         check: run the format's checker, and compare what was written with the model, on the example, on other values of the same shape,
             and at other sizes. A file that fails is not put in place. False writes it unproved, and the report says so.
         rtol, atol: for that comparison; by default measured rounding (see `parity`).
     Returns:
-        A report, false when a target failed: then with cause, cure and the exporter's own text, and no file is written or changed.
+        A report, false when a target failed: then with cause, cure, the model's own lines and the exporter's text, and no file is
+        written or changed. Every option stands in it as asked and as honoured.
     Raises:
         SelectionError: the model does not run on the example, or options contradict each other.
         UnsupportedError: no such target.
@@ -127,8 +117,10 @@ def export_model(
     if not isinstance(model, torch.nn.Module):
         raise SelectionError(f"a {type(model).__name__} cannot be exported", hint="pass an nn.Module with its weights loaded")
     paths = _paths(model, to, path, folder)
-    if exporter is not None and (exporter not in ("script", "trace") or [*paths] != ["torchscript"]):
-        raise SelectionError(f"no target here is made by {exporter!r}", hint="exporter='script' or 'trace' is for to='torchscript' alone")
+    for target in paths if exporter is not None else ():
+        if exporter not in _TARGETS[target][2]:
+            choices = "; ".join(f"{name} by {' or '.join(by)}" for name, (_, _, by) in _TARGETS.items() if by)
+            raise SelectionError(f"{target} is not made by {exporter!r}", hint=f"there is {choices}; leave `exporter` out for the rest")
     if dynamic_axes is not None and dynamic_shapes is not None:
         raise SelectionError("dynamic_axes and dynamic_shapes say the same thing twice", hint="give one of them")
     example, rescue = _example(args, kwargs), ""
@@ -156,17 +148,23 @@ def export_model(
 
 def _exported(request: Request, target: str, goal: Path) -> Iterator[Exported]:
     """The target's file, and one for each further method where a file holds one graph."""
-    suffix, export = _TARGETS[target]
-    yield export(request, goal)
+    suffix, export, _ = _TARGETS[target]
+    theirs = {name for method in request.methods for name in inspect.signature(getattr(request.model, method)).parameters}
+    others = theirs - {*input_names(request), *output_names(request)}
+    yield export(replace(request, dynamic_axes=_without(request.dynamic_axes, others)), goal)
     for name, call in request.methods.items() if target != "torchscript" else ():
         model = method_of(request.model, name)
-        axes = {key: value for key, value in (request.dynamic_axes or {}).items() if key in inspect.signature(model.forward).parameters}
+        others = {*(request.dynamic_axes or {})} - {*inspect.signature(model.forward).parameters}
         own = replace(
-            request, model=model, example=call, outputs=_outputs(model, call), input_names=None, output_names=None, dynamic_axes=axes or None,
-            dynamic_shapes=None, methods={},
+            request, model=model, example=call, outputs=_outputs(model, call), input_names=None, output_names=None,
+            dynamic_axes=_without(request.dynamic_axes, others), dynamic_shapes=None, methods={},
         )  # fmt: skip
         stem = goal.name.removesuffix(suffix)
         yield replace(export(own, goal.with_name(f"{stem}.{name}{suffix}")), target=f"{target}:{name}")
+
+
+def _without(axes: Mapping[str, Any] | None, names: set[str]) -> Mapping[str, Any] | None:
+    return {name: held for name, held in (axes or {}).items() if name not in names} or None
 
 
 def _outputs(model: torch.nn.Module, example: Call) -> tuple[str, ...]:

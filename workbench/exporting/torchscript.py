@@ -2,26 +2,28 @@
 
 Scripting keeps branches and loops. Tracing keeps what one call did, so a traced program is asked three more things: does
 torch.export see a decision that hangs on values (`draft_export`), does it answer other values as the model does, and does it answer
-other sizes so? A decision on values, or another answer at another size, fails the export; a size that is only refused is told.
+other sizes so? A decision on values, or another answer at another size, fails the export; a size that is only refused is told, or
+fails it where that axis was asked to be dynamic. Every method is asked the same.
 
 torch.jit is deprecated since torch 2.9 in favour of torch.export; the report says so.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.errors import WriteError
 from workbench.exporting.advice import Advice, chain_text
-from workbench.exporting.proving import Export, Failed, digest_of, other_sizes
+from workbench.exporting.evidence import exported, past_bounds
+from workbench.exporting.proving import Export, Failed, Sizes, at_sizes, digest_of, neighbours, require_free, write
 from workbench.exporting.report import Exported
-from workbench.exporting.wrappers import flat, input_names, method_of
+from workbench.exporting.wrappers import asked_labels, flat, input_shapes, method_of, output_names
 from workbench.verification.comparison import parity
 from workbench.verification.programs import load_program, remember
-from workbench.verification.runners import FlatRunner
+from workbench.verification.runners import FlatRunner, running
 from workbench.verification.values import Call
 from workbench.verification.variations import variations
 
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
     from workbench.exporting.targets import Request
 
-_DECISION = re.compile(r"TracerWarning: (?:Converting a tensor to|Using len|Iterating over a tensor)[^\n]*")
 _DEPRECATED = "torch.jit is deprecated: it still runs everywhere LibTorch does; for new work export to .pt2 or .onnx."
 
 
@@ -43,22 +44,23 @@ class _ScriptExport(Export):
     target = "torchscript"
 
     def run(self, made: Path) -> Exported:
-        names, tensors = input_names(self.request), self.request.example.tensors().values()
-        shapes: dict[str, tuple[int | str, ...]] = {name: tuple(t.shape) for name, t in zip(names, tensors, strict=True)}
-        self.done = replace(self.done, inputs=shapes)
+        self.done = replace(self.done, inputs=input_shapes(self.request, asked_labels(self.request)))
+        require_free(self.request, self.done.inputs, dict.fromkeys(output_names(self.request)))
         texts: list[str] = []
         last: Failed | None = None
         for how, flattened, make in self._ways():
-            self.log, self.done = "", replace(self.done, exporter=how, parity=None, tried=())
+            self.log, self.done = "", replace(self.done, exporter=how, parity=None, tried=(), sizes=(), reasons=())
             notes = len(self.notes)
             try:
                 program = self.heard(make)
-                self.heard(lambda program=program: program.save(str(made)))  # type: ignore[misc]
+                self.heard(lambda program=program: write(made, program.save_to_buffer()))  # type: ignore[misc]
                 if self.request.check:
                     remember(digest_of(made))
                     loaded = load_program(made)
                     self._prove(FlatRunner(loaded, self.path.name) if flattened else loaded, traced=how == "trace")
-                    self._prove_methods(loaded)
+                    self._prove_methods(loaded, traced=how == "trace")
+            except WriteError:
+                raise
             except Failed as failure:
                 last = failure
             except Exception as error:  # the compiler and the tracer raise whatever they do not understand, and run a stranger's forward
@@ -95,57 +97,48 @@ class _ScriptExport(Export):
             self.notes.append("The file was not compared with the model, as asked.")
 
     def _prove(self, candidate: Any, *, traced: bool) -> None:
-        if traced and (decisions := sorted(set(_DECISION.findall(self.log)))):
-            self._require_no_decision(decisions)
-        self.prove(candidate, {}, traced=traced, any_size=False)
-        for name, call in other_sizes(self.request).items():
-            report = parity(self.request.model, candidate, [call], rtol=self.request.rtol, atol=self.request.atol)
-            if report:
-                self.done = replace(self.done, tried=(*self.done.tried, name))
-            elif any("failed on" in problem for problem in report.problems):
-                self.notes.append(f"The program refuses {name}, which the model takes: that size was fixed by tracing.")
-            else:
-                cause = f"tracing baked a size or a loop count in: with {name} the program answers otherwise than the model"
-                raise Failed(Advice(cause, "Script the part that loops or branches, or export to .pt2 with that axis dynamic."))
+        if traced:
+            self.refuse_decisions(self.request)
+        tensors = list(self.request.example.tensors().values())
+        free = {(number, axis): tensors[number].shape[axis] + 1 for number, axis in asked_labels(self.request)}
+        self.prove(candidate, free, traced=traced, any_size=bool(free))
+        self.done = replace(self.done, outputs=self._free_outputs(self.done.outputs))
+        self.prove_sizes(self.request, candidate, self._wanted(self.request, traced=traced))
 
-    def _prove_methods(self, loaded: Any) -> None:
+    def _free_outputs(self, shapes: Mapping[str, tuple[int | str, ...]]) -> dict[str, tuple[int | str, ...]]:
+        """The outputs' shapes; an axis that grows with one asked to be dynamic is called like it, or "?" where it is not of its size."""
+        found = {name: list(shape) for name, shape in shapes.items()}
+        places: dict[str, dict[tuple[int, int], int]] = {}
+        tensors = list(self.request.example.tensors().values())
+        for place, label in asked_labels(self.request).items():
+            places.setdefault(label, {})[place] = tensors[place[0]].shape[place[1]]
+        for label, sizes in places.items():
+            grown = at_sizes(self.request, [{place: size + 1 for place, size in sizes.items()}])
+            with running(self.request.model) as model:
+                answers = [model(call.fresh()) for call in grown.values()]
+            for name, value in (item for answer in answers for item in answer.items() if len(found.get(item[0], ())) == item[1].ndim):
+                for axis, size in enumerate(value.shape):
+                    if size != shapes[name][axis]:
+                        found[name][axis] = label if size - 1 == shapes[name][axis] in sizes.values() else "?"
+        return {name: tuple(shape) for name, shape in found.items()}
+
+    def _wanted(self, request: Request, *, traced: bool) -> list[Sizes]:
+        """Sizes to try a program at: beside the example's, and for a traced one where the model's code takes another way."""
+        places = [(n, axis) for n, tensor in enumerate(request.example.tensors().values()) for axis in range(tensor.ndim)]
+        program = self.heard(lambda: exported(request, places)) if traced else None
+        return [*neighbours(request), *(past_bounds(program) if program is not None else ())]
+
+    def _prove_methods(self, loaded: Any, *, traced: bool) -> None:
         for name, call in self.request.methods.items():
-            batches = [call, *variations(call).values()]
-            report = parity(
-                method_of(self.request.model, name), getattr(loaded, name), batches, rtol=self.request.rtol, atol=self.request.atol
-            )
+            own = replace(self.request, model=method_of(self.request.model, name), example=call, methods={})
+            if traced:
+                self.refuse_decisions(own)
+            method = getattr(loaded, name)
+            report = parity(own.model, method, [call, *variations(call).values()], rtol=own.rtol, atol=own.atol)
             if not report:
-                raise Failed(
-                    Advice(
-                        f"the method {name} does not answer as the model's does: {report.headline}",
-                        "Script the method, or type its arguments.",
-                    )
-                )
-
-    def _require_no_decision(self, decisions: list[str]) -> None:
-        """Raise unless torch.export proves that no decision of the traced code hangs on values."""
-        found = self.heard(lambda: value_decisions(self.request))
-        if found:
-            cause = f"tracing baked a decision that hangs on values: {found[0]}"
-            cure = "Write the branch with `torch.where` or `torch.cond`, or make the model scriptable: type its arguments and keep to TorchScript's Python."
-            raise Failed(Advice(cause, cure), "\n".join(decisions))
-        if found is None:
-            cause = "tracing took decisions, and torch.export could not say whether they hang on values"
-            raise Failed(
-                Advice(cause, "See `error` for the lines; write them with `torch.where`, or script the model."), "\n".join(decisions)
-            )
-
-
-def value_decisions(request: Request) -> list[str] | None:
-    """Where the model decides by the values of a tensor, in torch.export's own words; None where it cannot follow the model."""
-    import torch
-
-    try:
-        program: Any = torch.export.draft_export(flat(request.model, request.example), (*request.example.fresh().tensors().values(),))
-    except Exception:  # every exporter failure means the same here: nothing is known
-        return None
-    kinds = [failure for failure in program._report.failures if failure.failure_type.name == "DATA_DEPENDENT_ERROR"]
-    return [str(failure.data.get("expr", "a data-dependent expression")) for failure in kinds]
+                cause = f"the method {name} does not answer as the model's does: {report.headline}"
+                raise Failed(Advice(cause, "Script the method, or type its arguments."))
+            self.prove_sizes(own, method, self._wanted(own, traced=traced), f"{name}'s ")
 
 
 def _scripted(model: torch.nn.Module, methods: Mapping[str, Call]) -> Any:

@@ -42,5 +42,6 @@ def cpp_program(exported: Exported) -> str:
     """
     if exported.target != "torchscript":
         return ""
-    inputs = ", ".join(f"torch::ones({{{', '.join(map(str, shape))}}})" for shape in exported.inputs.values())
+    shapes = [[size if isinstance(size, int) else 2 for size in shape] for shape in exported.inputs.values()]  # a free axis takes any size
+    inputs = ", ".join(f"torch::ones({{{', '.join(map(str, shape))}}})" for shape in shapes)
     return _CPP.format(path=json.dumps(exported.path), inputs=inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,40 @@ def input_names(request: Request) -> list[str]:
         called = positional[int(head)] if head.isdigit() and int(head) < len(positional) else head
         names.append(called + dot + rest)
     return names if len(set(names)) == len(names) else [f"input_{i}" for i in range(len(names))]
+
+
+def asked_labels(request: Request) -> dict[tuple[int, int], str]:
+    """{(which tensor in order, axis): its name} of the axes that are asked to be dynamic, of those that there are.
+
+    A list of axes in `dynamic_axes` gives `x_0`; a nameless `Dim` in `dynamic_shapes` gives "".
+    """
+    names, tensors = input_names(request), list(request.example.tensors().values())
+    asked = {names.index(name): axes for name, axes in (request.dynamic_axes or {}).items() if name in names}
+    if request.dynamic_shapes is not None:
+        specs = list(_axes_of(request.dynamic_shapes))
+        asked = dict(enumerate(specs)) if len(specs) == len(tensors) else {}
+    found = {}
+    for number, axes in asked.items():
+        for axis in axes:
+            label = axes[axis] if isinstance(axes, Mapping) else f"{names[number]}_{axis}"
+            if axis < tensors[number].ndim and label is not None:
+                found[number, axis] = label if isinstance(label, str) else str(getattr(label, "__name__", ""))
+    return found
+
+
+def _axes_of(shapes: Any) -> Iterator[Mapping[int, Any]]:
+    """Each tensor's {axis: Dim} in the nest that torch.export takes; {} for one that stays as it is."""
+    if shapes is None or (isinstance(shapes, Mapping) and all(isinstance(key, int) for key in shapes)):
+        yield shapes or {}
+    else:
+        for one in shapes.values() if isinstance(shapes, Mapping) else shapes:
+            yield from _axes_of(one)
+
+
+def input_shapes(request: Request, labels: Mapping[tuple[int, int], str]) -> dict[str, tuple[int | str, ...]]:
+    """The example's shapes by input name, labelled axes by their label."""
+    pairs = zip(input_names(request), request.example.tensors().values(), strict=True)
+    return {name: tuple(labels.get((number, axis), size) for axis, size in enumerate(t.shape)) for number, (name, t) in enumerate(pairs)}
 
 
 def output_names(request: Request) -> list[str]:

@@ -6,6 +6,7 @@ table or a plain folding list.
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,15 +45,31 @@ STYLE = """<style>
 </style>"""
 
 
+_PAGE = (
+    "<style>body{margin:24px;background:#fff}img{display:block;max-width:100%;width:760px;margin:12px 0}section{overflow-x:auto}</style>"
+)
+
+
 def escape(text: object) -> str:
     """The only way a value becomes HTML: unprintable characters made visible, then markup characters escaped."""
     return html.escape(visible(text), quote=True)
 
 
-def render_report(report: Report) -> str:
-    """The headline, then every table under its title: the same sections as the text."""
+def render_report(report: Report, between: Sequence[str] = ()) -> str:
+    """The headline, then every table under its title: the same sections as the text. `between`: HTML to stand before the tables."""
     mark = "✓" if report.ok else "✗"
-    return _framed([f'<div class="wb-head">{mark} {escape(report.headline)}</div>', *map(render_table, report.tables())])
+    return _framed([f'<div class="wb-head">{mark} {escape(report.headline)}</div>', *between, *map(render_table, report.tables())])
+
+
+def render_page(report: Report) -> str:
+    """A whole page: `render_report` with the report's figures in it as pictures. Its own policy forbids it to run or load anything."""
+    from workbench.render.plots import to_png
+
+    pictures = [base64.b64encode(to_png(figure, dpi=150)).decode() for figure in report.figures()]
+    shown = [f'<img src="data:image/png;base64,{data}" alt="figure {n}">' for n, data in enumerate(pictures, 1)]
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(type(report).__name__)}</title>'
+    return f"<!DOCTYPE html><html><head>{head}{_PAGE}</head><body>{render_report(report, shown)}</body></html>\n"
 
 
 def render_table(table: Table) -> str:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import SelectionError, visible
 from workbench.names import natural_key
-from workbench.tables import format_bytes, format_seconds, shorten
+from workbench.tables import DASH, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,21 +22,6 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREY, _INK, _FAINT = "#0072B2", "#E69F00", "#6B6B6B", "#222222", "#DDDDDD"
 _MAX_POINTS = 20_000
-_PLACES = (  # of a label beside its point, the best first: offset in points, horizontal and vertical alignment
-    (7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top"),
-    (7, 22, "left", "center"), (7, -22, "left", "center"), (-7, 22, "right", "center"), (-7, -22, "right", "center"),
-    (0, 34, "center", "center"), (0, -34, "center", "center"), (7, 46, "left", "center"), (7, -46, "left", "center"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to ship a model: its size on disk, what it still gets right, and how long one batch takes."""
-
-    label: str
-    nbytes: int
-    accuracy: float  # in [0, 1]
-    seconds: float | None = None
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], title: str, *, width: float = 6.0) -> Figure:
@@ -85,23 +69,50 @@ def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title
     return figure
 
 
-def size_accuracy(variants: Sequence[Variant], title: str) -> Figure:
-    """Bytes on disk against accuracy, each variant named beside its point, and below it the latency of each that was timed."""
-    if not variants:
-        raise SelectionError("there is no variant to draw", hint="measure at least one")
-    timed = [v for v in variants if v.seconds is not None]
-    figure, panels = _figure(2 if timed else 1, (7.2, 3.6))
-    points = panels[0]
-    sizes, accuracies = [v.nbytes / 1e6 for v in variants], [100 * v.accuracy for v in variants]
-    points.scatter(sizes, accuracies, s=36, color=BLUE, zorder=3)
-    if max(sizes) / max(min(sizes), 1e-9) > 30:
-        points.set_xscale("log")
-    points.margins(0.25, 0.2)
-    _labelled(points, "size on disk (MB)", "accuracy (%)")
-    if timed:
-        _latency_bars(panels[1], timed)
+def side_by_side(names: Sequence[str], measures: Mapping[str, tuple[Sequence[float | None], Callable[[float], str]]], title: str) -> Figure:
+    """One row of bars per name and one panel per measure.
+
+    Args:
+        measures: {what stands below the panel: (one value per name, its words)}; None is drawn as a dash.
+    """
+    if not names:
+        raise SelectionError("there is nothing to draw", hint="measure at least one")
+    figure, panels = _figure(len(measures), (2.2 + 1.8 * len(measures), 1.2 + 0.34 * len(names)))
+    for number, (panel, (label, (values, words))) in enumerate(zip(panels, measures.items(), strict=True)):
+        _bars(panel, values, words, shorten(visible(label), 32), (BLUE, ORANGE)[number % 2])
+        panel.set_yticks([])
+    panels[0].set_yticks(range(len(names)), [shorten(visible(name), 24) for name in names], parse_math=False)
     _headed(figure, title)
-    _label_points(figure, points, list(zip(sizes, accuracies, variants, strict=True)))
+    return figure
+
+
+def layer_errors(rows: Sequence[tuple[str, float | None, float, bool]], title: str) -> Figure:
+    """Error and limit per layer, from (name, largest difference, limit, within it), from top to bottom; at most some 50 are named.
+
+    A layer without a difference stands at the left edge, one whose difference has no number (NaN or infinity on one side) at the right.
+    """
+    drawn = [value for _, error, limit, _ in rows for value in (error, limit) if value and math.isfinite(value)]
+    low, high = (min(drawn) / 3, max(drawn) * 3) if drawn else (0.1, 1.0)
+    figure, (axes,) = _figure(1, (7.2, min(10.0, 1.3 + 0.2 * len(rows))))
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    for i, (_, error, limit, within) in enumerate(rows):
+        place = high if error is None else max(error, low)
+        axes.plot([low, place], [i, i], color=_FAINT if within else ORANGE, linewidth=1, zorder=1)
+        axes.plot(
+            place, i, "o" if within else "X", color=BLUE if within else ORANGE, markersize=5 if within else 8, clip_on=False, zorder=3
+        )
+        axes.plot(max(limit, low), i, "|", color=_INK, markersize=9, zorder=2)
+    step = max(1, len(rows) // 50)
+    past = next((i for i, row in enumerate(rows) if not row[3]), None)
+    named = sorted({*range(0, len(rows), step)} | ({past} if past is not None else set()))
+    axes.set_yticks(named, [shorten(visible(rows[i][0]), 32) for i in named], parse_math=False)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    _labelled(axes, "largest difference  (|: what rounding explains,  X: past it)", "")
+    _headed(figure, title)
     return figure
 
 
@@ -180,8 +191,8 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]
 
 
 def _labelled(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=8, color=_INK)
-    axes.set_ylabel(y, fontsize=8, color=_INK)
+    axes.set_xlabel(x, fontsize=8, color=_INK, parse_math=False)
+    axes.set_ylabel(y, fontsize=8, color=_INK, parse_math=False)
 
 
 def _headed(figure: Figure, title: str) -> None:
@@ -198,17 +209,19 @@ def _note(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
 
 
-def _latency_bars(axes: Axes, timed: Sequence[Variant]) -> None:
-    longest = max(v.seconds or 0.0 for v in timed) or 1.0
-    for i, variant in enumerate(timed):
-        seconds = variant.seconds or 0.0
-        axes.barh(i, 1e3 * seconds, color=ORANGE, height=0.6)
-        axes.text(1e3 * (seconds + 0.02 * longest), i, format_seconds(seconds), va="center", fontsize=8, color=_INK)
-    axes.set_yticks(range(len(timed)), [shorten(visible(v.label), 24) for v in timed], parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1e3 * longest * 1.3)
+def _bars(axes: Axes, values: Sequence[float | None], words: Callable[[float], str], label: str, colour: str) -> None:
+    """A bar for each value, its words beside it; a dash where there is none."""
+    longest = max((value or 0.0 for value in values), default=0.0) or 1.0
+    for i, value in enumerate(values):
+        axes.barh(i, value or 0.0, color=colour, height=0.6)
+        axes.text((value or 0.0) + 0.02 * longest, i, DASH if value is None else words(value), va="center", fontsize=8, color=_INK)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_xlim(0, 1.3 * longest)
+    axes.locator_params(axis="x", nbins=3)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= longest])  # none past the longest bar: no share is over 100 %
+    axes.xaxis.set_major_formatter(lambda value, _: words(value) if value else "0")
     axes.grid(False)
-    _labelled(axes, "latency (ms)", "")
+    _labelled(axes, label, "")
 
 
 def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
@@ -217,30 +230,6 @@ def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
             text = f"{value:.2g}" if math.isfinite(value) else "–"
             dark = math.isfinite(value) and value < 0.6 * top
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else _INK)
-
-
-def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, Variant]]) -> None:
-    """Each label takes the first of twelve places around its point where it meets no label, no point and no edge."""
-    figure.draw_without_rendering()
-    renderer: Any = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    frame = axes.get_window_extent(renderer)
-    taken: list[Any] = []
-    dots = [axes.transData.transform((x, y)) for x, y, _ in points]
-
-    def put(label: Any, place: tuple[int, int, str, str]) -> Any:
-        label.set(position=place[:2], ha=place[2], va=place[3])
-        return label.get_window_extent(renderer)
-
-    def clashes(box: Any) -> int:
-        inside = sum(map(box.overlaps, taken)) + sum(box.contains(*dot) for dot in dots)
-        return int(inside + sum((box.x0 < frame.x0, box.x1 > frame.x1, box.y0 < frame.y0, box.y1 > frame.y1)))
-
-    style: Any = {"textcoords": "offset points", "fontsize": 8, "color": _INK, "parse_math": False, "annotation_clip": False}
-    for x, y, variant in points:
-        text = f"{shorten(visible(variant.label), 22)}\n{format_bytes(variant.nbytes)}, {100 * variant.accuracy:.3g} %"
-        label = axes.annotate(text, (x, y), xytext=(0, 0), **style)
-        counts = [clashes(put(label, place)) for place in _PLACES]
-        taken.append(put(label, _PLACES[counts.index(min(counts))]))
 
 
 def flowchart(steps: Sequence[tuple[str, str]], answers: Sequence[bool], otherwise: str, title: str) -> Figure:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from workbench.verification.measures import peak
+from workbench.verification.reordering import standing_by
 from workbench.verification.runners import ModuleRunner, OnnxRunner, Runner, running
 from workbench.verification.values import Call, kept, paired
 from workbench.verification.variations import corners, variations
@@ -318,21 +318,16 @@ def _baked_branch(lab: _Lab) -> str:
 
 
 def _operations(lab: _Lab, call: Call) -> list[str]:
-    with _Recorder() as recorder:
-        lab.seeded(lab.reference, call)
-    return recorder.seen  # type: ignore[no-any-return]
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operations that torch runs, with their plain arguments: another path through the code is another list."""
+    seen: list[str] = []
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[str] = []
+    def note(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        seen.append(f"{func}{[a for a in args if isinstance(a, (bool, int, float))]}")
+        return args
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(f"{func}{[a for a in args if isinstance(a, (bool, int, float))]}")
-        return func(*args, **(kwargs or {}))
+    with standing_by(note):
+        lab.seeded(lab.reference, call)
+    return seen
 
 
 _EXPERIMENTS: tuple[Callable[[_Lab], str], ...] = (

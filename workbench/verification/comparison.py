@@ -181,7 +181,7 @@ _COLUMNS = (
     Column("top-1", "percent", "rows whose largest class agrees"),
     Column("top-5", "percent", "of the reference's five largest classes, how many are among the candidate's"),
     Column("KL", "number", "mean KL(reference || candidate) over rows of classes, in nats"),
-    Column("unequal", "count", "values that are not the same"),
+    Column("unequal", "count", "values that are not the same, over all batches and calls"),
     Column("worst at", "text", "candidate against reference"),
 )
 _LIMIT_COLUMNS = (
@@ -305,6 +305,11 @@ def parity(
 
     names = (report.reference, report.candidate)
     return replace(report, cause=cause_of(Failure(reference, candidate, trust, mask, names, comparison.answered, *comparison.failures())))
+
+
+def agreement(reference: Runner, candidate: Runner, batches: tuple[Call, ...], floor: NoiseFloor) -> ParityReport:
+    """`parity` over one call of each batch by a floor that is known already, without a search for the cause where it fails."""
+    return _Comparison(reference, candidate, floor, None, None, None).run(batches, 1, vary=False)
 
 
 class _Gathered:
@@ -487,7 +492,7 @@ class _Comparison:
         ratio, _, limit = max(judged, key=lambda entry: entry[:2])
         within = ratio <= 1 and not f.one_sided
         given = None if f.beyond is None else within if not _real(dtype) else f.beyond == 0 and not f.one_sided
-        notes = [_note(f, whole=not _real(dtype), undecided=to.undecided.get(name, 0))]
+        notes = [_note(f, whole=not _real(dtype), undecided=to.undecided.get(name, 0), calls=max(turn for _, turn in to.peaks[name]))]
         notes += ["comes from a model that amplifies rounding"] if limit.amplified else []
         problem = fault or _problem(f, exact=not _real(dtype))
         note = "; ".join(text for text in notes if text)
@@ -544,14 +549,15 @@ def _problem(f: Figures, *, exact: bool) -> str:
     return ""
 
 
-def _note(f: Figures, *, whole: bool, undecided: int) -> str:
+def _note(f: Figures, *, whole: bool, undecided: int, calls: int) -> str:
+    """What qualifies the figures. They hold every call; places are counted once."""
     notes = []
     if f.masked > undecided:
-        notes.append(f"leaves out {_counted(f.masked - undecided, 'padded value')} of {f.count + f.masked}")
+        notes.append(f"leaves out {_counted((f.masked - undecided) // calls, 'padded value')} of {(f.count + f.masked) // calls}")
     if undecided:
-        notes.append(f"leaves out {_counted(undecided, 'value')} that the reference's own rounding decides")
+        notes.append(f"leaves out {_counted(math.ceil(undecided / calls), 'value')} that the reference's own rounding decides")
     if f.both_nan:
-        notes.append(f"is NaN on both sides at {f.both_nan} of {f.count} places")
+        notes.append(f"is NaN on both sides at {f.both_nan // calls} of {f.count // calls} places")
     if not whole and f.scale == 0 and f.max_abs is not None:
         notes.append("is zero everywhere in the reference, which says little")
     elif not whole and 0 < f.scale < _TINY:

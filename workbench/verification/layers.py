@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,10 +22,14 @@ from workbench.formats import save as save_file
 from workbench.report import Report
 from workbench.tables import Column, Table, format_bytes, table
 from workbench.verification.measures import Figures, Meter
+from workbench.verification.programs import load_program
 from workbench.verification.runners import running
 from workbench.verification.taps import TappedGraph, TappedModule
 from workbench.verification.tolerance import NoiseFloor, noise_floor
 from workbench.verification.values import Call, calls_from
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BLOCK = 1 << 20  # elements that a Meter holds at once, in some ten float64 copies
 _SAMPLE = 20_000  # pairs that a Meter keeps
@@ -114,6 +119,14 @@ class LayersReport(Report):
         tables.append(table("remarks", [Column("what", "text")], [(text,) for text in remarks]))
         return tuple(tables)
 
+    def plot(self) -> Figure:
+        """The error of each layer beside what rounding explains there."""
+        from workbench.render import plots
+
+        if not self.layers:
+            raise SelectionError("no layer was compared, so there is nothing to draw", hint="its tables() say why")
+        return plots.layer_errors([(layer.name, layer.max_abs, layer.limit, layer.ok) for layer in self.layers], self.headline)
+
     def _row(self, layer: Layer) -> tuple[object, ...]:
         mark = "⚠" if not layer.ok else "?" if layer.note else "✓"
         note = "first" if layer.name.partition("[")[0] == self.first and not layer.ok else layer.note or None
@@ -139,23 +152,25 @@ def first_divergence(
     *,
     max_ram_mb: int = 512,
     save: str | os.PathLike[str] | None = None,
+    trust: bool = False,
 ) -> LayersReport:
     """Find the first layer whose output differs by more than rounding, although its inputs do not.
 
     Args:
         reference: a module; run in eval mode and given back as it was, like the candidate.
-        candidate: a module whose layers have the same names (a quantized or a damaged copy), or the path of an `.onnx` file exported
-            from the reference.
+        candidate: a module whose layers have the same names (a quantized or a damaged copy), or the path of an `.onnx` or `.pt2` file
+            exported from the reference.
         inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
         max_ram_mb: MB for what is held of layers at once, on both sides and in float64; beside the models and what their runs take.
         save: write the layer's inputs (`input.0`, …) and both outputs (`reference`, `candidate`) there: .safetensors or .pt.
+        trust: run a `.pt2` that this process did not write, once a scan finds nothing dangerous in it.
     Returns:
         A report that is true when no layer is past its limit: 8 × its own rounding, see `tolerance`. In a graph, a layer that
         differs while all that is computed from it agrees is marked `?` and fails nothing: its scope ends in another value.
     Raises:
         SelectionError: the inputs cannot serve, the reference does not run, or no layer pairs.
         BudgetError: one layer alone takes more than max_ram_mb.
-        UnsupportedError: ONNX Runtime cannot load the file.
+        UnsupportedError: ONNX Runtime or torch cannot load the file. UntrustedError: see `trust`.
     Cost: one run to learn the shapes; then, for each chunk of layers that fits, a run of reference, its float64 copy (up to 1 GiB) and
         candidate, a session for a graph, and up to 16 runs more where a layer has under 256 values. Modules run as often again for
         the inputs of layers past their limit, until one agrees.
@@ -167,9 +182,13 @@ def first_divergence(
         raise SelectionError(f"{1 + len(more)} batches were given", hint="pass the one on which parity fails")
     if isinstance(candidate, (str, os.PathLike)) and Path(candidate).suffix.lower() == ".onnx":
         return _GraphSearch(reference, TappedGraph(Path(candidate)), call, max_ram_mb * 10**6).report(save)
+    name = type(candidate).__name__
+    if isinstance(candidate, (str, os.PathLike)):
+        name, candidate = Path(candidate).name, load_program(candidate, trust=trust, layers=True)
     if not isinstance(candidate, torch.nn.Module) or isinstance(candidate, torch.jit.ScriptModule):
-        raise SelectionError("the candidate has no layers to tap", hint="pass an nn.Module, or the path of an .onnx file")
-    return _ModuleSearch(reference, candidate, call, max_ram_mb * 10**6).report(save)
+        told = "TorchScript runs its layers out of reach" if isinstance(candidate, torch.nn.Module) else "it is no module"
+        raise SelectionError(f"the candidate has no layers to tap: {told}", hint="pass an nn.Module, or the path of an .onnx or .pt2 file")
+    return _ModuleSearch(reference, candidate, call, max_ram_mb * 10**6, (type(reference).__name__, name)).report(save)
 
 
 class _Search:
@@ -286,9 +305,9 @@ class _Search:
 
 
 class _ModuleSearch(_Search):
-    def __init__(self, reference: torch.nn.Module, candidate: torch.nn.Module, call: Call, budget: int) -> None:
+    def __init__(self, reference: torch.nn.Module, candidate: torch.nn.Module, call: Call, budget: int, names: tuple[str, str]) -> None:
         self.candidate = candidate
-        super().__init__(reference, call, budget, (type(reference).__name__, type(candidate).__name__))
+        super().__init__(reference, call, budget, names)
 
     def pair(self) -> tuple[dict[str, str], str]:
         return dict.fromkeys(self.outputs, ""), "by the names of their modules"

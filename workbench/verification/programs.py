@@ -16,13 +16,14 @@ import warnings
 from typing import TYPE_CHECKING
 
 from workbench.analyses.scanner import scan
-from workbench.errors import UnsupportedError, UntrustedError
+from workbench.errors import UnknownFormatError, UnsupportedError, UntrustedError
 from workbench.files import Span, file_ref
 from workbench.opening import open as open_checkpoint
 
 if TYPE_CHECKING:
     import torch
 
+_PROGRAMS = ("torchscript", "torch-export")
 _WRITTEN: set[str] = set()  # SHA-256 of programs that this process wrote
 _HINT = "pass trust=True if you know who made it; it is scanned first"
 
@@ -32,11 +33,20 @@ def remember(digest: str) -> None:
     _WRITTEN.add(digest)
 
 
-def load_program(path: str | os.PathLike[str], *, trust: bool = False) -> torch.nn.Module:
+def holds_program(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is TorchScript or a `.pt2`, and so may run under the rule."""
+    try:
+        return open_checkpoint(path).format in _PROGRAMS
+    except UnknownFormatError:
+        return False
+
+
+def load_program(path: str | os.PathLike[str], *, trust: bool = False, layers: bool = False) -> torch.nn.Module:
     """A TorchScript or `.pt2` file as something to call, under the trust rule.
 
     Args:
         trust: run it although this process did not write it, once a scan finds nothing dangerous.
+        layers: give a `.pt2` the submodules of the model it was made from, instead of one flat graph.
     Returns:
         A ScriptModule, or the module of an ExportedProgram, on the CPU and as it was saved.
     Raises:
@@ -48,7 +58,7 @@ def load_program(path: str | os.PathLike[str], *, trust: bool = False) -> torch.
     file = file_ref(path)
     data = Span(file, 0, file.size).read()
     form = open_checkpoint(path).format
-    if form not in ("torchscript", "torch-export"):
+    if form not in _PROGRAMS:
         raise UnsupportedError(f"the file is {form} and holds no program", path=str(path), hint="load weights with workbench.load_into")
     digest = hashlib.sha256(data).hexdigest()
     if digest not in _WRITTEN:
@@ -60,7 +70,8 @@ def load_program(path: str | os.PathLike[str], *, trust: bool = False) -> torch.
             if form == "torchscript":
                 module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
             else:
-                module = torch.export.load(io.BytesIO(data)).module()
+                program = torch.export.load(io.BytesIO(data))
+                module = torch.export.unflatten(program) if layers else program.module()
         return module
     except Exception as error:  # torch's readers raise whatever an operator or a schema raises
         first = next(iter(str(error).splitlines()), "")

@@ -1,8 +1,8 @@
 """Reordering: the same sums in the opposite order, the other half of a noise floor.
 
-Owns the mode under which torch adds the terms of every matrix product, convolution, sum, mean and attention score from the last to the
-first, and leaves oneDNN's and the encoder's fused kernels, which would hide those sums, unused. Exact arithmetic would give the same answers.
-The next kind of sum is one entry of `_FLIPPED`.
+Owns the mode that stands at every operation of torch, and the one under which torch adds the terms of every matrix product, convolution,
+sum, mean and attention score from the last to the first, and leaves oneDNN's and the encoder's fused kernels, which would hide those sums,
+unused. Exact arithmetic would give the same answers. The next kind of sum is one entry of `_FLIPPED`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,46 @@ def reversed_sums() -> Iterator[None]:
     try:
         torch._C._set_mkldnn_enabled(False)
         torch.backends.mha.set_fastpath_enabled(False)
-        with _Reversing():  # type: ignore[no-untyped-call]
+        with standing_by(lambda func, args: flip(*args) if (flip := _FLIPPED.get(func.overloadpacket)) else args):
             yield
     finally:
         torch._C._set_mkldnn_enabled(fused)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _Reversing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+@contextmanager
+def standing_by(change: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]) -> Iterator[None]:
+    """Inside the `with`, every operation that torch runs takes its arguments as `change(operation, arguments)` gives them.
+
+    The branches and bodies of `torch.cond`, `while_loop`, `scan` and `map` are entered. torch compiles those by themselves, and what it
+    compiles under a mode stays broken without one, so nothing is compiled meanwhile.
+    """
+    with torch.compiler.set_stance("force_eager"), _StandingBy(change):
+        yield
+
+
+class _StandingBy(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    supports_higher_order_operators = True
+
+    def __init__(self, change: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.change = change
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        flip = _FLIPPED.get(func.overloadpacket)
-        return func(*(flip(*args) if flip else args), **(kwargs or {}))
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            args = tuple(self.entering(a) if callable(a) and not isinstance(a, torch.Tensor) else a for a in args)
+            return func(*args, **(kwargs or {}))
+        if func._can_decompose():  # in there a linear layer is one operation still
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        return func(*self.change(func, args), **(kwargs or {}))
+
+    def entering(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return body(*args, **kwargs)
+
+        return run
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, *rest: Any) -> tuple[Any, ...]:

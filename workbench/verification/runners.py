@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from workbench.errors import MissingDependencyError, SelectionError, UnsupportedError, visible
 from workbench.files import file_ref
@@ -135,7 +135,7 @@ class OnnxRunner:
         feeds = dict(zip(names, call.tensors().values(), strict=True))
         for name, tensor in feeds.items():
             _require_shape(name, self._shapes[name], tensor)
-        return {name: _to_numpy(tensor, name) for name, tensor in feeds.items()}
+        return {name: to_numpy(tensor, name) for name, tensor in feeds.items()}
 
 
 def fed_names(call: Call, inputs: list[str]) -> list[str]:
@@ -163,7 +163,12 @@ def _require_shape(name: str, declared: list[Any] | None, tensor: torch.Tensor) 
         )
 
 
-def _to_numpy(tensor: torch.Tensor, name: str) -> Any:
+def to_numpy(tensor: torch.Tensor, name: str) -> Any:
+    """The tensor as ONNX Runtime takes it.
+
+    Raises:
+        UnsupportedError: numpy has no such dtype.
+    """
     try:
         return tensor.detach().cpu().resolve_conj().resolve_neg().numpy()
     except TypeError as error:  # bfloat16 and the float8 family
@@ -181,7 +186,7 @@ def onnx_session(source: str | os.PathLike[str] | bytes, threads: int | None, pr
     except ImportError as error:
         raise MissingDependencyError("running .onnx files needs onnxruntime", hint="pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # its C++ side writes to stderr by itself below "error"
+    options.log_severity_level = 4  # its C++ side writes to stderr by itself, errors too, which it raises as well
     if threads is not None:
         options.intra_op_num_threads = threads
     where = {} if isinstance(source, bytes) else {"path": str(source)}
@@ -206,13 +211,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """
     import torch
 
-    if not hasattr(model, "training"):  # a frozen program: its mode was fixed when it was made
-        yield model
-        return
     states = [_ModuleState(module) for module in model.modules()]
-    was_training = model.training
+    was_training = getattr(model, "training", None)  # None: a frozen program, whose mode was fixed when it was made
     try:
-        _set_mode(model, False)
+        _set_mode(model, None if was_training is None else False)
         with torch.random.fork_rng(devices=[]):
             yield model
     finally:
@@ -221,9 +223,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             state.restore()
 
 
-def _set_mode(model: torch.nn.Module, training: bool) -> None:
+def _set_mode(model: torch.nn.Module, training: bool | None) -> None:
     try:
-        model.train(training)
+        if training is not None:
+            model.train(training)
     except NotImplementedError:  # an exported graph: its mode was fixed when it was made
         return
 
@@ -235,9 +238,9 @@ class _ModuleState:
         import torch
 
         self.module = module
-        self.training = module.training
+        self.training = getattr(module, "training", None)
         self.plain = not isinstance(module, torch.jit.ScriptModule)
-        self.attributes = {key: value for key, value in module.__dict__.items() if not _internal(key)} if self.plain else {}
+        self.attributes = {key: value for key, value in (module.__dict__ if self.plain else _stored(module)).items() if not _internal(key)}
         self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
         held = [t for t in (*self.buffers.values(), *self.attributes.values()) if isinstance(t, torch.Tensor) and not t.is_meta]
         self.copies = [(t, t.detach().clone()) for t in held]
@@ -252,11 +255,23 @@ class _ModuleState:
             module.__dict__.update(self.attributes)
             module._buffers.clear()
             module._buffers.update(self.buffers)
-        module.training = self.training
+        for key, value in self.attributes.items() if not self.plain else ():
+            cast("Any", module)._c.setattr(key, value)
+        if self.training is not None:
+            module.training = self.training
         for tensor, copy in self.copies:
             with torch.no_grad():
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
+
+
+def _stored(module: torch.nn.Module) -> dict[str, Any]:
+    """Attributes and buffers of a TorchScript module, which live outside Python."""
+    import torch
+
+    held = cast("Any", module)._c
+    kind: Any = torch._C.ConcreteModuleType.from_jit_type(held._type())
+    return {key: held.getattr(key) for key in kind.get_attributes()}
 
 
 def _internal(key: str) -> bool:

@@ -63,7 +63,8 @@ class TappedModule(torch.nn.Module):
         self.values.clear()
         calls: Counter[tuple[str, bool]] = Counter()
         with contextlib.ExitStack() as stack:
-            for name, layer in self.module.named_modules():
+            for full, layer in self.module.named_modules():
+                name = re.sub(r"@\d+", "", full)  # how torch.export calls the further calls of one module
                 stack.callback(layer.register_forward_pre_hook(partial(self._take, name, calls), with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(partial(self._give, name, calls)).remove)
             self.module(*args, **kwargs)

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.checkpoint import Checkpoint
-from workbench.errors import SelectionError, WorkbenchError, visible
+from workbench.errors import SelectionError, UntrustedError, WorkbenchError, visible
 from workbench.report import Report
-from workbench.tables import Column, Table, format_bytes, table
-from workbench.verification.measures import Figures, Meter, class_axis
+from workbench.tables import Column, Table, format_bytes, format_seconds, table
+from workbench.verification.comparison import ParityReport, agreement
+from workbench.verification.measures import class_axis
+from workbench.verification.programs import holds_program, load_program
 from workbench.verification.runners import Runner, running
+from workbench.verification.tolerance import NoiseFloor, noise_floor
 from workbench.verification.values import Call, calls_from
 from workbench.verification.weighing import disk_nbytes, ram_nbytes
 
@@ -42,10 +45,10 @@ class Variant:
     Attributes:
         name: as the caller calls it.
         disk_nbytes: of its file, external data included; for a bare module, of its state dict as `torch.save` writes it.
-        ram_nbytes: parameters and buffers, shared storage once; for `.onnx`, its weights.
+        ram_nbytes: parameters, buffers and constants, shared storage once; for `.onnx`, its weights.
         accuracy: of the metric over all data.
         seconds_one, seconds_many: median latency of a batch of 1, and of `batch`.
-        max_abs, top1: largest difference from the first variant's first output, and agreement of the largest class.
+        parity: its answers to all data against the first variant's, by the first one's own rounding.
         problem: why it did not run, or "".
         note: why a latency is missing although it ran, or "".
     """
@@ -56,15 +59,30 @@ class Variant:
     accuracy: float | None = None
     seconds_one: float | None = None
     seconds_many: float | None = None
-    max_abs: float | None = None
-    top1: float | None = None
+    parity: ParityReport | None = None
     problem: str = ""
     note: str = ""
+
+    @property
+    def max_abs(self) -> float | None:
+        """Largest difference from the first variant's outputs."""
+        return self.parity.max_abs if self.parity is not None else None
+
+    @property
+    def top1(self) -> float | None:
+        """Items whose largest class in the first output is the first variant's."""
+        figures = self.parity.outputs[0].figures if self.parity is not None and self.parity.outputs else None
+        return figures.top1 if figures else None
+
+    @property
+    def verdict(self) -> str | None:
+        """`within rounding` or `differs`, from the first variant."""
+        return None if self.parity is None else "within rounding" if self.parity else "differs"
 
 
 @dataclass(frozen=True, repr=False)
 class CompareReport(Report):
-    """Variants side by side, the first one as the measure. True when every variant that can run did.
+    """Variants side by side, the first one as the measure. True when every variant that can run did; that one differs is told, and no fault.
 
     Attributes:
         metric: what `accuracy` holds: the metric's name.
@@ -98,7 +116,7 @@ class CompareReport(Report):
         share = f"{100 * (small.disk_nbytes or 0) / first.disk_nbytes:.3g} % of {visible(first.name)}'s bytes"
         if small.accuracy is None or first.accuracy is None:
             return f"{visible(small.name)} is the smallest, at {share}."
-        return f"{visible(small.name)} has {self.metric} {_score(self, small)} (was {_score(self, first)}) at {share}."
+        return f"{visible(small.name)} has {self.metric} {_score(self, small.accuracy)} (was {_score(self, first.accuracy)}) at {share}."
 
     @property
     def not_smaller(self) -> tuple[str, ...]:
@@ -114,14 +132,18 @@ class CompareReport(Report):
         columns = (
             Column("variant", "name"),
             Column("disk", "bytes"),
-            Column("RAM", "bytes", "parameters and buffers"),
+            Column("RAM", "bytes", "parameters, buffers and constants"),
             Column(self.metric, "percent" if self.metric == "accuracy" else "number", f"over {self.items} items"),
             Column("batch 1", "seconds", f"median of {self.rounds}, {self.threads} threads"),
             Column(f"batch {self.batch}", "seconds", f"median of {self.rounds}, {self.threads} threads"),
+            Column("parity", "text", f"with {self.variants[0].name}, by its own rounding"),
             Column("max abs", "number", f"largest difference from {self.variants[0].name}"),
             Column("top-1", "percent", f"same largest class as {self.variants[0].name}"),
         )
-        rows = [(v.name, v.disk_nbytes, v.ram_nbytes, v.accuracy, v.seconds_one, v.seconds_many, v.max_abs, v.top1) for v in self.variants]
+        rows = [
+            (v.name, v.disk_nbytes, v.ram_nbytes, v.accuracy, v.seconds_one, v.seconds_many, v.verdict, v.max_abs, v.top1)
+            for v in self.variants
+        ]
         remarks = [
             *(f"{v.name} did not run: {v.problem}" for v in self.variants if v.problem),
             *(v.note for v in self.variants if v.note),
@@ -133,21 +155,21 @@ class CompareReport(Report):
         return tuple(found)
 
     def plot(self) -> Figure:
-        """Bytes on disk against accuracy, and latency, of the variants that have both size and accuracy."""
+        """Disk, RAM, latency, difference and score of every variant, side by side; what none was measured on is left out."""
         from workbench.render import plots
 
-        drawn = [
-            plots.Variant(v.name, v.disk_nbytes, v.accuracy, v.seconds_one)
-            for v in self.variants
-            if v.disk_nbytes is not None and v.accuracy is not None
-        ]
-        if not drawn or self.metric != "accuracy":
-            raise SelectionError("no variant has both a size and an accuracy", hint="pass data as (inputs, labels), metric='accuracy'")
-        return plots.size_accuracy(drawn, self.headline)
+        measures: dict[str, tuple[list[float | None], Callable[[float], str]]] = {
+            "size on disk": ([v.disk_nbytes for v in self.variants], format_bytes),
+            "RAM": ([v.ram_nbytes for v in self.variants], format_bytes),
+            "latency of one item": ([v.seconds_one for v in self.variants], format_seconds),
+            f"difference from {self.variants[0].name}": ([v.max_abs for v in self.variants], "{:.2g}".format),
+            self.metric: ([v.accuracy for v in self.variants], lambda value: _score(self, value)),
+        }
+        known = {label: held for label, held in measures.items() if any(value is not None for value in held[0])}
+        return plots.side_by_side([v.name for v in self.variants], known, self.headline)
 
 
-def _score(report: CompareReport, variant: Variant) -> str:
-    value = variant.accuracy or 0.0
+def _score(report: CompareReport, value: float) -> str:
     return f"{100 * value:.3g} %" if report.metric == "accuracy" else f"{value:.4g}"
 
 
@@ -159,22 +181,27 @@ def compare(
     batch: int = 32,
     rounds: int = 11,
     threads: int | None = None,
+    trust: bool = False,
 ) -> CompareReport:
     """Measure several variants of one model on the same data.
 
     Args:
-        variants: {name: a module, a callable, the path of an `.onnx` file, (module, path of its file), a Checkpoint, or the path of any
-            other file}. The first is what the others are held against. Checkpoints and other files are only weighed.
+        variants: {name: a module, a callable, the path of an `.onnx`, TorchScript or `.pt2` file, (module, path of its file), a
+            Checkpoint, or the path of any other file}. The first is what the others are held against. Checkpoints and other files are
+            only weighed.
         data: (inputs, labels). Inputs as one batch: a tensor [n, …], or a tuple or dict of tensors [n, …]. Labels [n], or None.
         metric: `accuracy` (the first output's largest class against labels), or a function (outputs [n, …], labels [n]) -> float.
         batch: items per run, also of the second latency; fewer where there is less data.
         rounds: timings per variant and batch size, interleaved between variants so that a busy machine troubles all alike; at least 11.
         threads: threads for torch and ONNX Runtime alike; by default torch's present number.
+        trust: run stored programs that this process did not write, once a scan finds nothing dangerous in them.
     Returns:
-        A report, false when a variant did not run.
+        A report, false when a variant did not run. Whether one differs from the first by more than the first one's own rounding is told
+        and makes nothing false: a quantized one should.
     Raises:
         SelectionError: no variants, no items, inputs and labels of unlike length, or a metric there is not.
-    Cost: every variant runs over all data once and `2 × (rounds + 2)` times for latency; the first one's outputs are kept.
+    Cost: every variant runs over all data once, the first three times, and `2 × (rounds + 2)` times for latency; the outputs of two are
+        held at once.
     """
     import torch
 
@@ -187,7 +214,7 @@ def compare(
     size = max(1, min(batch, items))
     used = threads or torch.get_num_threads()
     with _torch_threads(used), ExitStack() as stack:
-        entries = [_Entry(name, thing, stack, used) for name, thing in variants.items()]
+        entries = [_Entry(name, thing, stack, used, trust=trust) for name, thing in variants.items()]
         _answer(entries, call, labels, items, size, score)
         for count, field in ((1, "seconds_one"), (size, "seconds_many")):
             _time(entries, _slice(call, 0, count), rounds, field)
@@ -197,12 +224,17 @@ def compare(
 class _Entry:
     """A variant being measured: what is known, and its runner while it can run."""
 
-    def __init__(self, name: str, thing: Any, stack: ExitStack, threads: int) -> None:
+    def __init__(self, name: str, thing: Any, stack: ExitStack, threads: int, *, trust: bool) -> None:
+        self.thing: Any = None
         self.runner: Runner | None = None
         self.dtype: torch.dtype | None = None
         self.variant = Variant(name)
         try:
             runnable, path = _parts(thing)
+            if path is not None and runnable is None and not isinstance(path, Checkpoint) and holds_program(path):
+                self.variant = Variant(name, disk_nbytes(None, path))
+                runnable = load_program(path, trust=trust)
+            self.thing = runnable
             disk, ram = disk_nbytes(runnable, path), ram_nbytes(runnable, path)
             self.variant = Variant(name, disk, ram)
             if runnable is not None:
@@ -228,36 +260,56 @@ class _Entry:
 
 
 def _words(error: BaseException) -> str:
+    if isinstance(error, UntrustedError):
+        return f"{error.message}; {error.hint}"
     return error.message if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
 
 
 def _answer(entries: list[_Entry], call: Call, labels: Any, items: int, size: int, score: Metric) -> None:
-    """Run every variant over all data; note accuracy, and parity of the first output with the first variant's."""
+    """Run every variant over all data; note accuracy, and parity with the first variant."""
     import torch
 
-    first: torch.Tensor | None = None
-    for number, entry in enumerate(entries):
-        if entry.runner is None:
-            continue
-        try:
-            parts = [next(iter(entry.answer(_slice(call, i, min(i + size, items))).values())) for i in range(0, items, size)]
-            outputs = torch.cat([part if part.ndim else part.reshape(1) for part in parts])
-            if labels is not None:
-                entry.note(accuracy=float(score(outputs, labels)))
-        except Exception as error:  # a variant that cannot answer is a finding, whatever it raised
-            entry.fail(error)
-            continue
-        if number == 0:
-            first = outputs
-        elif first is not None and first.shape == outputs.shape:
-            found = _distance(first, outputs)
-            entry.note(max_abs=found.max_abs, top1=found.top1)
+    batches = {f"batch {n}": _slice(call, i, min(i + size, items)) for n, i in enumerate(range(0, items, size), 1)}
+    first: list[dict[str, torch.Tensor]] = []
+    with ExitStack() as stack:
+        floor: NoiseFloor | None = None
+        for number, entry in enumerate(entries):
+            if entry.runner is None:
+                continue
+            try:
+                answers = [entry.answer(batch) for batch in batches.values()]
+                parts = [next(iter(answer.values())) for answer in answers]
+                outputs = torch.cat([part if part.ndim else part.reshape(1) for part in parts])
+                if labels is not None:
+                    entry.note(accuracy=float(score(outputs, labels)))
+            except Exception as error:  # a variant that cannot answer is a finding, whatever it raised
+                entry.fail(error)
+                continue
+            if number == 0:
+                first = answers
+            elif first:
+                if floor is None:
+                    floor = _floor(entries[0], batches, first, stack)
+                replayed = (_Replay(entries[0].runner, first), _Replay(entry.runner, answers))
+                entry.note(parity=agreement(*replayed, tuple(batches.values()), floor))
 
 
-def _distance(first: torch.Tensor, other: torch.Tensor) -> Figures:
-    meter = Meter()
-    meter.add(first, other)
-    return meter.figures()
+def _floor(first: _Entry, batches: Mapping[str, Call], answers: list[dict[str, torch.Tensor]], stack: ExitStack) -> NoiseFloor:
+    floor = stack.enter_context(noise_floor(first.thing))
+    calls = {label: (first.prepared(batch), answer) for (label, batch), answer in zip(batches.items(), answers, strict=True)}
+    assert first.runner is not None
+    return floor.measured(first.runner, calls)
+
+
+class _Replay:
+    """A runner that gives again what another has answered, in that order."""
+
+    def __init__(self, runner: Runner | None, answers: list[dict[str, torch.Tensor]]) -> None:
+        assert runner is not None
+        self.name, self.ordered, self._answers = runner.name, runner.ordered, iter(answers)
+
+    def __call__(self, call: Call) -> dict[str, torch.Tensor]:
+        return next(self._answers)
 
 
 def _time(entries: list[_Entry], call: Call, rounds: int, field: str) -> None:

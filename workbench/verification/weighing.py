@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,10 @@ def ram_nbytes(runnable: Any, path: Any) -> int | None:
 
 
 def _module_nbytes(module: torch.nn.Module) -> int:
-    """Bytes of parameters, buffers and packed weights, each storage once. Quantized modules pack theirs in the state dict only."""
+    """Bytes of parameters, buffers, tensor attributes, packed weights and a program's constants, each storage once.
+
+    Quantized modules pack theirs in the state dict only; a frozen program has nothing but constants.
+    """
     import torch
 
     held: dict[tuple[str, int], int] = {}
@@ -71,10 +75,20 @@ def _module_nbytes(module: torch.nn.Module) -> int:
             elif value.layout is torch.strided:
                 held[str(value.device), value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
             else:
-                held[str(value.device), id(value)] = value.element_size() * value._nnz()
+                elements = value._nnz() if value.is_sparse else value.numel()  # oneDNN's own layout holds them all
+                held[str(value.device), id(value)] = value.element_size() * elements
 
-    count([*module.parameters(), *module.buffers(), *module.state_dict(keep_vars=True).values()])
+    constants = list(_constants(module)) if isinstance(module, torch.jit.ScriptModule) else []
+    attributes = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    count([*module.parameters(), *module.buffers(), *module.state_dict(keep_vars=True).values(), *attributes, constants])
     return sum(held.values())
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """The values that stand in a program's own code."""
+    for name in program._c._method_names():
+        graph = program._c._get_method(name).inlined_graph  # held: its nodes end with it
+        yield from (node.output().toIValue() for node in graph.findAllNodes("prim::Constant"))
 
 
 def _external_nbytes(path: Path) -> int:
