@@ -1,9 +1,10 @@
 """Live views for notebooks. Everything they show comes from the core; delete this package and every step has its line of Python.
 
-    from workbench.widgets import Explorer, Differ, KeyMapper, NetronView
+    from workbench.widgets import Explorer, Differ, KeyMapper, Exporter, NetronView
     Explorer(ckpt)                        # the same view that ckpt shows at the end of a cell
     Differ(wb.diff(a, b))
     KeyMapper(ckpt, model)                # settle what wb.match leaves open; KeyMapper(…).keymap reads it back
+    Exporter(model, x)                    # every file asked for, proved; Exporter(…).exported is the report
     NetronView("model.onnx")              # the graph, in the page: offline, without its weights
 
 This is the only room that imports anywidget, traitlets and IPython.
@@ -11,16 +12,28 @@ This is the only room that imports anywidget, traitlets and IPython.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.widgets.differ import Differ
 from workbench.widgets.explorer import Explorer
 from workbench.widgets.mapper import KeyMapper
 from workbench.widgets.netron import NetronView
 
-__all__ = ["Differ", "Explorer", "KeyMapper", "NetronView", "register"]
+if TYPE_CHECKING:
+    from workbench.widgets.exporter import Exporter
+
+__all__ = ["Differ", "Explorer", "Exporter", "KeyMapper", "NetronView", "register"]
 
 _VIEWS = {("workbench.checkpoint", "Checkpoint"): Explorer, ("workbench.differ", "DiffReport"): Differ}
+
+
+def __getattr__(name: str) -> Any:
+    """The exporter comes when it is asked for: it needs torch, and looking through a file does not."""
+    if name != "Exporter":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from workbench.widgets.exporter import Exporter
+
+    return Exporter
 
 
 def register() -> bool:

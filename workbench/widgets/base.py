@@ -30,6 +30,8 @@ import anywidget
 import traitlets as t
 
 from workbench.errors import CancelledError, SelectionError, WorkbenchError, visible
+from workbench.render.text import MAX_ROWS
+from workbench.tables import Table, format_cell
 from workbench.widgets.jobs import Job, job_line, memory
 
 STATIC = Path(__file__).parent / "static"
@@ -70,6 +72,13 @@ def finding_dicts(findings: Any) -> list[dict[str, Any]]:
     ]
 
 
+def table_dict(table: Table) -> dict[str, Any]:
+    """A table as the page draws it, every cell in the words of `format_cell`."""
+    columns = [{"title": c.title, "right": c.right_aligned, "wraps": c.kind in ("text", "code"), "note": c.note} for c in table.columns]
+    rows = [[format_cell(c.kind, cell) for c, cell in zip(table.columns, row, strict=True)] for row in table.rows[:MAX_ROWS]]
+    return {"title": visible(table.title), "columns": columns, "rows": rows, "empty": table.empty, "more": len(table.rows) - len(rows)}
+
+
 class View(anywidget.AnyWidget):
     """Base of every view; a subclass sets `_esm`, `commands`, and fills `report`."""
 
@@ -85,6 +94,7 @@ class View(anywidget.AnyWidget):
 
     def __init__(self, report: dict[str, Any], state: dict[str, Any]) -> None:
         self._jobs: dict[str, Job] = {}
+        self._asked: dict[str, Any] = {}
         self._lock = threading.RLock()
         super().__init__(report=to_json(report), state=state)
         self.on_msg(self._receive)
@@ -99,7 +109,8 @@ class View(anywidget.AnyWidget):
         return {**data, "text/html": self._static_html()}, metadata
 
     def _receive(self, _view: Any, content: Any, _buffers: Any) -> None:
-        name = str(content.get("command")) if isinstance(content, dict) else "nothing"
+        self._asked, self.error = content if isinstance(content, dict) else {}, {}
+        name = str(self._asked.get("command", "nothing"))
         with self._explained():
             if name not in self.commands:
                 known = ", ".join(sorted(self.commands))

@@ -60,7 +60,6 @@ class KeyMapper(View):
         self._sides = mapper_report.sides_of(target, given, part)
         self._past: list[tuple[KeyMap, list[str]]] = []
         self._nodes: dict[str, list[Any]] = {}
-        self._asked: dict[str, Any] = {}
         state = {"filter": "", "kinds": list(KINDS), "mode": "rules", "sort": [], "selected": [], "group": "", "open": {}, "pane": "keys"}
         super().__init__(mapper_report.fixed_report(self.source, target, given, self._sides), state)
         self._did("keymap = wb.match(source, target)" if keymap is None else "KeyMapper(source, target, keymap)")
@@ -149,10 +148,6 @@ class KeyMapper(View):
             self.listing = {"text": text[:_MAX_LISTING], "more": cut if len(text) > _MAX_LISTING else ""}
 
     # what the page asks for
-
-    def _receive(self, view: Any, content: Any, buffers: Any) -> None:
-        self._asked, self.error = content if isinstance(content, dict) else {}, {}
-        super()._receive(view, content, buffers)
 
     def _meant(self) -> tuple[Group | None, list[str], list[str]]:
         """The group, the model's names and the file's that a command means."""

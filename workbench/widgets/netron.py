@@ -16,9 +16,8 @@ from workbench.errors import SelectionError, UnsupportedError, visible
 from workbench.files import FileRef, Span
 from workbench.opening import open as open_checkpoint
 from workbench.render import html
-from workbench.render.text import MAX_ROWS
-from workbench.tables import Table, format_bytes
-from workbench.widgets.base import View, finding_dicts, script
+from workbench.tables import format_bytes
+from workbench.widgets.base import View, finding_dicts, script, table_dict
 from workbench.widgets.netron_report import shown_of, summarize
 
 _MAX_DOWNLOAD = 512_000_000  # bytes that cross from the kernel to the page in one message
@@ -38,7 +37,7 @@ class NetronView(View):
     Cost: the graph; values are not read, and of an ONNX file none is sent. Another file is sent whole, up to 8 MB.
     """
 
-    _esm = script("grid.js", "frame.js", "netron.js")
+    _esm = script("grid.js", "frame.js", "netron_page.js", "netron.js")
     _css = script("workbench.css", "netron.css")
     commands: ClassVar[dict[str, str]] = {**View.commands, "download": "_download"}
 
@@ -72,7 +71,7 @@ class NetronView(View):
             "rail": [{"id": "graph", "label": "Graph", "count": None}, {"id": "summary", "label": "Summary", "count": None}],
             "file": name if "." in name else name + suffix,
             "refused": "" if is_shown else note,
-            "tables": [_columns(table) for table in self.summary.tables()],
+            "tables": [table_dict(table) for table in self.summary.tables()],
         }
 
     @t.observe("state")
@@ -90,11 +89,3 @@ class NetronView(View):
 
     def _static_html(self) -> str:
         return html.render_report(self.summary)
-
-
-def _columns(table: Table) -> dict[str, Any]:
-    """A table as the page draws it: cells stay raw, text is made visible."""
-    rows = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in table.rows[:MAX_ROWS]]
-    columns = [{"title": c.title, "kind": c.kind, "right": c.right_aligned} for c in table.columns]
-    more = len(table.rows) - len(rows)
-    return {"title": table.title, "columns": columns, "rows": rows, "empty": table.empty, "more": more}

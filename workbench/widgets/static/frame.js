@@ -96,8 +96,10 @@ class Frame {
   constructor(model, el, report) {
     this.model = model;
     this.report = report;
+    this.showLog = false;
     this.root = element("div", "wb-frame");
-    this.root.setAttribute("data-lm-suppress-shortcuts", "true");
+    // Lab gives a key to its own shortcuts unless the very element that has the focus says no: "b" would insert a cell.
+    this.root.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
     this.root.setAttribute("role", "group");
     this.root.setAttribute("aria-label", `workbench ${report.view}: ${report.title.name}`);
     this.title = element("div", "wb-title");
@@ -112,7 +114,6 @@ class Frame {
     this.body.append(this.rail, this.middle, this.panel);
     this.root.append(this.title, this.findings, this.body, this.foot);
     el.append(this.root);
-    this.showLog = false;
     this.watches = [];
     this.resize = new ResizeObserver(() => this.fitRail());
     this.resize.observe(this.rail);
@@ -166,7 +167,7 @@ class Frame {
       log.setAttribute("aria-expanded", String(this.showLog));
       this.drawFoot();
     });
-    log.setAttribute("aria-expanded", "false");
+    log.setAttribute("aria-expanded", String(this.showLog));
     this.title.append(log);
   }
 
@@ -320,4 +321,26 @@ function filterBar(onInput, ...others) {
   count.setAttribute("role", "status");
   node.append(input, count, ...others);
   return { node, input, count };
+}
+
+/** A table of the core, every cell already in words. */
+function drawTable({ title, columns, rows, empty, more }) {
+  const node = element("table", "wb-table");
+  const line = (tag, cells) => {
+    const row = element("tr");
+    row.append(...cells.map((text, i) => {
+      const { right, wraps, note } = cells.length === columns.length ? columns[i] : { wraps: true };
+      const cell = element(tag, right ? "wb-right" : wraps ? "wb-wraps" : "");
+      const inner = element("bdi", "", wraps ? text : cut(text, 48));
+      inner.title = (tag === "th" && note) || text;
+      cell.append(inner);
+      return cell;
+    }));
+    return row;
+  };
+  node.append(element("caption", "", title));
+  if (rows.length) node.append(line("th", columns.map((column) => column.title)), ...rows.map((row) => line("td", row)));
+  else node.append(line("td", [empty]));
+  if (more) node.append(line("td", [`… ${formatCell("count", more)} more`]));
+  return node;
 }

@@ -97,10 +97,11 @@ class Grid {
     if (!this.allColumns) return;
     const width = this.root.clientWidth;
     let columns = this.allColumns;
-    const room = () => width - columns.slice(1).reduce((sum, column) => sum + (parseInt(column.width, 10) || NAME_WIDTH) + GAP, 32);
-    while (width && room() < NAME_WIDTH && columns.some((column) => column.drop)) {
-      const least = Math.max(...columns.map((column) => column.drop || 0));
-      columns = columns.filter((column) => column.drop !== least);
+    const least = (column) => column.least || parseInt(column.width, 10) || NAME_WIDTH;
+    const room = () => width - columns.slice(1).reduce((sum, column) => sum + least(column) + GAP, 32);
+    while (width && room() < (columns[0].least || NAME_WIDTH) && columns.some((column) => column.drop)) {
+      const next = Math.max(...columns.map((column) => column.drop || 0));
+      columns = columns.filter((column) => column.drop !== next);
     }
     const ids = columns.map((column) => column.id).join(" ");
     if (ids !== this.ids) this.rebuild(columns, ids);
