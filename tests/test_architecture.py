@@ -198,7 +198,7 @@ def test_kernels_are_named_inside_this_package_only():
 
 def test_the_library_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) < 29_700
+    assert sum(lines.values()) < 31_900
     assert not [f"{path.name}: {count}" for path, count in lines.items() if count > 600]
 
 

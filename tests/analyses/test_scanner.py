@@ -665,7 +665,10 @@ def test_a_dcp_folder_is_safe_and_its_entries_are_scanned(tmp_path):
 EVIL = b"cos\nsystem\nX\4\0\0\0true\x85R."
 
 
-@pytest.mark.parametrize("spelled", ["'<f4', 'descr': 'obj' 'ect'", "'T'", "'object_'", "'O,i4'", "'i4,O'", "'(2,)O'", "'1O'", "'?,O'", "u'O'", "[('a','i4'),('b','|O')]"])
+@pytest.mark.parametrize(
+    "spelled",
+    ["'<f4', 'descr': 'obj' 'ect'", "'T'", "'object_'", "'O,i4'", "'i4,O'", "'(2,)O'", "'1O'", "'?,O'", "u'O'", "[('a','i4'),('b','|O')]"],
+)
 @pytest.mark.parametrize("as_npz", [False, True])
 def test_an_array_of_objects_is_one_however_its_type_is_spelled(spelled, as_npz, tmp_path):
     header = f"{{'descr': {spelled}, 'fortran_order': False, 'shape': (1,), }}\n".encode()

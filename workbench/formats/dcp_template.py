@@ -57,7 +57,7 @@ class IndexEntry(NamedTuple):
     offset: Counts | None
 
 
-IndexEntry.__eq__, IndexEntry.__hash__ = object.__eq__, object.__hash__  # type: ignore[method-assign, assignment]
+IndexEntry.__eq__, IndexEntry.__hash__ = object.__eq__, object.__hash__  # type: ignore[method-assign]
 
 
 class PlaceEntry(NamedTuple):

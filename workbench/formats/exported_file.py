@@ -220,7 +220,8 @@ def _pickled(job: _Job, record: str) -> Any:
 def _samples(job: _Job, record: str) -> Any:
     if tree := _pickled(job, record) if record in job.index.records else None:
         what = "the inputs that the model was exported with are in the file: look at them before you pass it on"
-        job.findings.append(Finding("sample inputs", "warning", what, {"record": record}, _HINT))
+        hint = "where its maker is you: workbench.export_model leaves them out"
+        job.findings.append(Finding("sample inputs", "warning", what, {"record": record}, hint))
     return tree
 
 
