@@ -40,7 +40,9 @@ class Origin(NamedTuple):
     def of(cls, ckpt: Checkpoint, section: Path, part: Checkpoint) -> Origin:
         node, paths = _below(ckpt.tree, section), dict[str, Path | None]()
         known: dict[Path, Any] = {(): part.tree}
-        for name, path in part.paths.items():
+        leaves = items_of(part.tree) if is_mapping(part.tree) else {}
+        is_flat = leaves.keys() == part.keys() and not part.restored and set(map(type, leaves.values())) <= {LazyTensor}  # as most are
+        for name, path in () if is_flat else part.paths.items():
             if name in part.restored:
                 paths[name] = (part.restored[name],)  # the file tells of it and stores one of the two
                 continue
