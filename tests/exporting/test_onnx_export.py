@@ -607,3 +607,25 @@ def test_folder_names_the_file_after_the_model(tmp_path):
     assert report.to_dict()["exports"][0]["sha256"]
     with pytest.raises(SelectionError):
         report["coreml"]
+
+
+class Remembers(nn.Module):
+    """Keeps a tensor where a number was while it is traced, as vision models with windows do."""
+
+    def __init__(self):
+        super().__init__()
+        self.limit = 2
+
+    def forward(self, x):
+        out = x * 2 if x.shape[1] > self.limit else x
+        if torch.jit.is_tracing():
+            self.limit = torch.tensor(self.limit)
+        return out
+
+
+def test_what_a_trace_leaves_in_the_model_is_no_decision_on_values(tmp_path):
+    model = Remembers().eval()
+    report = export_model(model, torch.ones(2, 5), path=tmp_path / "m.onnx", exporter="classic")
+    assert report, report["onnx"].cause
+    assert model.limit == 2
+    assert type(model.limit) is int

@@ -86,7 +86,7 @@ class Export(ABC):
         """The result of `export`; what it prints, logs and warns goes to the log. A full disk is a WriteError, never an exporter's failure."""
         heard = Heard()
         try:
-            with listening(heard):
+            with listening(heard), evaluating(self.request.model):  # a trace may leave tensors in the model where numbers were
                 return export()
         except OSError as error:
             if error.errno not in _FULL or isinstance(error, WriteError):
