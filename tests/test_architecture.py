@@ -59,7 +59,7 @@ FAMILIES = {  # one format in several files
     ("formats", "dcp_folder"): {"torch_zip", "safetensors_file"},
     ("formats", "safetensors_writer"): {"safetensors_file"},
     ("formats", "torch_writer"): {"torch_zip"},
-    ("analyses", "scanner"): {"scan_report", "pickle_runs"},
+    ("analyses", "scanner"): {"scan_report", "scan_marks", "pickle_runs"},
     ("analyses", "checkup"): {"scan_report", "scanner", "statistics", "sizes", "description"},
     ("widgets", "explorer"): {"explorer_report"},
     ("widgets", "mapper"): {"mapper_report"},

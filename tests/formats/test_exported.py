@@ -242,7 +242,7 @@ def test_a_good_file_is_a_program_with_sample_inputs_and_no_danger(tmp_path):
     for path in (saved(tmp_path / "m.pt2"), rewritten(tmp_path / "o.pt2", older("rich"))):
         ckpt = wb.open(path)
         assert {f.kind: f.severity for f in ckpt.findings} == {"program": "info", "sample inputs": "warning"}
-        assert all("torch.export.load" in f.hint for f in ckpt.findings)
+        assert "torch.export.load" in {f.kind: f.hint for f in ckpt.findings}["program"]
         assert ckpt["sample_inputs.0.0"].load().tolist() == [[7] * 3] * 2
         assert ckpt["sample_inputs.1.z"].load().tolist() == [8]
 

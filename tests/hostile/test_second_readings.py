@@ -203,7 +203,7 @@ def test_a_program_behind_another_format_is_a_danger(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("place", ["inside the values of a tensor", "in a folder below"])
+@pytest.mark.parametrize("place", ["inside the values of a tensor", "in a folder below", "and beyond its file's end"])
 @pytest.mark.parametrize("length", [200, 5 << 20])
 def test_objects_of_a_dcp_folder_are_looked_at_wherever_they_lie(place, length, tmp_path):
     import torch.distributed.checkpoint as dcp
@@ -222,13 +222,49 @@ def test_objects_of_a_dcp_folder_are_looked_at_wherever_they_lie(place, length, 
     with (folder / ".metadata").open("rb") as file:
         metadata = pickle.load(file)  # torch's own, written above
     (entry,) = (told for index, told in metadata.storage_data.items() if index.fqn == "o")
-    entry.relative_path, entry.offset, entry.length = name, at, length
+    entry.relative_path, entry.offset, entry.length = name, at, length + (1 << 30) * (place == "and beyond its file's end")
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     assert "os.system" in {found.where.get("global") for found in wb.scan(folder).dangers}
     assert not mark.exists()
     with pytest.raises(dcp.CheckpointException):  # after torch ran it
         dcp.load({"w": values, "o": None}, checkpoint_id=folder, no_dist=True)
     assert mark.exists()
+
+
+@pytest.mark.parametrize("stated", [9, 0])
+def test_a_second_end_record_that_other_readers_take_is_refused(stated, tmp_path):
+    """torch and Python take the last mark of an archive's end, whatever length of comment it states."""
+    inner, path = make.torch_zip(tmp_path / "a.pt", make.pickled(make.REAL)).read_bytes(), tmp_path / "m.pt"
+    at = inner.rindex(b"PK\5\6")
+    other = inner[:at] + inner[at : at + 20] + struct.pack("<H", stated) + b"x" * (4 * (stated == 0))
+    torch.save({"w": torch.ones(1)}, path)
+    outer = path.read_bytes()
+    assert outer[-2:] == b"\0\0"
+    path.write_bytes(outer[:-2] + struct.pack("<H", len(other)) + other)
+    with pytest.raises(CorruptFileError, match="two end records"):
+        wb.open(path)
+    assert not wb.scan(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_inside_a_pickle_whose_values_are_none_is_a_danger(tmp_path):
+    """torch.load hands every archive with constants.pkl to torch.jit.load, which reads that first."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), tmp_path / "p.pt")
+    with zipfile.ZipFile(tmp_path / "p.pt") as archive, zipfile.ZipFile(tmp_path / "q.pt", "w") as changed:
+        for name in archive.namelist():
+            changed.writestr(name, pickle.dumps("hello", 2) if name.endswith("/data.pkl") else archive.read(name))
+    held = (tmp_path / "q.pt").read_bytes()
+    (tmp_path / "m.pkl").write_bytes(b"\x80\3ctorch.storage\n_load_from_bytes\n" + make.nested(held) + b"\x85R.")
+    assert "unreadable" in {found.kind for found in wb.scan(tmp_path / "m.pkl").dangers}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_thousands_of_objects_of_a_dcp_folder_are_no_alarm(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({f"p{i}.lr": i / 7 for i in range(2200)} | {"w": torch.ones(3)}, checkpoint_id=tmp_path / "d", no_dist=True)
+    report = wb.scan(tmp_path / "d")
+    assert not report.dangers, report
 
 
 def test_every_record_that_torch_takes_for_a_model_is_looked_at_as_one(tmp_path):

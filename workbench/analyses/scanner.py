@@ -13,15 +13,14 @@ from __future__ import annotations
 import os
 import re
 import struct
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
-from workbench.analyses.pickle_runs import Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
+from workbench.analyses.pickle_runs import FIRST_READ, Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
+from workbench.analyses.scan_marks import MARKS, NUMBERS, alike_one, climbs, inflated, is_marked, is_numbers, is_raw
 from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
 from workbench.checkpoint import Checkpoint, Finding, Severity
 from workbench.errors import (
@@ -36,7 +35,7 @@ from workbench.errors import (
 )
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
 from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
-from workbench.formats.dcp_folder import MOST_TOLD
+from workbench.formats.dcp_folder import watched_objects
 from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, danger_findings, judge, misuses
 from workbench.formats.numpy_file import says_objects
 from workbench.formats.pickle_blobs import Left, most_nested, payload_span
@@ -65,11 +64,7 @@ _OWN_KINDS = frozenset(
 )  # findings of wb.open that are made here
 
 _CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
-_NUMBERS = re.compile(  # the header of an array that holds no objects, as NumPy spells every one
-    rb"\{'descr': '[<>|=]?[biufcSaUVmM]\d*(?:\[\w+\])?', 'fortran_order': (?:True|False), 'shape': \([\d, ]*\), \} *\n?"
-)
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
-_RAW_VALUES = frozenset({"data", "constants", "weights", "tensors"})  # folders of values
 _SCRIPT_PICKLES = re.compile(
     r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
 )
@@ -79,7 +74,6 @@ _NAMING, _LAST = re.compile(rb"[ci\x82-\x84\x93]"), 1 << 20  # opcodes of global
 _FIRST = frozenset(
     b"(])}NIJKLMFGSTUVXBCPc\x80\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96"
 )  # opcodes that need no value before them
-_CLIMBS = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)")
 _PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
 _PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 
@@ -155,8 +149,9 @@ class _Scan:
         self.formats: list[str] = []
         self.tensors = 0
         self.refused: set[tuple[str, str]] = set()
-        self.known: dict[int, list[Run]] = defaultdict(list)  # by wb.open, by how many bytes they ran over
+        self.known: dict[int | bytes, list[Run]] = defaultdict(list)  # by wb.open, by how many bytes they ran over; short ones by those
         self.inflated = 0  # bytes of packed records that were read
+        self.items: set[tuple[str, int, int]] = set()  # archives behind each other that were looked into: file, start and bytes
         self.ends = 0  # marks of an archive's end that ended none
         self.read: set[int] = set()  # byte strings, by their ids, that wb.open read as files
         self.looked_into = 0  # byte strings of its pickles
@@ -194,9 +189,10 @@ class _Scan:
     def folder(self, folder: Folder) -> None:
         names, here = folder.names(), Place(os.path.basename(folder.url))
         is_one = any(form.claims(names) for form in FOLDERS)
+        objects: list[Span] = []
         if is_one:
-            self.open(lambda: open_folder(folder), here)
-            self.objects(folder)
+            with watched_objects() as objects:
+                self.open(lambda: open_folder(folder), here)
         for name in names:
             try:
                 file = folder.file(name)
@@ -210,18 +206,20 @@ class _Scan:
                         self.content(_Piece(Span(file, 0, file.size), name), sure=name == ".metadata")
                 else:
                     self.file(file, None, must=_CHECKPOINT.search(name) is not None)
+        self.objects(objects, here)
         if not self.formats:
             self.refuse(UnknownFormatError("no file in this folder is a checkpoint"), here)
 
-    def objects(self, folder: Folder) -> None:
-        """What the index of the folder calls objects and wb.open did not read: torch unpickles those bytes, wherever they lie."""
-        for found in [found for found in (*self.findings, *self.also_found) if "places" in found.where]:
-            for path, start, nbytes in found.where["places"][:MOST_TOLD]:
-                inner = _Piece(Span(folder.file(path), start, nbytes), path, f"object at byte {start:,}")
-                self.content(inner, sure=True)
-            if len(found.where["places"]) > MOST_TOLD:
-                told = f"more than {MOST_TOLD} objects lie where the index says; the rest was not looked into"
-                self.tell("not scanned", "danger", told, Place(os.path.basename(folder.url)))
+    def objects(self, spans: list[Span], here: Place) -> None:
+        """What the index of a folder calls objects, wherever it lies, but for the archives that were looked into already."""
+        room = 2 * sum({span.file.url: span.file.size for span in spans}.values())
+        left = (span for span in dict.fromkeys(spans) if (span.file.url, span.start, span.nbytes) not in self.items)
+        for count, span in enumerate(left):
+            room -= span.nbytes
+            if count >= _MOST_UNLIKE or room < 0:
+                self.tell("not scanned", "danger", "more objects, or larger ones, lie where the index says than were looked into", here)
+                return
+            self.content(_Piece(span, span.file.name, f"object at byte {span.start:,}"), sure=True)
 
     def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
         """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
@@ -260,7 +258,8 @@ class _Scan:
         self.known, self.read = defaultdict(list), set()
         for run in runs:
             if run.machine.is_whole:
-                self.known[run.machine.base + run.machine.size].append(run)
+                size = run.machine.base + run.machine.size
+                self.known[bytes(run.machine.data) if size == len(run.machine.data) <= FIRST_READ else size].append(run)
         self.loads &= ckpt is not None and ckpt.format in ("torch-zip", "torch-legacy")
         return ckpt
 
@@ -297,12 +296,15 @@ class _Scan:
         elif (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
-        outlines: dict[int, dict[Outline, set[bytes]]] = defaultdict(dict)  # of archives in which nothing was found, by their length
+        outlines: dict[int, dict[tuple[Outline, bool], set[bytes]]] = defaultdict(dict)  # of archives without findings, by their length
         unlike = 0
         for start, end in pairwise(reversed(cuts)):
             part = piece.part(start, end - start)
-            alike = outlines[end - start]
-            if any((found := outline.rest(part.span)) and found[0] in rests and found[1] not in _MARKS for outline, rests in alike.items()):
+            self.items.add((part.span.file.url, part.span.start, part.span.nbytes))
+            if (found := alike_one(part.span, outlines[end - start])) is not None:
+                if found.is_pickle:  # which is all that may differ
+                    low, high = found.payload
+                    self.run_all(part.part(low, high - low), sure=True)
                 continue
             if (unlike := unlike + 1) > _MOST_UNLIKE:
                 what = f"{piece.name} holds more kinds of archives than were looked into"
@@ -310,10 +312,12 @@ class _Scan:
                 break
             told = len(self.findings)
             index, quiet = self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
-            if index is not None and len(quiet) == 1 and len(cuts) > 2 and len(self.findings) == told:
-                outline = Outline.of(index, *quiet)
-                if outline is not None and (found := outline.rest(part.span)):
-                    alike.setdefault(outline, set()).add(found[0])
+            if index is None or len(quiet) > 1 or len(cuts) == 2 or len(self.findings) > told:
+                continue
+            free = next(iter(quiet), None) or next((name for name in index.records if name.endswith("/data.pkl")), None)
+            outline = None if free is None else Outline.of(index, free)
+            if outline is not None and (rest := outline.rest(part.span)):
+                outlines[end - start].setdefault((outline, not quiet), set()).add(rest[0])
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
@@ -325,9 +329,17 @@ class _Scan:
                 self.tar(rest, head)
             elif head.startswith(b"\x93NUMPY"):  # 1 byte version, 1 byte, 2 bytes length (4 from version 2 on), the header, the values
                 length = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else 12 + int.from_bytes(head[8:12], "little")
-                header = span.read(10, min(length, _SPELLED)) if length <= front else b""
-                if header and not _NUMBERS.fullmatch(header):  # records of numbers may be a pickle by chance, and are told if they act
+                header = span.read(10 if head[6:7] == b"\1" else 12, min(length, _SPELLED)) if length <= front else b""
+                if header and not NUMBERS.fullmatch(header):  # records of numbers may be a pickle by chance, and are told if they act
                     self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=says_objects(header))
+
+    def is_end(self, span: Span, tail: bytes, base: int, at: int) -> bool:
+        """Whether some reader takes this mark for an archive's end: its comment ends there, or a directory lies where it says."""
+        if at + 22 > len(tail):
+            return False
+        size, offset, comment = struct.unpack_from("<IIH", tail, at + 12)
+        places = (base + at - size, offset) if at + 22 + comment != len(tail) and size else ()
+        return at + 22 + comment == len(tail) or any(place >= 0 and span.read(place, place + 4) == b"PK\x01\x02" for place in places)
 
     def archive_start(self, span: Span, end: int) -> int | None:
         """Where the zip archive begins that ends at `end`; None where none does."""
@@ -335,7 +347,7 @@ class _Scan:
             base = max(0, end - reach)
             tail = span.read(base, end)
             at = tail.rfind(b"PK\x05\x06")
-            while at >= 0 and (at + 22 > len(tail) or at + 22 + struct.unpack_from("<H", tail, at + 20)[0] != len(tail)):
+            while at >= 0 and not self.is_end(span, tail, base, at):
                 self.ends += 1
                 at = tail.rfind(b"PK\x05\x06", 0, at) if self.ends < _MOST_ENDS else -1
             if at >= 0:
@@ -360,17 +372,19 @@ class _Scan:
         if len(pickle_roots(names)) > 1:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
         if kind == "torchscript" and piece.record:  # the code of one that is the whole file was looked at as it was listed
-            with suppress(FormatError):
+            try:
                 held = (found for found in open_script(index).findings if found.severity == "danger")
                 self.findings += [replace(found, where={**found.where, **piece.place().to_dict()}) for found in held]
+            except FormatError as error:
+                self.refuse(error, piece.place())
         whole, looked = True, 0.0
         first = {"torch-export": _HEAD, "npz": _ARRAY_HEAD}.get(kind, 16)
         with piece.span.file.kept_open() as source:
             may_act = kind == "torch-export"  # torch may unpickle what a .pt2 holds, as its config says
-            busy = {*_MARKS, *(bytes([code]) for code in _FIRST if may_act)}
+            busy = {*MARKS, *(bytes([code]) for code in _FIRST if may_act)}
             heads = () if self.crc else index.first_bytes(source.pread)
             quiet |= {
-                name for name, first in heads if first not in busy and (_STORAGE.fullmatch(name) or (_is_raw(name) and not _climbs(name)))
+                name for name, first in heads if first not in busy and (_STORAGE.fullmatch(name) or (is_raw(name) and not climbs(name)))
             }
             for name in (name for name in index.records if name not in quiet):
                 try:
@@ -384,15 +398,15 @@ class _Scan:
                     if self.crc and record.crc and checksum(storage) != record.crc:  # torch writes 0 where it was told to count none
                         where = piece.inner(payload, name).place()
                         self.tell("checksum", "danger", f"{where.name} does not have the checksum that the archive states", where)
-                    if kind == "npz" and _is_numbers(head):
+                    if kind == "npz" and is_numbers(head):
                         continue
                     if looked >= _MOST_RECORDS:
                         told = f"{piece.name} holds more records that are no tensors than were looked into"
                         self.tell("not scanned", "danger", told, piece.place())
                         break
-                    may_run = _is_marked(head) or (may_act and head[:1] in busy and acts_at_all(head))
-                    looked += 0.25 if kind == "torchscript" and _CODE.search(name) else may_run or not _is_raw(name)
-                    if may_run or not _is_raw(name) or _climbs(name):
+                    may_run = is_marked(head) or (may_act and head[:1] in busy and acts_at_all(head))
+                    looked += 0.25 if kind == "torchscript" and _CODE.search(name) else may_run or not is_raw(name)
+                    if may_run or not is_raw(name) or climbs(name):
                         self.record(piece, index, name, head, kind, payload if stored else None)
                 except FormatError as error:
                     self.refuse(error, piece.inner(piece.span, name).place()._replace(position=None))
@@ -403,15 +417,15 @@ class _Scan:
 
     def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
         """One record, whose bytes are `stored` where they lie as they are."""
-        is_script, is_raw = kind == "torchscript", _is_raw(name)
+        is_script, has_values = kind == "torchscript", is_raw(name)
         self.inflated += 0 if stored else index.records[name].size
         found = stored or payload_span(index.file, read_record(index, name, max(0, 2 * _MOST_READ - self.inflated)))
         assert found is not None
         inner, seen = piece.inner(found, name, is_script), len(self.pickles)
-        if _climbs(name):
+        if climbs(name):
             self.tell(STRAY, "danger", f"{inner.name} would be unpacked outside the archive's own folder", inner.place())
         is_code = is_script and name.partition("/")[2].startswith("code/")
-        if not is_raw and not is_code and (head.startswith(_PROGRAM_MARKS) or _PROGRAM.search(name)):
+        if not has_values and not is_code and (head.startswith(_PROGRAM_MARKS) or _PROGRAM.search(name)):
             is_text = is_script and name.partition("/")[2].startswith("extra/") and not head.startswith(_PROGRAM_MARKS)  # the author's own
             told = f"{inner.name} is a program or script, and no part of a checkpoint"
             self.tell(STRAY, "warning" if is_text else "danger", told, inner.place())
@@ -420,7 +434,7 @@ class _Scan:
         expected |= is_script and _SCRIPT_PICKLES.fullmatch(name) is not None
         if len(self.pickles) > seen and kind != "torch-export" and not expected:
             told = f"{inner.name} holds a pickle that no part of the container refers to"
-            self.tell(STRAY, "warning" if is_raw else "danger", told, inner.place())
+            self.tell(STRAY, "warning" if has_values else "danger", told, inner.place())
 
     def carve(self, piece: _Piece) -> None:
         """The records of an archive without a sound index, by their local headers, so that what they would do is named."""
@@ -430,10 +444,10 @@ class _Scan:
             method, name_length, extra_length = struct.unpack_from("<H16xHH", data, at + 8)
             name = data[at + 30 : at + 30 + name_length].decode("utf-8", "replace")
             body = data[at + 30 + name_length + extra_length : end]
-            body = _inflated(body, _MOST_READ - self.inflated) if method == 8 else body
+            body = inflated(body, _MOST_READ - self.inflated) if method == 8 else body
             self.inflated += len(body) if method == 8 else 0
             found = payload_span(piece.span.file, body)
-            if found is not None and not _is_raw(name):
+            if found is not None and not is_raw(name):
                 self.content(piece.inner(found, name), sure=name.endswith("data.pkl"))
 
     def tar(self, piece: _Piece, head: bytes) -> None:
@@ -522,7 +536,8 @@ class _Scan:
 
     def outcome(self, span: Span, sure: bool) -> Outcome:
         """The run that wb.open made of the same bytes, or a new one. What is done for one file is bounded in all."""
-        for known in self.known.get(span.nbytes, ()):
+        short = self.known.get(span.read(), ()) if span.nbytes <= FIRST_READ else ()
+        for known in (*short, *self.known.get(span.nbytes, ())):
             if is_run_over(machine := known.machine, known.file, span):
                 self.spent[sure] = (self.spent[sure][0] + machine.ran, self.spent[sure][1] + machine.built)
                 error = None if machine.end else UnsupportedError(TOO_MUCH, offset=machine.place)
@@ -553,10 +568,10 @@ class _Scan:
             left, sure = isinstance(data, Left), id(data) in given
             if sure and id(data) in self.read and self.looked_into >= _MOST_TOLD:  # which told what it found
                 continue
-            if not (left or sure or count < _MOST_STRINGS or _is_marked(data[:6])):
+            if not (left or sure or count < _MOST_STRINGS or is_marked(data[:6])):
                 continue
             found = piece.span.part(at + data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
-            if found is None or (left and not sure and count >= _MOST_STRINGS and not _is_marked(found.read(0, 6))):
+            if found is None or (left and not sure and count >= _MOST_STRINGS and not is_marked(found.read(0, 6))):
                 continue
             self.looked_into += 1
             if self.looked_into > _MOST_STRINGS + most_nested(piece.span.file):
@@ -564,35 +579,3 @@ class _Scan:
                 self.tell("not scanned", "danger", f"{piece.name}: {told}", piece.place())
                 return
             self.content(piece.inner(found, "byte string"), sure=sure)
-
-
-_MARKS = (b"\x80", b"P", b"\x93")
-
-
-def _is_raw(name: str) -> bool:
-    """Whether a record holds the values of a tensor, as its folder and its lack of an ending say."""
-    _, _, rest = f"/{name}".rpartition("/")
-    return bool(rest) and "." not in rest and f"/{name}"[: -len(rest) - 1].rpartition("/")[2] in _RAW_VALUES
-
-
-def _climbs(name: str) -> bool:
-    """Whether a record would be unpacked outside of its archive's folder; names may be long, so the rare signs are looked for first."""
-    return (".." in name or ":" in name[:2] or name[:1] in ("/", "\\")) and _CLIMBS.search(name) is not None
-
-
-def _is_marked(head: bytes) -> bool:
-    """Whether bytes begin as a pickle of protocol 1 to 5, an archive or an array says: with one of the marks."""
-    return (head[:1] == b"\x80" and head[1:2] <= b"\x05") or head.startswith((b"PK\x03\x04", b"\x93NUMPY"))
-
-
-def _is_numbers(head: bytes) -> bool:
-    """Whether these bytes hold the whole header of an array, and none of objects."""
-    length = 10 + int.from_bytes(head[8:10], "little")
-    return head[:7] == b"\x93NUMPY\1" and 10 < length <= len(head) and _NUMBERS.fullmatch(head, 10, length) is not None
-
-
-def _inflated(body: bytes, most: int) -> bytes:
-    try:
-        return zlib.decompressobj(-15).decompress(body, min(64 * len(body) + (1 << 20), max(1, most)))
-    except zlib.error:
-        return body

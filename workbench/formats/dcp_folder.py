@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -39,17 +40,26 @@ from workbench.tree import Global, Inert, is_mapping, items_of, wrapped
 
 _MAX_METADATA = 1 << 30
 _MAX_OBJECTS, _LEAST = 4 << 20, 2 << 10  # bytes of objects that a listing looks at; what each counts for at least
-MOST_TOLD = 3000  # places of objects that were not read
 _MAX_FILES = 1 << 15
 _MAX_COMPARISONS = 500_000  # of chunks that lie in no grid
 _MAX_STEPS, _STEPS = 100, frozenset((str, int))
 _ATOMS = frozenset((bool, int, float, str, type(None)))
 _made: Any = tuple.__new__
 Place = Span | str  # bytes, or why they cannot be read
-Troubles = dict[
-    tuple[str, Severity, str, str], list[tuple[str, Place]]
-]  # (kind, severity, reason, hint) -> whose values are not read, and where they lie
+Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
 _OBJECT = f"{ROOM}.BytesStorageMetadata"
+_TRANSFORMED = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
+_WATCHED: ContextVar[list[Span] | None] = ContextVar("dcp objects", default=None)
+
+
+@contextmanager
+def watched_objects() -> Iterator[list[Span]]:
+    """Where the folders listed inside say that objects lie: torch unpickles those bytes, whatever they are."""
+    token = _WATCHED.set(spans := list[Span]())
+    try:
+        yield spans
+    finally:
+        _WATCHED.reset(token)
 
 
 class _Budget:
@@ -213,12 +223,9 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
         except Exception:  # entering a context for each of very many would take a tenth of the time
             with located(tensor=name):
                 raise
-    for (kind, severity, reason, hint), unread in troubles.items():
-        more = f", and {len(unread) - 1} more" if len(unread) > 1 else ""
-        paths = {id(file): path for path, file in files.items()}
-        spans_of = [(paths[id(at.file)], at.start, at.nbytes) for _, at in unread[: 1 + MOST_TOLD] if isinstance(at, Span)]
-        where = {"names": [name for name, _ in unread[:100]], **({"places": spans_of} if spans_of else {})}
-        findings.append(Finding(kind, severity, f"{unread[0][0]!r}{more}: {reason}", where, hint))
+    for (kind, severity, reason, hint), names in troubles.items():
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        findings.append(Finding(kind, severity, f"{names[0]!r}{more}: {reason}", {"names": names[:100]}, hint))
     about = {**_fields(metadata.get("storage_meta")), "version": metadata.get("version")}
     about = {key: value for key, value in about.items() if isinstance(value, str)}
     tree, name = _nested(leaves, metadata.get("planner_data")), folder.url.rstrip("/").rpartition("/")[2]
@@ -237,6 +244,7 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
     """(name, offsets) -> the bytes of a chunk or object, or the reason why they cannot be read; and the files that hold them."""
     spans: dict[Any, Place] = {}
     files: dict[str, FileRef | None] = {}
+    watched = _WATCHED.get()
     for index, node in (items_of(storage_data) if is_mapping(storage_data) else {}).items():
         key = (*index,) if type(index) is IndexEntry else _index(index)
         path, start, nbytes = node if type(node) is PlaceEntry else map(_fields(node).get, PlaceEntry._fields)
@@ -252,10 +260,15 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
             except MissingFileError:
                 files[path] = None
         file = files[path]
+        transforms = None if type(node) is PlaceEntry else _fields(node).get("transform_descriptors")
+        if not (transforms is None or (type(transforms) in (list, tuple) and {str}.issuperset(map(type, transforms)))):
+            raise CorruptFileError("the metadata does not say plainly how the bytes were transformed", tensor=key[0])
+        if key[1] is None and file is not None and watched is not None:
+            watched.append(Span(file, min(start, file.size), max(0, min(nbytes, file.size - start))))
         if file is None:
             spans[key] = f"{path} is not there"
-        elif type(node) is not PlaceEntry and _fields(node).get("transform_descriptors"):
-            spans[key] = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
+        elif transforms:
+            spans[key] = _TRANSFORMED
         else:
             cut = start + nbytes > file.identity[2]
             spans[key] = f"{path} is cut: the bytes end behind its end" if cut else _made(Span, (file, start, nbytes, None))
@@ -298,9 +311,7 @@ def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], budget: _Bud
         elif nbytes:  # a rank that has no part of the tensor records an empty chunk
             trouble = place if isinstance(place, str) else "the bytes cannot hold a chunk of that size"
     if trouble:
-        troubles.setdefault(("values locked", "danger", trouble, "what is locked is listed; its values are refused"), []).append(
-            (name, trouble)
-        )
+        troubles.setdefault(("values locked", "danger", trouble, "what is locked is listed; its values are refused"), []).append(name)
     return LazyTensor(spec, Stored(Tiles(spec.dtype, spec.shape, tuple(chunks)), 0, strides), entry.requires_grad, trouble)
 
 
@@ -354,6 +365,7 @@ def _tiling(shape: Counts, nodes: list[Any], budget: _Budget) -> list[ChunkEntry
 def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troubles, findings: list[Finding]) -> Any:
     """What a pickled object is."""
     place, told = spans.get((name, None), "the metadata does not say where it lies"), ("object not read", "warning")
+    told = ("unreadable pickle", "danger") if place == _TRANSFORMED else told
     reason = place if isinstance(place, str) else f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed"
     try:
         if isinstance(place, Span):
@@ -363,6 +375,8 @@ def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troub
             if cost <= budget.objects:
                 budget.objects -= cost
                 index = read_zip_index(place.file, place)
+                if place.read(0, 4) != b"PK\3\4" or any(record.endswith("/constants.pkl") for record in index.records):
+                    raise UnsupportedError("it is no archive as torch.save writes them")
                 swollen = max((record.size for record in index.records.values()), default=0) - cost
                 if swollen <= budget.objects:
                     budget.objects -= max(0, swollen)
@@ -377,7 +391,7 @@ def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troub
                     return held.tree
     except FormatError as error:
         told, reason = ("unreadable pickle", "danger"), f"it may hide anything: {error.message}"
-    troubles.setdefault((*told, reason, "wb.scan looks into each"), []).append((name, place))  # type: ignore[arg-type]
+    troubles.setdefault((*told, reason, "wb.scan looks into each"), []).append(name)  # type: ignore[arg-type]
     return Global(ROOM, "BytesStorageMetadata")
 
 

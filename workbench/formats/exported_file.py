@@ -135,7 +135,7 @@ def _model(job: _Job, weights: str, constants: str, samples: str) -> Any:
 
 def _payloads(job: _Job, stem: str) -> Any:
     """The tensors of one config in its order, each a view of a record; or what one torch.save file holds, where there is one instead."""
-    for record in (f"{stem}.pt", f"{stem}.json"):
+    for record in (f"{stem}.pt", *([] if "/" in stem else [f"{stem}.json"])):  # as torch 2.1 named it
         if record in job.index.records:
             return _torch_file(job, record)
     folder = stem.rpartition("/")[0]

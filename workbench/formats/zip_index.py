@@ -407,7 +407,7 @@ def _find_end(whole: Span) -> tuple[int, int, int, int]:
     if _END not in tail:
         tail, base = whole.read(tail_start), tail_start
     places = [i for i in _finditer(tail, _END) if i + 22 <= len(tail) and i + 22 + struct.unpack_from("<H", tail, i + 20)[0] == len(tail)]
-    if len(places) != 1:
+    if len(places) != 1 or tail.rfind(_END) != places[0]:  # other readers take the last mark, whatever length it states
         raise CorruptFileError(
             "the archive has no end record: the file is cut" if not places else "the archive has two end records", path=whole.file.url
         )
