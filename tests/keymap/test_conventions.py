@@ -351,3 +351,10 @@ def test_norms_of_which_llama_cpp_stores_one_more(kind, more):
     }
     assert len(code) == 8 * more
     assert all(torch.equal(value, values[name]) for name, value in code.items())
+
+
+def test_the_norm_of_the_embeddings_is_not_the_last_one():
+    trunk = {"embed.weight": (30, 8)} | {f"layers.{n}.linear{m}.weight": (8, 8) for n in range(3) for m in (1, 2)}
+    source = {name: torch.randn(shape) for name, shape in {**trunk, "embed_norm.weight": (8,), "embed_norm.bias": (8,)}.items()}
+    keymap = wb.match(source, trunk | {"final_norm.weight": (8,), "final_norm.bias": (8,)})
+    assert {pair.target: pair.source for pair in keymap.pairs} == {name: name for name in trunk}

@@ -130,3 +130,24 @@ def test_a_square_matrix_that_may_be_kept_either_way(known):
     wanted = {"layers.0.attn.out.weight": (8, 8)} | ({"layers.0.mlp.fc1.weight": (32, 8)} if known else {})
     taken, left = told(source, wanted)
     assert (taken if known else left).keys() == wanted.keys()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("input post_attention pre_feedforward post_feedforward", "post_attention post_feedforward"),  # Gemma 2 into OLMo 2
+        ("post_attention post_feedforward", "input post_attention"),  # OLMo 2 into Llama
+        ("input post_attention", "post_attention post_feedforward"),
+    ],
+)
+def test_what_both_sides_have_under_one_name_is_not_taken_for_another(ours, theirs):
+    sides = []
+    for words in (ours, theirs):
+        names = {f"model.layers.{n}.{word}_layernorm.weight": (8,) for n in range(2) for word in words.split()}
+        names |= {f"model.layers.{n}.self_attn.{p}_proj.weight": (8, 8) for n in range(2) for p in "qkvo"}
+        names |= {f"model.layers.{n}.mlp.{p}_proj.weight": shape for n in range(2) for p, shape in (("up", (9, 8)), ("down", (8, 9)))}
+        sides.append(names)
+    taken, left = told(*sides)
+    assert all(target == source for target, source in taken.items())
+    assert {name for name in sides[1] if "_proj" in name} <= taken.keys()
+    assert all("under the name of the" in why for name, why in left.items() if "post_attention" in name)

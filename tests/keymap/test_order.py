@@ -536,3 +536,52 @@ def test_a_head_that_the_file_has_not_is_offered_the_table_of_its_shape() -> Non
     (told,) = km.unmatched
     assert "keymap.edited({'lm_head.weight': 'embed_tokens.weight'})" in told.reason
     assert km.edited({"lm_head.weight": "embed_tokens.weight"}).ok
+
+
+def _trunk(width: int = 8, **more: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    blocks = {f"layers.{n}.mlp.fc{m}.weight": (20, width) if m == 1 else (width, 20) for n in range(4) for m in (1, 2)}
+    return blocks | {f"{name.replace('__', '.')}.weight": shape for name, shape in more.items()}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("value", "cost", False),
+        ("projector", "neck", False),
+        ("pooler__dense", "key_proj", False),
+        ("enc_to_dec", "visual_projection", False),
+        ("features_proj", "feature_projection", True),
+    ],
+)
+def test_the_last_that_is_left_needs_a_word_in_common(one: str, other: str, same: bool) -> None:
+    target = _trunk(**{other: (8, 8) if same else (7, 8)})
+    name = list(target)[-1]
+    assert _found(_trunk(**{one: target[name]}), target, name) == (f"{one.replace('__', '.')}.weight" if same else "")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"discriminator_predictions.dense": (8, 8), "discriminator_predictions.dense_prediction": (1, 8)},
+        {"cls.predictions.transform.dense": (8, 8), "cls.predictions.transform.LayerNorm.gamma": (8,), "cls.predictions.decoder": (30, 8)},
+    ],
+)
+def test_a_pooler_is_no_head_for_another_task(more: dict[str, tuple[int, ...]]) -> None:
+    """ELECTRA's head, of one row, is no vector; and a scale called gamma is a module beside."""
+    source = _trunk(embed_tokens=(30, 8)) | {n if n.endswith("gamma") else f"{n}.weight": shape for n, shape in more.items()}
+    source |= {f"{n}.bias": shape[:1] for n, shape in more.items() if not n.endswith("gamma")}
+    target = _trunk(embed_tokens=(30, 8)) | {"pooler.dense.weight": (8, 8), "pooler.dense.bias": (8,)}
+    assert _found(source, target, "pooler.dense.weight") == ""
+
+
+def test_a_place_that_is_not_known_is_not_the_root() -> None:
+    """PointNet: the norms of two parts, one of which lies in the root of the file."""
+    shapes = {"one": (10, 20), "norm": (10,), "two": (6, 10), "norm2": (6,), "three": (9, 6), "out": (4, 10)}
+    ours = "feat.stn.fc1:one feat.stn.fc2:two feat.stn.fc3:three feat.stn.bn4:norm feat.stn.bn5:norm2 fc1:one fc2:out bn1:norm"
+    theirs = "tnet.dense.0.0:one tnet.dense.0.1:norm tnet.dense.1.0:two tnet.dense.1.1:norm2 tnet.dense.2:three head.0.0:one head.0.1:norm head.1:out"
+    sides = []
+    for side in (ours, theirs):
+        modules = [module.split(":") for module in side.split()]
+        sides.append({f"{at}.{p}": shapes[kind][: None if p == "weight" else 1] for at, kind in modules for p in ("weight", "bias")})
+    assert _found(*sides, "tnet.dense.0.1.weight") in ("feat.stn.bn4.weight", "")
+    assert _found(*sides, "head.0.1.weight") in ("bn1.weight", "")

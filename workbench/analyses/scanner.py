@@ -316,8 +316,8 @@ class _Scan:
                 continue
             free = next(iter(quiet), None) or next((name for name in index.records if name.endswith("/data.pkl")), None)
             outline = None if free is None else Outline.of(index, free)
-            if outline is not None and (rest := outline.rest(part.span)):
-                outlines[end - start].setdefault((outline, not quiet), set()).add(rest[0])
+            if outline is not None and (shape := outline.rest(part.span)):
+                outlines[end - start].setdefault((outline, not quiet), set()).add(shape[0])
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())

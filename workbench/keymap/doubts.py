@@ -24,12 +24,28 @@ _AFFINE = re.compile(r"(?:^|\.)(weight|bias)\.$")
 
 
 def doubt(search: Search) -> None:
-    for step in (split_norms, flattened, merged, either_way, other_roots, moved_norms):
+    for step in (equal_names, split_norms, flattened, merged, either_way, other_roots, moved_norms):
         step(search)
 
 
 def _module(name: str) -> str:
     return re.split(r"[./][^./]*$", name)[0]
+
+
+def equal_names(search: Search) -> None:
+    """What has one name and one shape on both sides is not taken for another by what words mean: one of the two may be misread."""
+    bare, shapes = search.bare, search.wanted.shapes
+    moved = [pair for pair in search.pairs.values() if len(pair.parts) == 1 and not pair.formula and pair.source in search.items]
+    moved = [pair for pair in moved if bare.get(pair.source, bare[pair.target]) != bare[pair.target]]
+    ours = {(bare.get(name, name), item.shape): name for name, item in search.items.items()} if moved else {}
+    theirs = {(bare[name], shape): name for name, shape in shapes.items()} if moved else {}
+    for pair in moved:
+        target, mine = pair.target, pair.source
+        own, other = ours.get((bare[target], shapes[target])), theirs.get((bare[mine], search.items[mine].shape))
+        if (own or other) and re.sub(r"\d+", "#", bare[mine]) != re.sub(r"\d+", "#", bare[target]):  # else it is counted otherwise
+            told = f"the file has {own!r} under the name of the target" if own else f"the model has {other!r} under the name of the source"
+            withdraw(search, pair, f"the words around it and the shape agree, but {told}, and of the same shape")
+            search.ambiguous[target] = replace(search.ambiguous[target], candidates=(mine, own) if own else (mine,))
 
 
 def split_norms(search: Search) -> None:

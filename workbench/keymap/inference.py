@@ -410,7 +410,8 @@ class Search:
         apart = {s for s in sources if single and self._stands_apart(s, self.source_names[s], sources[s], length)}
         for name, words in targets.items():
             if len(words) == length:
-                near = list(sources) if length > 1 or single else wholes
+                near = [s for s in sources if not single or len(sources[s]) == length or s in apart or self.source_names[s].context]
+                near = near if length > 1 or single else wholes
             elif single and self._stands_apart(name, self.target_names[name], words, length):
                 near = [s for s in sources if len(sources[s]) == length or (s in apart and not opposed(name, s))]
             else:
@@ -426,7 +427,7 @@ class Search:
 
     def _stands_apart(self, raw: str, told: Name, words: list[str], length: int) -> bool:
         """Whether the end of a longer name is no part of a block, and not of a word that an underscore joins."""
-        return not told.context and not any(f"{before}_" in raw.lower() for before in words[-length - 1 : -length])
+        return not told.context and not any(re.search(rf"{re.escape(w)}[a-z]*_", raw.lower()) for w in words[-length - 1 : -length])
 
     def _doubt_lonely(self) -> None:
         """A transposed shape by itself proves nothing: it counts where a word or a layer kind says so, or where several agree."""

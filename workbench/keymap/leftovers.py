@@ -284,7 +284,9 @@ def beside(search: Search) -> None:
                 went[1][its].add(mine)
     ours, theirs = _norms(search, 0), _norms(search, 1)
     for (place, count), norms in theirs.items():
-        there = next(iter(went[1][place]), "") if len(went[1][place]) == 1 else ""
+        if len(went[1][place]) != 1:  # not known, which is not the root
+            continue
+        there = next(iter(went[1][place]))
         held = ours.get((there, count), ()) if len(went[0][there]) == 1 else ()
         if len(norms) == len(held) == 1 and held[0].sign == norms[0].sign and not _apart(held[0], norms[0]):
             for param, target in norms[0].names.items():

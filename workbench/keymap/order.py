@@ -221,7 +221,7 @@ def last(search: Search) -> None:
     told = {name for a in search.ambiguous.values() for name in (a.target, *a.candidates)}
     found = [both for both in _only_ones(*open_) if told.isdisjoint([*both[0].names.values(), *both[1].names.values()])]
     left = [[m for m in side if m not in [both[at] for both in found]] for at, side in enumerate(open_)]
-    more = any("weight" in m.names and len(_largest(m)) > 1 and told.isdisjoint(m.names.values()) for side in left for m in side)
+    more = any(m.names.keys() & SCALES and len(_largest(m)) > 1 and told.isdisjoint(m.names.values()) for side in left for m in side)
     turned = any(pair.rule.endswith(", transposed") for pair in search.pairs.values())
     for one, other in found:
         shape = _largest(one)
@@ -230,7 +230,8 @@ def last(search: Search) -> None:
         shared = len(_common(one.path, other.path) - _GENERAL)
         rival = any(len(_common(its.path, m.path) - _GENERAL) >= shared for side, its in zip(left, (other, one), strict=True) for m in side)
         by_words = shared and not rival and (shared > 1 or (_same_words(one, other) and not _beside(left, one, other)))
-        if by_words or (not more and not _beside(left, one, other) and _one_place(search, sides, one, other)):
+        alone = not more and not _beside(left, one, other) and not _strangers(one, other)
+        if by_words or (alone and _one_place(search, sides, one, other)):
             for param, target in other.names.items():
                 if param in one.names:
                     why = "the last of the file that is left and the last of its shapes in the model"
@@ -265,7 +266,7 @@ def _beside(left: list[list[Module]], one: Module, other: Module) -> bool:
     """Whether another module with a weight is left in what one of the two lies in."""
     homes = [module.path.rpartition(".")[0] for module in (one, other)]
     return any(
-        "weight" in m.names and "" != m.path.rpartition(".")[0] == home for side, home in zip(left, homes, strict=True) for m in side
+        m.names.keys() & SCALES and "" != m.path.rpartition(".")[0] == home for side, home in zip(left, homes, strict=True) for m in side
     )
 
 
@@ -276,6 +277,12 @@ def _one_kind(one: Module, other: Module) -> bool:
         kinds = set()
     tasks = [_TASKS & set(re.findall("[a-z]+", m.path.lower())) or {"lm"} & {m.role.strip(".")[:2]} for m in (one, other)]
     return len(kinds) < 2 and (not all(tasks) or bool(tasks[0] & tasks[1])) and not _speaks_against(one, other)
+
+
+def _strangers(one: Module, other: Module) -> bool:
+    """Whether both paths have words that say what a module is for, and none of them in common; that it is a table says no more."""
+    words = [{w for w in re.findall("[a-z]{3,}", spaced(m.path)) if not w.startswith("emb")} - _GENERAL - _OUTPUTS for m in (one, other)]
+    return all(words) and not _same_role(one, other) and not any(alike_words(a, b) for a in words[0] for b in words[1])
 
 
 def _one_place(search: Search, sides: list[list[Module]], one: Module, other: Module) -> bool:
@@ -307,12 +314,14 @@ def _all_that_is_left(search: Search, ours: list[Module], theirs: list[Module]) 
     if search.ambiguous.keys() - search.pairs.keys():  # what is left may be what another was meant for
         return []
     wanted = Counter(module.sign for module in theirs)
-    ours = [module for module in ours if module.sign in wanted or any(len(shape) > 1 for _, shape in module.sign)]
+    shapes = search.shapes[0]
+    ours = [module for module in ours if module.sign in wanted or any(len(shapes[name]) > 1 for name in module.names.values())]
     if Counter(module.sign for module in ours) != wanted:
         return []
     found = list(_paired(ours, theirs, _order_is_told(search), 1))
     several = len({(one.mask, other.mask, one.sign) for one, other, _ in found}) > 1
-    return found if several or all(_kind_of(one) and _kind_of(one) == _kind_of(other) for one, other, _ in found) else []
+    alike = all(_kind_of(one) and _kind_of(one) == _kind_of(other) and not _strangers(one, other) for one, other, _ in found)
+    return found if several or alike else []
 
 
 def _kind_of(module: Module) -> str:
