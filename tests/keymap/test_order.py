@@ -294,18 +294,18 @@ def _found(source: dict[str, tuple[int, ...]], target: dict[str, tuple[int, ...]
 
 
 def test_the_last_one_left_is_taken_where_its_place_agrees() -> None:
-    assert _found(_encoder("decision"), _encoder("forecast"), "forecast.weight") == "decision.weight"
+    assert _found(_encoder("dense"), _encoder("forecast"), "forecast.weight") == "dense.weight"
 
 
 @pytest.mark.parametrize(
     ("source", "target"),
     [
         (_encoder("lm_head"), _encoder("score")),  # another task
-        (_encoder("decision"), _encoder("forecast", more=(3, 3))),
+        (_encoder("dense"), _encoder("forecast", more=(3, 3))),
         (_encoder("image_tower"), _encoder("text_tower")),
-        (dict(reversed(_encoder("decision").items())), _encoder("forecast")),  # another place
-        (_encoder("decision", (5, 8), **{"other.weight": (3, 8)}), _encoder("forecast")),  # more is left
-        ({**_encoder("decision"), "rival.weight": (5, 8)}, _encoder("forecast")),
+        (dict(reversed(_encoder("dense").items())), _encoder("forecast")),  # another place
+        (_encoder("dense", (5, 8), **{"other.weight": (3, 8)}), _encoder("forecast")),  # more is left
+        ({**_encoder("dense"), "rival.weight": (5, 8)}, _encoder("forecast")),
     ],
 )
 def test_the_last_one_left_is_left_where_more_speaks_against_it(
