@@ -81,7 +81,8 @@ class NoiseFloor:
             keep: places that count, by output; see `values.kept`.
             batch: which one, for `limit`. What is `made` raises no limit but its own.
         Returns:
-            {output: places of whole numbers and booleans on which the twins decide otherwise}, where there are any.
+            {output: places of whole numbers and booleans on which the twins decide otherwise, and on made inputs those of which a twin
+            makes NaN or infinity alone}, where there are any.
         """
         undecided: dict[str, torch.Tensor] = {}
         for how, twin in (("exact", self._exact), ("reordered", self._reordered)):
@@ -106,6 +107,9 @@ class NoiseFloor:
                     moved, scale, count = peak(value, other, keep.get(name))
                     setattr(held, how, max(getattr(held, how) or 0.0, moved))
                     held.scale, held.count = max(held.scale, scale), held.count + (count if how == "exact" else 0)
+                    odd = value.isfinite() & ~other.isfinite()  # a row that is masked whole: which number it gets hangs on the dtype
+                    if made and bool(odd.any()):
+                        undecided[name] = undecided.get(name, False) | odd
                 elif bool((other != value).any()):
                     undecided[name] = undecided.get(name, False) | (other != value)
         return undecided
