@@ -259,6 +259,20 @@ def test_a_program_inside_a_pickle_whose_values_are_none_is_a_danger(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_transform_that_is_not_told_plainly_is_a_danger(tmp_path):
+    """An empty torch.Size is true to whoever sees a call, and false to torch, which then reads the bytes as they are."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"o": "hello"}, checkpoint_id=tmp_path / "d", no_dist=True)
+    with (tmp_path / "d" / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)  # torch's own, written above
+    for entry in metadata.storage_data.values():
+        entry.transform_descriptors = torch.Size([])
+    (tmp_path / "d" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert wb.scan(tmp_path / "d").dangers
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_thousands_of_objects_of_a_dcp_folder_are_no_alarm(tmp_path):
     import torch.distributed.checkpoint as dcp
 
