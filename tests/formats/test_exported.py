@@ -1,5 +1,6 @@
 """torch.export archives, against torch.export.load of files that this test wrote itself."""
 
+import collections
 import functools
 import io
 import json
@@ -19,6 +20,8 @@ from torch.export.pt2_archive._package import load_pt2, package_pt2
 
 import workbench as wb
 from workbench.errors import CorruptFileError, UnsupportedError
+from workbench.formats import exported_file, exported_graph
+from workbench.formats.torch_objects import watched_runs
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")]
 
@@ -482,8 +485,121 @@ def test_an_odd_graph_costs_the_signature_and_nothing_else(what, tmp_path):
 def test_a_graph_too_large_to_list_leaves_the_weights(tmp_path):
     model = b'{"nodes": [' + b",".join([b"1"] * 2_100_000) + b"]}"
     ckpt = wb.open(changed(saved(tmp_path / "m.pt2"), {"models/model.json": model}))
-    assert "graph not read" in {f.kind for f in ckpt.findings}
+    assert "graph not read" in {f.kind for f in ckpt.findings if f.severity == "danger"}
     assert ckpt.weights["fc.weight"].load().shape == (4, 3)
+
+
+class Sized(torch.nn.Module):
+    """Sizes in arithmetic, conditions on them, a branch, and containers going in and out."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+
+    def forward(self, x, held, *, mode="a 'b' \"c\" \\"):
+        rows = x.shape[0]
+        y = torch.cond(x.sum() > 0, lambda x: self.fc(x), lambda x: x - 1, (x,)).view(rows // 2, -1) * max(rows, 3) / (rows**2 + 0.5)
+        whole = torch.nn.functional.interpolate(held["k e y"][None], scale_factor=1.5)
+        return y, collections.defaultdict(list, {"y": whole & 3 if mode == "a" else whole}), [x.nonzero(), x[: x.max().long().item()]]
+
+
+def test_what_torch_export_writes_is_no_danger(tmp_path):
+    sizes = {
+        "x": {0: 2 * torch.export.Dim("half", min=3, max=500)},
+        "held": {"k e y": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}},
+    }
+    held = collections.defaultdict(list, {"k e y": torch.ones(3, 5, 2)})
+    torch.export.save(torch.export.export(Sized(), (torch.rand(12, 4), held), dynamic_shapes=sizes, strict=False), tmp_path / "m.pt2")
+    model = json.loads(next(data for name, data in records_of(tmp_path / "m.pt2").items() if name.endswith("models/model.json")))
+    assert len(model["guards_code"]) > 2
+    assert "torch.ops.higher_order.cond" in {node["target"] for node in model["graph_module"]["graph"]["nodes"]}
+    assert wb.scan(tmp_path / "m.pt2").ok
+
+
+def replaced(value, key, new):
+    """A tree of JSON with every value under a key replaced."""
+    if isinstance(value, dict):
+        return {k: new if k == key and v is not None else replaced(v, key, new) for k, v in value.items()}
+    return [replaced(v, key, new) for v in value] if isinstance(value, list) else value
+
+
+def edited(data, key, new):
+    """The model's JSON with such values replaced; of the names, that of the input called x, wherever it is named."""
+    if key == "name":
+        return json.dumps(json.loads(data)).replace('"x"', json.dumps(new)).encode()
+    return json.dumps(replaced(json.loads(data), key, new)).encode()
+
+
+def enum_of(module):
+    spec = {"type": "builtins.tuple", "context": json.dumps({"__enum__": True, "fqn": f"{module}:Kind", "name": "A"}), "children_spec": []}
+    return json.dumps([1, spec])
+
+
+class Idle(torch.nn.Module):
+    def forward(self, y, x):
+        return y + 1
+
+
+RUN = "__import__('pathlib').Path({mark!r}).touch()"
+TEXTS = {"expr_str": RUN, "guards_code": [RUN + " is None"], "name": "x=" + RUN, "out_spec": enum_of("stranger")}
+VICTIM = """
+import pathlib, sys, torch
+for path in sys.argv[1:]:
+    try:
+        torch.export.load(path).module()(torch.ones(4), torch.ones(1))
+    except BaseException:
+        pass
+"""
+
+
+def test_texts_of_the_graph_that_torch_runs_are_dangers_and_are_not_run(tmp_path):
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'out_spec')!r}, 'w')")
+    files = []
+    for key, text in TEXTS.items():
+        new = json.loads(json.dumps(text).replace("{mark!r}", repr(str(tmp_path / key))))
+        files.append(tmp_path / f"{key}.pt2")
+        torch.export.save(
+            torch.export.export(Idle(), (torch.ones(4), torch.ones(1)), dynamic_shapes=({0: torch.export.Dim("n")}, None)), files[-1]
+        )
+        changed(files[-1], {"models/model.json": lambda data, key=key, new=new: edited(data, key, new)})
+        assert key in {f.where["key"] for f in wb.scan(files[-1]).dangers if f.kind == "code in the graph"}
+        assert not (tmp_path / key).exists()
+    subprocess.run([sys.executable, "-W", "ignore", "-c", VICTIM, *files], capture_output=True, check=True, timeout=120, cwd=tmp_path)
+    assert [key for key in TEXTS if (tmp_path / key).exists()] == [*TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("expr_str", "Symbol('s0').is_prime"),
+        ("expr_str", "Mul('f(x)', 2)"),
+        ("expr_str", "[Integer(1) for _ in x]"),
+        ("expr_str", "(" * 3000),
+        ("expr_str", "preview(Integer(1))"),
+        ("expr_str", "Max(1,'a\\\n' # '+f()+'\n)"),
+        ("guards_code", ["L['x'].to_bytes()[0] == 1"]),
+        ("guards_code", ["L['a\"b'].size()[0] == 1"]),
+        ("guards_code", ["eval(L['x'])"]),
+        ("guards_code", ["'\\\n' # '+f()+'\n'"]),
+        ("target", "torch.os.system"),
+        ("target", "torch.ops.aten.save.default"),
+        ("target", "torch.ops.__class__.load_library"),
+        ("target", "torch.ops.aten.add.__globals__"),
+        ("target", "_operator.call"),
+        ("target", "_operator.methodcaller"),
+        ("parameter_name", 'a"b'),
+        ("fqn", "a\\"),
+        ("forward_arg_names", ["x", "z=f()"]),
+        ("in_spec", json.dumps([1, {"type": "collections.defaultdict", "context": {"default_factory_module": "os", "default_factory_name": "abort"}}])),
+        ("in_spec", "no JSON"),
+        ("in_spec", '[1, {"type": "builtins.tuple", "context": "null", "children_spec": [{}, {"type": "builtins.dict", "context": "[\\"z=f()\\"]"}]}]'),
+        ("in_spec", '[1, {"type": "builtins.tuple", "context": "[{\\"a\\": {\\"__enum__\\": 1}, \\"a\\": 1}]", "children_spec": []}]'),
+    ],
+)  # fmt: skip
+def test_other_texts_of_the_graph_are_dangers(key, text, tmp_path):
+    path = saved(tmp_path / "m.pt2")
+    changed(path, {"models/model.json": lambda data: edited(data, key, text)})
+    assert {f.where["key"] for f in wb.open(path).findings if f.kind == "code in the graph"} == {key}
 
 
 @pytest.mark.parametrize(
@@ -533,11 +649,9 @@ def test_a_weight_whose_headers_lie_never_gives_values(lie, tmp_path):
     assert ckpt["fc.bias"].load().shape == (4,)
 
 
-def counted(monkeypatch, name):
-    from workbench.formats import exported_file
-
-    calls, real = [], getattr(exported_file, name)
-    monkeypatch.setattr(exported_file, name, lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+def counted(monkeypatch, room, name):
+    calls, real = [], getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
     return calls
 
 
@@ -547,16 +661,33 @@ def test_a_pickle_that_is_named_many_times_is_run_once(tmp_path, monkeypatch):
     config["config"] |= {f"w{i}": {"path_name": "p", "use_pickle": True} for i in range(40)}
     rewritten(path, records_of(path) | {"m/data/weights/p": evil})
     changed(path, {"model_weights_config.json": json.dumps(config).encode(), "sample_inputs/model.pt": b""})
-    runs = counted(monkeypatch, "unpickle")
+    runs = counted(monkeypatch, exported_file, "unpickle")
     assert [name.rpartition(".")[2] for name in wb.open(path).dangers] == ["system"]
     assert len(runs) == 1
+
+
+@pytest.mark.parametrize("kind", ["torch files", "pickles"])
+def test_the_pickles_of_one_archive_are_bounded_together(kind, tmp_path):
+    path, busy = saved(tmp_path / "m.pt2"), b"\x80\x02" + b"N0" * 499_000 + b"N."
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", busy)
+    config = config_of(path)
+    config["config"] |= {f"w{i}": {"path_name": f"p{i}", "use_pickle": True} for i in range(9)}
+    held = {f"m/data/weights/p{i}": inner.getvalue() if kind == "torch files" else busy for i in range(9)}
+    rewritten(path, records_of(path) | held)
+    changed(path, {"model_weights_config.json": json.dumps(config).encode(), "sample_inputs/model.pt": b""})
+    with watched_runs() as runs:
+        ckpt = wb.open(path)
+    assert [f.where["record"][-2:] for f in ckpt.findings if f.severity == "danger"] == [f"p{i}" for i in range(3, 9)]
+    assert (len(runs), "fc.weight" in ckpt) == (4, True)
 
 
 def test_a_tensor_of_the_graph_that_is_named_many_times_is_described_once(tmp_path, monkeypatch):
     specs = [{f"kind{i}": {"arg": {"name": "x"}} for i in range(5000)}]
     graph = {"graph": {"tensor_values": {"x": {"dtype": 7, "sizes": [{"as_int": [1] * 1000}]}}}, "signature": {"input_specs": specs}}
     path = changed(saved(tmp_path / "m.pt2"), {"models/model.json": json.dumps({"graph_module": graph}).encode()})
-    calls = counted(monkeypatch, "_described")
+    calls = counted(monkeypatch, exported_graph, "_described")
     assert len(wb.open(path).extras) < 3000
     assert len(calls) == 1
 

@@ -172,7 +172,7 @@ def test_a_broken_file_alone_is_told_as_broken(tmp_path):
         (["_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "d/x"], "an Orbax checkpoint"),
         (["config.json", "metadata.json", "model.weights.h5"], "an unpacked Keras archive"),
         (["latest", "zero_to_fp32.py", "global_step5/mp_rank_00_model_states.pt"], "a DeepSpeed checkpoint"),
-        (["__0_0.distcp", "__0.metadata"], "a distributed checkpoint that each rank wrote for itself"),
+        (["__0_0.distcp", "__0.metadata", "__1.metadata"], "a distributed checkpoint that each rank wrote for itself"),
         (["shard-00001-model-00001-of-00001.safetensors"], "a distributed checkpoint in safetensors shards"),
         (["README.md", "notes.txt"], "this folder holds no checkpoint"),
         ([], "this folder holds no checkpoint"),

@@ -16,7 +16,7 @@ from strategies import bits, same
 
 import workbench as wb
 from workbench.errors import CorruptFileError, UnsupportedError
-from workbench.formats import numpy_file
+from workbench.formats.torch_objects import watched_runs
 
 
 def arrays():
@@ -179,14 +179,37 @@ def test_an_array_of_objects_is_never_unpickled_and_its_dangers_are_named(tmp_pa
     assert wb.open(tmp_path / "x.npy").dangers == ("posix.system",)
 
 
-def test_only_so_many_pickles_of_one_archive_are_looked_at_and_that_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(numpy_file, "_MOST_ODD", 3)
-    odd = {f"a{i}": np.array([None], dtype=object) for i in range(5)}
-    np.savez(tmp_path / "x.npz", **odd, evil=np.array([Evil()], dtype=object), w=np.ones(2))
+BUSY = b"\x80\x02" + b"N0" * 800_000 + b"N."  # opcodes of more than half of what is done for one file
+
+
+def test_the_pickles_of_one_archive_are_bounded_together_and_that_is_told(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in "abcd":
+            archive.writestr(f"{name}.npy", npy(header("'|O'", "()"), BUSY))
+    with watched_runs() as runs:
+        ckpt = wb.open(tmp_path / "x.npz")
+    assert [f.where["record"] for f in ckpt.findings if f.kind == "unreadable pickle"] == ["b.npy", "c.npy", "d.npy"]
+    assert len(runs) == 2
+    assert not wb.scan(tmp_path / "x.npz").ok
+
+
+def test_many_small_arrays_of_objects_are_all_looked_at(tmp_path):
+    many = {f"a{i}": np.array([None, {"i": i}], dtype=object) for i in range(2000)}
+    np.savez(tmp_path / "x.npz", **many, evil=np.array([Evil()], dtype=object), w=np.ones(2))
     ckpt = wb.open(tmp_path / "x.npz")
-    assert list(ckpt) == ["w"]
-    assert [f.where["record"] for f in ckpt.findings if f.kind == "unreadable pickle"][-1] == "evil.npy"
-    assert "posix.system" in {f.where.get("global") for f in wb.scan(tmp_path / "x.npz").dangers}
+    assert (list(ckpt), ckpt.dangers) == (["w"], ("posix.system",))
+    assert not [f for f in ckpt.findings if f.kind == "unreadable pickle"]
+
+
+@pytest.mark.parametrize("names", [("a.npy", "a.npy.npy"), ("a.npy.npy", "a.npy")])
+def test_a_name_with_and_without_its_ending_is_told_and_read_as_numpy_does(names, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for value, name in enumerate(names):
+            archive.writestr(name, npy(header("'<f8'", "()"), struct.pack("<d", value)))
+    official, ckpt = np.load(tmp_path / "x.npz"), wb.open(tmp_path / "x.npz")
+    assert {name: ckpt[name].load().item() for name in ckpt} == {name: float(official[name]) for name in ckpt}
+    assert sorted(tensor.load().item() for tensor in ckpt.values()) == [0, 1]
+    assert [(f.kind, f.severity) for f in ckpt.findings] == [("ambiguous", "warning")]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80\x02", b"\x80\x04I0x10\n", b"garbage", b"\x80\x02(X\xff\xff\xff\xff"])

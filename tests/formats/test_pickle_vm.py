@@ -25,7 +25,7 @@ from workbench.formats.pickle_vm import Machine
 from workbench.formats.torch_objects import TorchObjects
 from workbench.formats.zip_index import read_zip_index
 from workbench.tensors import LazyTensor
-from workbench.tree import NOTHING, Global, Inert
+from workbench.tree import NOTHING, Global, Inert, items_of
 
 MUTANTS = 100_000 if os.environ.get("WORKBENCH_TEST_PROFILE") == "full" else 4_000
 
@@ -210,7 +210,7 @@ def by_us(program, vm=None):
         warnings.simplefilter("ignore")
         try:
             return True, vm.run(), vm
-        except CorruptFileError as error:
+        except FormatError as error:
             return False, error, vm
 
 
@@ -303,6 +303,41 @@ def test_random_opcode_programs_agree_with_c():
         if found:
             failures.append((program, found))
     assert not failures, f"{len(failures)} of {2 * MUTANTS}:\n" + "\n".join(f"{program!r}: {found}" for program, found in failures[:5])
+
+
+GOES_ON = {
+    "APPENDS to a named list": b"cos\n__all__\n(X\1\0\0\0xe",
+    "a call's result as a place": b"](K\1K\2ecbuiltins\nint\n)RK\3s",
+    "a slice as a place": b"](K\1K\2ecbuiltins\nslice\nNN\x86R]s",
+    "a call's result as a byte": b"\x80\5\x96\1\0\0\0\0\0\0\0acbuiltins\nint\n)Ra",
+    "a byte set to a call's result": b"\x80\5\x96\1\0\0\0\0\0\0\0aK\0cbuiltins\nint\n)Rs",
+    "items of a named mapping": b"cos\nenviron\nX\1\0\0\0kX\1\0\0\0vs",
+    "names that calls make": b"\x80\4cbuiltins\nstr\nC\2os\x8c\5ascii\x86Rcbuiltins\nstr\nC\3sep\x8c\5ascii\x86R\x93",
+    "named arguments of a call": b"\x80\4ccollections\nOrderedDict\n)csys\nmodules\n\x92",
+    "a call with a named tuple": b"cos.path\njoin\ncsys\nbuiltin_module_names\nR",
+    "a state that a call makes": b"]Ncbuiltins\ndict\n)R\x86b",
+    "a buffer that a call makes": b"\x80\5cbuiltins\nmemoryview\nC\1a\x85R\x98",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", GOES_ON.values(), ids=GOES_ON.keys())
+def test_where_only_c_knows_a_type_the_machine_does_not_say_that_c_breaks_off(program, monkeypatch):
+    monkeypatch.setattr(os, "__all__", [*os.__all__])
+    monkeypatch.setenv("k", "put back after the test")
+    assert pickle.loads(program + b"0K\7.") == 7
+    with pytest.raises(UnsupportedError):
+        run(program + b"0K\7.")
+
+
+@pytest.mark.parametrize("state", [b"d", b"collections.OrderedDict"])
+def test_a_state_is_taken_as_it_is_when_it_is_given(state):
+    """What is put into the same mapping afterwards is none of the object's."""
+    made = b"}q\0" if state == b"d" else b"ccollections\nOrderedDict\n)Rq\0"
+    entry = b"X\1\0\0\0aK\1s"
+    program = made + entry + b"0cargparse\nNamespace\n)\x81h\0b" + b"h\0X\1\0\0\0aK\2s\x86."
+    held, changed = run(program)
+    theirs = pickle.loads(program)
+    assert (items_of(held.state), items_of(changed)) == (vars(theirs[0]), theirs[1]) == ({"a": 1}, {"a": 2})
 
 
 # globals and calls are recorded when made, whatever becomes of them

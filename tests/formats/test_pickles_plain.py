@@ -19,6 +19,7 @@ from strategies import bits, same
 
 import workbench as wb
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError
+from workbench.formats.torch_objects import watched_runs
 
 ARRAYS = {
     "matrix": np.arange(6, dtype="f4").reshape(2, 3),
@@ -344,6 +345,25 @@ def test_one_payload_opened_ten_thousand_times_is_read_once(tmp_path):
     start = time.process_time()
     wb.open(path)
     assert time.process_time() - start < 3
+
+
+def test_the_files_in_a_pickle_are_bounded_together_with_it(tmp_path):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"N0" * 499_000 + b"N.")
+    path = tmp_path / "x.pkl"
+    path.write_bytes(b"\x80\x03(" + nested(buffer.getvalue()) * 30 + b"l.")
+    with watched_runs() as runs, pytest.raises(UnsupportedError, match="more than 3,000,000 opcodes") as caught:
+        wb.open(path)
+    assert len(runs) == 5
+    assert [found.kind for found in caught.value.partial.findings].count("nested file") == 1
+    assert not wb.scan(path).ok
+    path.write_bytes(b"\x80\x03(" + nested(buffer.getvalue()) * 2 + b"l.")
+    with watched_runs() as runs:
+        assert not wb.open(path).dangers
+    own = [run.machine.ran for run in runs]
+    assert own[0] == own[1] > 990_000 > own[2]  # so that who asks for a run's counts adds none twice
+    assert wb.scan(path).pickles
 
 
 def test_a_large_file_of_payloads_asks_for_little_memory(tmp_path):

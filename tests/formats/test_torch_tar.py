@@ -15,7 +15,7 @@ from hostile_makers import text
 from strategies import bits, same
 
 import workbench as wb
-from workbench.analyses import scanner
+from workbench.analyses import scan_pickles
 from workbench.errors import CorruptFileError, FormatError, UnknownFormatError
 from workbench.formats import torch_tar
 from workbench.formats.pickle_vm import Machine
@@ -413,11 +413,11 @@ def test_a_description_is_what_the_machine_makes_of_it_however_it_is_damaged(kin
 def test_scan_tells_the_same_of_descriptions_as_of_pickles_run_one_by_one(tmp_path, monkeypatch):
     path = tarred(tar_members({f"layer.{i}.weight": torch.ones(i + 1) for i in range(30)}), tmp_path / "m.pt")
     ran = []
-    honest = scanner.run_first
-    monkeypatch.setattr(scanner, "run_first", lambda *args: ran.append(args) or honest(*args))
+    honest = scan_pickles.run_first
+    monkeypatch.setattr(scan_pickles, "run_first", lambda *args: ran.append(args) or honest(*args))
     fast = wb.scan(path)
     assert fast.ok
     assert len(fast.pickles) > 60 > len(ran)
-    monkeypatch.setattr(scanner, "description", lambda _: None)
+    monkeypatch.setattr(scan_pickles, "description", lambda _: None)
     assert vars(wb.scan(path)) == vars(fast)
     assert len(ran) > 60

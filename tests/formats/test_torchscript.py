@@ -1,7 +1,9 @@
 """TorchScript archives, against torch.jit.load of files that this test wrote itself."""
 
+import base64
 import enum
 import pickletools
+import struct
 import subprocess
 import sys
 import time
@@ -426,6 +428,27 @@ def test_what_only_another_reading_takes_for_code_is_in_doubt(line, tmp_path):
     changed(path, {record: f"{code[:at]}    {line}\n{code[at:]}"})
     torch.jit.load(path)
     assert [f.kind for f in wb.open(path).findings if f.severity == "danger"] == ["code in doubt"]
+
+
+def test_a_class_of_torch_that_unpickles_its_own_state_is_a_danger(tmp_path):
+    """Against torch: loading the file touches a mark, by a text in it that is a pickle."""
+    path, mark = scripted(tmp_path / "m.pt", Sub()), tmp_path / "mark"
+    state = base64.b64encode(b"cos\nsystem\n(Vtouch " + str(mark).encode() + b"\ntR.")
+    text = b"X" + struct.pack("<I", len(state)) + state
+    thing = b"c__torch__.torch.classes.aten\nOpaqueObject\n)\x81" + text + b"b"
+    changed(path, {"constants.pkl": b"\x80\2(" + thing + b"t."})
+    assert any("OpaqueObject" in found.message for found in wb.scan(path).dangers)
+    assert not mark.exists()
+    run = "import sys, torch; torch.jit.load(sys.argv[1])"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", run, str(path)], capture_output=True, check=False, timeout=120)
+    assert mark.exists()
+
+
+def test_classes_of_torch_that_hold_numbers_are_no_danger(tmp_path):
+    quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(4, 3)).eval())
+    path = scripted(tmp_path / "m.pt", quantized)
+    assert "torch.classes.quantized" in "".join(code_listing(wb.open(path)).values())
+    assert wb.scan(path).ok
 
 
 class Saves(torch.nn.Module):

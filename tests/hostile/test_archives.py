@@ -265,5 +265,11 @@ def test_very_many_arrays_are_all_looked_at_and_their_numbers_are_no_danger(tmp_
     monkeypatch.setattr(scanner, "_MOST_RECORDS", 50)
     np.savez(tmp_path / "many.npz", **{f"a{count}": np.ones(2) for count in range(200)})
     assert wb.scan(tmp_path / "many.npz").ok
+    fields = [(name, "<f4", (3,)) for name in "abcdefghij"]
+    np.savez(tmp_path / "fields.npz", **{f"a{count}": np.ones(2, fields) for count in range(200)})
+    assert wb.scan(tmp_path / "fields.npz").ok
+    with_objects = {f"a{count}": np.array([(1, print)], [("n", "<i4"), ("o", "O")]) for count in range(60)}
+    np.savez(tmp_path / "objects.npz", **with_objects)
+    assert not wb.scan(tmp_path / "objects.npz").ok
     np.savez(tmp_path / "one.npz", **{f"a{count}": np.ones(2) for count in range(200)}, last=np.array([print], object))
     assert "print" in "".join(finding.message for finding in wb.scan(tmp_path / "one.npz").dangers)

@@ -28,6 +28,7 @@ from hostile_makers import (
     text,
     torch_zip,
 )
+from safetensors.torch import load_file
 
 import workbench as wb
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError, UntrustedError, WorkbenchError
@@ -87,10 +88,11 @@ def test_dropping_what_is_unsafe_keeps_the_rest_and_says_what_went(tmp_path, mar
     report = wb.save(wb.open(path), tmp_path / "clean.pt", unsafe="drop")
     assert any("os.system" in left for left in report.left_behind)
     assert wb.open(tmp_path / "clean.pt").dangers == ()
-    assert {n: t.tolist() for n, t in torch.load(tmp_path / "clean.pt", weights_only=True).items()} == {
-        "weight": [1, 2, 3],
-        "bias": [4, 5, 6],
-    }
+    values = {"weight": [1, 2, 3], "bias": [4, 5, 6]}
+    assert {n: t.tolist() for n, t in torch.load(tmp_path / "clean.pt", weights_only=True).items()} == values
+    report = wb.save(wb.open(path), tmp_path / "clean.safetensors", unsafe="drop")
+    assert any("os.system" in left for left in report.left_behind)
+    assert {n: t.tolist() for n, t in load_file(tmp_path / "clean.safetensors").items()} == values
 
 
 def test_damage_after_the_danger_still_names_it(tmp_path, marker):

@@ -203,6 +203,21 @@ def test_a_program_behind_another_format_is_a_danger(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stated", [0, 9])
+def test_a_program_whose_end_only_zip64_tells_is_a_danger(stated, tmp_path):
+    """torch asks the ZIP64 record where the directory lies, and never how long the comment is."""
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 1)), out := io.BytesIO())
+    program, path = out.getvalue(), tmp_path / "m.safetensors"
+    make.safetensors(path, {"a": make.entry(0, len(program), (len(program),), "U8")})
+    data = bytearray(behind(path.read_bytes(), program))
+    struct.pack_into("<IIH", data, data.rindex(b"PK\5\6") + 12, 0xFFFFFFFF, 0xFFFFFFFF, stated)
+    path.write_bytes(data)
+    assert torch.jit.load(path)(torch.ones(1, 2)).shape == (1, 1)  # torch reads the program
+    assert wb.open(path).format == "safetensors"
+    assert "polyglot" in {found.kind for found in wb.scan(path).dangers}
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("place", ["inside the values of a tensor", "in a folder below", "and beyond its file's end"])
 @pytest.mark.parametrize("length", [200, 5 << 20])
 def test_objects_of_a_dcp_folder_are_looked_at_wherever_they_lie(place, length, tmp_path):
@@ -288,6 +303,20 @@ def test_every_record_that_torch_takes_for_a_model_is_looked_at_as_one(tmp_path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(archive.namelist()[0].partition("/")[0] + "/models/other.text", b"{}")
     assert "model in doubt" in {found.kind for found in wb.scan(path).dangers}
+
+
+def test_a_call_of_a_name_that_a_call_makes_is_told_wherever_it_stands(tmp_path):
+    """The opcode at which this machine breaks off is itself the one that names."""
+    mark, path = tmp_path / "mark", tmp_path / "m.pt"
+    name = b"cbuiltins\nstr\n%bU\5ascii\x86R"
+    evil = b"\x80\2" + name % b"C\2os" + name % b"C\6system" + b"\x93U" + bytes([6 + len(str(mark))]) + f"touch {mark}".encode() + b"\x85R."
+    torch.save({"a": torch.ones(1)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(archive.namelist()[0].partition("/")[0] + "/extra/notes", evil)
+    assert not wb.scan(path)
+    assert not mark.exists()
+    pickle.loads(evil)
+    assert mark.exists()
 
 
 def test_a_pickle_that_only_our_limits_stop_is_told(tmp_path):

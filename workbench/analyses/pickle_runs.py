@@ -5,6 +5,7 @@ No tensors are made; every call of a stranger and every byte string is kept, wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from workbench.formats.pickle_vm import Machine
 from workbench.tree import Global, Inert
 
 FIRST_READ, _SURE_READ, _LAST_READ = 1 << 16, 1 << 20, 32 << 20  # of one pickle; a longer one is followed, its payloads stepped over
+_REPEATED = re.compile(rb"(?:\x80[\0-\5])*+")
 _ENCODINGS = frozenset({"latin1", "latin-1", "utf-8", "utf8", "ascii"})
 _LEAF = Inert(Global("torch", "Tensor"))
 _LEAVES = SimpleNamespace(form=lambda *_: _LEAF, template_tensor=lambda *_: _LEAF, run=lambda _, forms: forms)  # no tensors are made here
@@ -101,6 +103,18 @@ def run_first(piece: Span, sure: bool, spent: tuple[int, int]) -> Outcome:
     if outcome.machine.crossed:
         return run(_Sequential, outcome.machine.data, **growing)._replace(error=outcome.error)
     return outcome
+
+
+def repeated_marks(span: Span) -> int:
+    """How many bytes of marks of a protocol stand before the last of them, which alone counts; a tensor may hold nothing else."""
+    head, at = span.read(0, 4), 0
+    while _REPEATED.fullmatch(head) and len(head) == 4:
+        data = span.read(at, at + _SURE_READ)
+        found = len(data) if data == head[:2] * (len(data) // 2) else _REPEATED.match(data).end()  # type: ignore[union-attr]
+        at += found
+        if found < _SURE_READ:
+            break
+    return max(0, at - 2)
 
 
 def calls_of(dotted: str, machine: Machine, made: list[Inert]) -> list[Inert]:

@@ -13,16 +13,17 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-from workbench.analyses.pickle_runs import FIRST_READ, Outcome, acts_at_all, calls_of, is_bytes, is_run_over, run_first
-from workbench.analyses.scan_marks import MARKS, NUMBERS, alike_one, climbs, inflated, is_marked, is_numbers, is_raw
-from workbench.analyses.scan_report import STRAY, GlobalUse, PickleSeen, Place, ScanReport, loading_lines
-from workbench.checkpoint import Checkpoint, Finding, Severity
+from workbench.analyses.pickle_runs import FIRST_READ, acts_at_all
+from workbench.analyses.scan_marks import MARKS, NUMBERS, Outline, alike_one, climbs, inflated, is_marked, is_numbers, is_raw
+from workbench.analyses.scan_pickles import PickleScan, Piece
+from workbench.analyses.scan_report import STRAY, Place, ScanReport, loading_lines
+from workbench.checkpoint import Checkpoint, Finding
 from workbench.errors import (
     CorruptFileError,
     FormatError,
@@ -34,36 +35,40 @@ from workbench.errors import (
     located,
 )
 from workbench.files import FileRef, Folder, Span, checksum, place, read_span
-from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, is_tar, open_file, open_folder
-from workbench.formats.dcp_folder import watched_objects
-from workbench.formats.known_globals import ALL_STORAGE_DTYPES, NESTED, danger_findings, judge, misuses
+from workbench.formats import ARCHIVES, FILES, FOLDERS, collector_paused, dcp_indexes, is_tar, open_file, open_folder
+from workbench.formats.dcp_folder import note_objects, watched_objects
 from workbench.formats.numpy_file import says_objects
-from workbench.formats.pickle_blobs import Left, most_nested, payload_span
-from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, TOO_MUCH
-from workbench.formats.pickle_vm import Machine
+from workbench.formats.pickle_blobs import payload_span
 from workbench.formats.torch_archive import pickle_roots
-from workbench.formats.torch_objects import Run, watched_runs
-from workbench.formats.torch_tar import GAPS, LONGEST, description, walk
+from workbench.formats.torch_objects import watched_runs
+from workbench.formats.torch_tar import GAPS, walk
 from workbench.formats.torchscript_file import open_archive as open_script
-from workbench.formats.zip_index import Outline, ZipIndex, read_record, read_zip_index
+from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
 from workbench.tensors import parts
-from workbench.tree import Global
 
 _HEAD = 4096  # which is_tar wants to see
 _MOST_READ = 128 << 20  # bytes of packed records
 _FOLDER = 10  # as much as for one file is done for a folder, so many times
 _EACH = 60  # what each pickle of strangers counts for among the things that are built for one file
 _MOST_ENDS = 100_000  # marks of an archive's end that are looked at
-_ARRAY_HEAD, _SPELLED, _MOST_RECORDS = 256, 1 << 20, 3000  # bytes of an array's header, at most; records of one archive that are no tensors
-_MOST_UNLIKE = 2000  # archives behind each other, as in a .distcp, of which none is another with other values
+_ARRAY_HEAD, _SPELLED, _MOST_RECORDS = (
+    1024,
+    1 << 20,
+    3000,
+)  # bytes of an array's header, at most; records of one archive that are no tensors
+_MOST_UNLIKE = 2000  # archives behind each other, as in a .distcp, of which none is laid out as another
+_MOST_OUTLINES, _MOST_CODE = (
+    8,
+    5 << 20,
+)  # layouts of archives that others are compared with; bytes of code and pickles of programs that are no file's whole
 _MOST_PICKLES, _MOST_STRINGS, _MOST_NAMES, _MOST_TOLD, _MOST_DEEP, _DEPTH = 1000, 2000, 1000, 100, 1000, 8
 
 _SAFE_FORMATS = frozenset({"safetensors", "sharded-safetensors", "gguf", "onnx", "npy", "npz"})
-_OWN_KINDS = frozenset(
-    {"forbidden global", "forbidden call", "data classes", "unreadable pickle"}
-)  # findings of wb.open that are made here
+_OWN_KINDS = frozenset({"forbidden global", "forbidden call", "data classes", "unreadable pickle"})  # findings of wb.open, made here
 
-_CHECKPOINT = re.compile(r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|model|joblib|distcp)$|^\.metadata$", re.I)
+_CHECKPOINT = re.compile(
+    r"\.(pt2?|pth|ptl|ckpt|bin|pkl|pickle|p|safetensors|gguf|onnx|np[yz]|tar|joblib|distcp)$|^(__\d+)?\.metadata$", re.I
+)
 _PICKLE = re.compile(r"\.(pkl|pickle|p|joblib|dill|debug_pkl)$", re.I)
 _SCRIPT_PICKLES = re.compile(
     r"([^/]+/)?(data|constants|bytecode|attributes|mobile_debug_handles|traced_inputs)\.pkl|[^/]+/code/.*\.debug_pkl"
@@ -71,9 +76,7 @@ _SCRIPT_PICKLES = re.compile(
 _CODE = re.compile(r"^[^/]+/code/.*\.(?:py|debug_pkl)$")  # two small records for each class of a program
 _STORAGE = re.compile(r"[^/\\:.][^/\\:]*/data/\d+")  # such as are neither code nor climb
 _NAMING, _LAST = re.compile(rb"[ci\x82-\x84\x93]"), 1 << 20  # opcodes of globals, classes and extensions; what is read of the rest at once
-_FIRST = frozenset(
-    b"(])}NIJKLMFGSTUVXBCPc\x80\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96"
-)  # opcodes that need no value before them
+_FIRST = frozenset(b"(])}NIJKLMFGSTUVXBCPc\x80\x82\x83\x84\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x95\x96")  # need no value before them
 _PROGRAM = re.compile(r"\.(pyc?|pyd|so|dll|dylib|exe|com|sh|bat|cmd|ps1|js|vbs|jar|scr)$", re.I)
 _PROGRAM_MARKS = (b"\x7fELF", b"MZ", b"#!", b"\xfe\xed\xfa", b"\xce\xfa\xed\xfe", b"\xcf\xfa\xed\xfe", b"\xca\xfe\xba\xbe")
 
@@ -92,9 +95,11 @@ def scan(source: Any, *, crc: bool = False, storage_options: Mapping[str, Any] |
     Cost: the pickles and every local header of an archive; no tensor data without `crc`.
     """
     ckpt = source if isinstance(source, Checkpoint) else None
-    known = ckpt.source if ckpt is not None else None
+    known: FileRef | Folder | None = ckpt.source if ckpt is not None else None
     if ckpt is not None and known is None:
         raise SelectionError("this checkpoint comes from no file", hint="save it first, or scan the file that it was made from")
+    if isinstance(known, FileRef) and ckpt is not None and ckpt.format == "dcp":  # it is only the index
+        known = known.folder
     address = known.url if known is not None else os.fsdecode(source)
     job = _Scan(crc)
     try:
@@ -111,101 +116,56 @@ def scan(source: Any, *, crc: bool = False, storage_options: Mapping[str, Any] |
     return report
 
 
-class _Piece(NamedTuple):
-    """Bytes to look into: a file, a record of it, or a byte string of a pickle."""
-
-    span: Span
-    file: str
-    record: str = ""
-    depth: int = 0
-    script: bool = False  # a record of a TorchScript archive, whose classes are its own
-    lies: bool = True  # whether its bytes lie in the file as they are
-
-    def inner(self, span: Span, name: str, script: bool = False) -> _Piece:
-        lies = self.lies and span.file == self.span.file
-        return _Piece(span, self.file, f"{self.record} › {name}" if self.record else name, self.depth + 1, script, lies)
-
-    def part(self, start: int, nbytes: int) -> _Piece:
-        return self._replace(span=self.span.part(start, nbytes))
-
-    def place(self, offset: int | None = None) -> Place:
-        return Place(self.file, self.record, offset, self.span.start + (offset or 0) if self.lies else None)
-
-    @property
-    def name(self) -> str:
-        return self.record or self.file
-
-
-class _Scan:
-    """One scan: what it found so far."""
+class _Scan(PickleScan):
+    """One scan of files, folders and archives."""
 
     def __init__(self, crc: bool) -> None:
+        super().__init__()
         self.crc = crc
-        self.findings: list[Finding] = []
-        self.deep, self.refused_deep = 0, False  # files inside files inside the file
-        self.also_found: list[Finding] = []  # by wb.open, of what is looked for here as well
-        self.uses: list[GlobalUse] = []
-        self.pickles: list[PickleSeen] = []
-        self.formats: list[str] = []
-        self.tensors = 0
-        self.refused: set[tuple[str, str]] = set()
-        self.known: dict[int | bytes, list[Run]] = defaultdict(list)  # by wb.open, by how many bytes they ran over; short ones by those
+        self.deep, self.refused_deep = 0, False  # files inside files inside the file; a bound that was told
         self.inflated = 0  # bytes of packed records that were read
         self.items: set[tuple[str, int, int]] = set()  # archives behind each other that were looked into: file, start and bytes
         self.ends = 0  # marks of an archive's end that ended none
-        self.read: set[int] = set()  # byte strings, by their ids, that wb.open read as files
-        self.looked_into = 0  # byte strings of its pickles
-        self.is_spent = False  # which was told
-        self.spent = {True: (0, 0), False: (0, 0)}  # opcodes run over sure pickles and others, and those that built something
+        self.program: FileRef | None = None  # the file that open lists as one, and so judged its code
+        self.code = 0  # bytes of programs inside of files
         self.before = {True: (0, 0), False: (0, 0)}  # what of that the files before this one of a folder count for
-        self.loads = True  # whether torch would load it, once the harmless classes are allowed
-        self.element_types: set[str] = set()  # of NumPy
-
-    def tell(self, kind: str, severity: Severity, message: str, here: Place, hint: str | None = None) -> None:
-        self.findings.append(Finding(kind, severity, message, here.to_dict(), hint))
-
-    def refuse(self, error: WorkbenchError, here: Place) -> None:
-        """What cannot be read is a danger. Told once for each record."""
-        here = here._replace(record=here.record or str(error.where.get("record", "")))
-        if here[:2] not in self.refused:
-            self.refused.add(here[:2])
-            self.tell("unreadable", "danger", f"{here.name} cannot be read: {error.message}", here, error.hint)
-
-    def told(self) -> tuple[Finding, ...]:
-        """The findings, worst first, and no more of a kind than anybody reads."""
-        order = {"danger": 0, "warning": 1, "info": 2}
-        known = {(found.kind, found.where.get("global")) for found in self.findings}
-        self.findings += [f for f in self.also_found if f.severity == "danger" and (f.kind, f.where.get("global")) not in known]
-        counts: Counter[tuple[Severity, str]] = Counter()
-        kept = []
-        for finding in sorted(self.findings, key=lambda finding: (order[finding.severity], finding.kind == "unreadable")):
-            counts[finding.severity, finding.kind] += 1
-            kept += [finding] if counts[finding.severity, finding.kind] <= _MOST_TOLD else []
-        more = ((severity, kind, count - _MOST_TOLD) for (severity, kind), count in counts.items() if count > _MOST_TOLD)
-        return (*kept, *(Finding(kind, severity, f"{count} more of this kind, not told one by one") for severity, kind, count in more))
 
     # files and folders
 
     def folder(self, folder: Folder) -> None:
         names, here = folder.names(), Place(os.path.basename(folder.url))
-        is_one = any(form.claims(names) for form in FOLDERS)
-        objects: list[Span] = []
-        if is_one:
-            with watched_objects() as objects:
+        indexes = dcp_indexes(names)
+        with watched_objects() as objects:
+            if is_listed := any(form.claims(names) for form in FOLDERS):
                 self.open(lambda: open_folder(folder), here)
-        for name in names:
+            for name in indexes[is_listed:]:  # which torch reads where it fails to read the first
+                try:
+                    note_objects(folder, name)
+                    self.formats.append("dcp")
+                except WorkbenchError as error:
+                    self.refuse(error, Place(name))
+        is_safetensors = next(form for form in FILES if form.name == "safetensors")
+        ends = dict(sorted((span.file.url, span.start + span.nbytes) for span in objects))  # of the last in each file
+        parts = {name for name in names if name in indexes or (indexes and name.endswith(".distcp"))}
+        for name in sorted(names, key=lambda name: (name not in parts, name not in indexes)):
+            must = bool(_CHECKPOINT.search(name))
             try:
                 file = folder.file(name)
             except (UnknownFormatError, MissingFileError):
                 self.tell("not scanned", "info", f"{name} is no file, and what is below it was not looked into", Place(name))
             except FormatError as error:
-                self.tell(STRAY, "warning", f"{name} was not looked into: {error.message}", Place(name))
+                self.tell(STRAY, "danger" if must else "warning", f"{name} was not looked into: {error.message}", Place(name))
             else:
-                if is_one:
+                if name in parts:
                     with file.kept_open():
-                        self.content(_Piece(Span(file, 0, file.size), name), sure=name == ".metadata")
+                        whole = Piece(Span(file, 0, file.size), name)
+                        end = ends.get(file.url, 0)
+                        if end and is_safetensors.claims(whole.span.read(end, end + 16)):  # all chunks, behind the objects
+                            self.content(whole.part(end, file.size - end))
+                            whole = whole.part(0, end)
+                        self.content(whole, sure=name in indexes)
                 else:
-                    self.file(file, None, must=_CHECKPOINT.search(name) is not None)
+                    self.file(file, None, must=must)
         self.objects(objects, here)
         if not self.formats:
             self.refuse(UnknownFormatError("no file in this folder is a checkpoint"), here)
@@ -219,7 +179,7 @@ class _Scan:
             if count >= _MOST_UNLIKE or room < 0:
                 self.tell("not scanned", "danger", "more objects, or larger ones, lie where the index says than were looked into", here)
                 return
-            self.content(_Piece(span, span.file.name, f"object at byte {span.start:,}"), sure=True)
+            self.content(Piece(span, span.file.name, f"object at byte {span.start:,}"), sure=True)
 
     def file(self, file: FileRef, ckpt: Checkpoint | None, *, must: bool = True) -> None:
         """One file; `must` says that it is a checkpoint by its name, and a danger where it is none."""
@@ -230,13 +190,14 @@ class _Scan:
             self.before[sure] = self.spent[sure] = (ran, built)
         ckpt = self.open(lambda: ckpt or open_file(file), here, must)
         form = "" if ckpt is None else ckpt.format
-        self.content(_Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
+        self.program = file if form == "torchscript" else None
+        self.content(Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
         if form in _SAFE_FORMATS and any(not found.place.record for found in self.pickles[seen:]):
             self.tell("polyglot", "danger", f"{file.name} is {form} and a pickle as well: what it is depends on who reads it", here)
         if ckpt is not None and (form == "onnx" or ckpt.format.startswith("sharded")):  # their values lie in further files
             spans = (getattr(leaf.source, "storage", None) for tensor in ckpt.values() for leaf in parts(tensor))
             for other in {storage.file for storage in spans if isinstance(storage, Span)} - {file}:
-                self.content(_Piece(Span(other, 0, other.size), other.name))
+                self.content(Piece(Span(other, 0, other.size), other.name))
 
     def open(self, opener: Callable[[], Checkpoint], here: Place, must: bool = True) -> Checkpoint | None:
         """List it as wb.open does, for what that finds besides pickles."""
@@ -265,18 +226,13 @@ class _Scan:
 
     # what holds pickles
 
-    def content(self, piece: _Piece, *, sure: bool = False) -> None:
+    def content(self, piece: Piece, *, sure: bool = False) -> None:
         """The archives that end it, and what stands before them. `sure`: it is a pickle, and one that breaks off is told."""
         span = piece.span
         self.deep += piece.depth > 2
         if self.deep > _MOST_DEEP:
             if not self.refused_deep:
-                self.tell(
-                    "not scanned",
-                    "danger",
-                    f"more than {_MOST_DEEP} files lie inside files inside the file; the rest was not looked into",
-                    piece.place(),
-                )
+                self.tell("not scanned", "danger", f"more than {_MOST_DEEP} files lie inside files inside the file", piece.place())
             self.refused_deep = True
             return
         if piece.depth > _DEPTH:
@@ -296,28 +252,33 @@ class _Scan:
         elif (front and len(cuts) > 1) or (len(cuts) > 2 and not piece.file.endswith(".distcp")):
             what = f"{len(cuts) - 1} zip archives behind {front} bytes of something else: what it is depends on who reads it"
             self.tell("polyglot", "danger", f"{piece.name} is {what}", piece.place())
-        outlines: dict[int, dict[tuple[Outline, bool], set[bytes]]] = defaultdict(dict)  # of archives without findings, by their length
-        unlike = 0
+        outlines, plain, unlike = list[Outline](), set[tuple[bool, bytes]](), 0  # of archives without findings; pickles without any
         for start, end in pairwise(reversed(cuts)):
             part = piece.part(start, end - start)
             self.items.add((part.span.file.url, part.span.start, part.span.nbytes))
-            if (found := alike_one(part.span, outlines[end - start])) is not None:
-                if found.is_pickle:  # which is all that may differ
-                    low, high = found.payload
-                    self.run_all(part.part(low, high - low), sure=True)
+            told = len(self.findings)
+            if (found := alike_one(part.span, outlines)) is not None:
+                for held, is_pickle in found:
+                    data = (is_pickle, held.read() if held.nbytes <= _HEAD else b"")
+                    if not data[1] or data not in plain:
+                        self.payload(
+                            piece.inner(held, f"item at {start:,} › {'data.pkl' if is_pickle else 'values'}"), is_pickle, expected=is_pickle
+                        )
+                        plain |= {data} if len(self.findings) == told and len(plain) < _MOST_UNLIKE else set()
                 continue
             if (unlike := unlike + 1) > _MOST_UNLIKE:
                 what = f"{piece.name} holds more kinds of archives than were looked into"
                 self.tell("not scanned", "danger", what, piece.place())
                 break
-            told = len(self.findings)
-            index, quiet = self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
-            if index is None or len(quiet) > 1 or len(cuts) == 2 or len(self.findings) > told:
+            if start and part.span.read(0, 4) != b"PK\3\4":
+                what = f"a zip archive at {start:,} that stands behind something else: what it is depends on who reads it"
+                self.tell("polyglot", "danger", f"{piece.name} holds {what}", piece.place(start))
+                self.run_all(part, sure=True)
+            index = self.archive(part if len(cuts) == 2 else piece.inner(part.span, f"item at {start:,}"))
+            if index is None or len(cuts) == 2 or len(self.findings) > told or len(outlines) == _MOST_OUTLINES or self.crc:
                 continue
-            free = next(iter(quiet), None) or next((name for name in index.records if name.endswith("/data.pkl")), None)
-            outline = None if free is None else Outline.of(index, free)
-            if outline is not None and (shape := outline.rest(part.span)):
-                outlines[end - start].setdefault((outline, not quiet), set()).add(shape[0])
+            outline = Outline.of(index, part.span)
+            outlines += [outline] if outline is not None and outline not in outlines else []
         rest = piece.part(0, front)
         if len(cuts) == 1 and head.startswith(b"PK\x03\x04"):
             self.refuse(CorruptFileError("it begins as a zip archive and has no end record"), piece.place())
@@ -334,12 +295,13 @@ class _Scan:
                     self.run_all(piece.inner(span.part(length, front - length), "objects"), sure=says_objects(header))
 
     def is_end(self, span: Span, tail: bytes, base: int, at: int) -> bool:
-        """Whether some reader takes this mark for an archive's end: its comment ends there, or a directory lies where it says."""
+        """Whether some reader takes this mark for an archive's end: its comment ends there, or its directory lies where it is said to."""
         if at + 22 > len(tail):
             return False
         size, offset, comment = struct.unpack_from("<IIH", tail, at + 12)
-        places = (base + at - size, offset) if at + 22 + comment != len(tail) and size else ()
-        return at + 22 + comment == len(tail) or any(place >= 0 and span.read(place, place + 4) == b"PK\x01\x02" for place in places)
+        if at + 22 + comment == len(tail) or span.read(max(0, base + at - 20), base + at)[:4] == b"PK\x06\x07":  # a ZIP64 locator
+            return True
+        return any(place >= 0 and span.read(place, place + 4) == b"PK\x01\x02" for place in (base + at - size, offset) if size)
 
     def archive_start(self, span: Span, end: int) -> int | None:
         """Where the zip archive begins that ends at `end`; None where none does."""
@@ -358,20 +320,23 @@ class _Scan:
                 return max(0, place - size - offset) if size or offset else None
         return None
 
-    def archive(self, piece: _Piece) -> tuple[ZipIndex | None, set[str]]:
-        """Its index, if it has a sound one, and the records that are storages and no more."""
-        quiet: set[str] = set()
+    def archive(self, piece: Piece) -> ZipIndex | None:
+        """Its index, if it has a sound one."""
         try:
             index = read_zip_index(piece.span.file, piece.span)
         except FormatError as error:
             self.refuse(error, piece.place())
             self.carve(piece)
-            return None, quiet
+            return None
         names = [name for name in index.records if not name[-1:].isdigit()] or [*index.records]  # not the storages, which are many
         kind = next((form.name for form in ARCHIVES if form.claims(names)), "")
         if len(pickle_roots(names)) > 1:
             self.tell(STRAY, "danger", f"{piece.name} holds several data.pkl, and which one counts depends on who reads it", piece.place())
-        if kind == "torchscript" and piece.record:  # the code of one that is the whole file was looked at as it was listed
+        if kind == "torchscript" and (piece.record or piece.span.file != self.program):
+            self.code += sum(index.records[name].size for name in names if name.endswith((".py", ".pkl")))
+            if self.code > _MOST_CODE:
+                self.refuse(UnsupportedError(f"programs inside of files hold more than {_MOST_CODE:,} bytes of code in all"), piece.place())
+                return None
             try:
                 held = (found for found in open_script(index).findings if found.severity == "danger")
                 self.findings += [replace(found, where={**found.where, **piece.place().to_dict()}) for found in held]
@@ -383,7 +348,7 @@ class _Scan:
             may_act = kind == "torch-export"  # torch may unpickle what a .pt2 holds, as its config says
             busy = {*MARKS, *(bytes([code]) for code in _FIRST if may_act)}
             heads = () if self.crc else index.first_bytes(source.pread)
-            quiet |= {
+            quiet = {
                 name for name, first in heads if first not in busy and (_STORAGE.fullmatch(name) or (is_raw(name) and not climbs(name)))
             }
             for name in (name for name in index.records if name not in quiet):
@@ -413,30 +378,35 @@ class _Scan:
                     whole = False
         if not whole:
             self.carve(piece)
-        return index, quiet
+        return index
 
-    def record(self, piece: _Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
+    def record(self, piece: Piece, index: ZipIndex, name: str, head: bytes, kind: str, stored: Span | None) -> None:
         """One record, whose bytes are `stored` where they lie as they are."""
         is_script, has_values = kind == "torchscript", is_raw(name)
         self.inflated += 0 if stored else index.records[name].size
         found = stored or payload_span(index.file, read_record(index, name, max(0, 2 * _MOST_READ - self.inflated)))
         assert found is not None
-        inner, seen = piece.inner(found, name, is_script), len(self.pickles)
+        inner = piece.inner(found, name, is_script)
         if climbs(name):
             self.tell(STRAY, "danger", f"{inner.name} would be unpacked outside the archive's own folder", inner.place())
         is_code = is_script and name.partition("/")[2].startswith("code/")
         if not has_values and not is_code and (head.startswith(_PROGRAM_MARKS) or _PROGRAM.search(name)):
             is_text = is_script and name.partition("/")[2].startswith("extra/") and not head.startswith(_PROGRAM_MARKS)  # the author's own
             told = f"{inner.name} is a program or script, and no part of a checkpoint"
-            self.tell(STRAY, "warning" if is_text else "danger", told, inner.place())
-        self.content(inner, sure=not is_script and _PICKLE.search(name) is not None)
-        expected = name.endswith(".npy" if kind == "npz" else "data.pkl") and name.count("/") < 2
+            self.tell(STRAY, "danger" if kind and not is_text else "warning", told, inner.place())
+        expected = kind == "torch-export" or (name.endswith(".npy" if kind == "npz" else "data.pkl") and name.count("/") < 2)
         expected |= is_script and _SCRIPT_PICKLES.fullmatch(name) is not None
-        if len(self.pickles) > seen and kind != "torch-export" and not expected:
+        self.payload(inner, not is_script and _PICKLE.search(name) is not None, has_values=has_values, expected=expected)
+
+    def payload(self, inner: Piece, sure: bool, *, has_values: bool = True, expected: bool = False) -> None:
+        """The bytes of a record, and whether a pickle stands among them unasked."""
+        seen = len(self.pickles)
+        self.content(inner, sure=sure)
+        if len(self.pickles) > seen and not expected:
             told = f"{inner.name} holds a pickle that no part of the container refers to"
             self.tell(STRAY, "warning" if has_values else "danger", told, inner.place())
 
-    def carve(self, piece: _Piece) -> None:
+    def carve(self, piece: Piece) -> None:
         """The records of an archive without a sound index, by their local headers, so that what they would do is named."""
         data = piece.span.read(0, _MOST_READ // 4)
         starts = [found.start() for found in islice(re.finditer(rb"PK\x03\x04.{26}", data, re.DOTALL), _MOST_NAMES)]
@@ -450,7 +420,7 @@ class _Scan:
             if found is not None and not is_raw(name):
                 self.content(piece.inner(found, name), sure=name.endswith("data.pkl"))
 
-    def tar(self, piece: _Piece, head: bytes) -> None:
+    def tar(self, piece: Piece, head: bytes) -> None:
         """The members of an old torch file: `storages` and `tensors` are pickles with other bytes between."""
         if other := next((form.title for form in FILES if form.name != "torch-tar" and form.claims(head)), None):
             what = f"a tar archive to torch.load and begins as {other}: what it is depends on who reads it"
@@ -467,115 +437,3 @@ class _Scan:
                     self.tell(STRAY, "danger", f"{member.name} is no member of a torch file", member.place())
         except FormatError as error:
             self.refuse(error, piece.place())
-
-    # pickles
-
-    def run_all(self, piece: _Piece, *, sure: bool = False, gap: Callable[[Any, bytes], int] | None = None) -> None:
-        """The pickle at the start and those that follow it; `gap` tells how many other bytes stand behind each but the first."""
-        at = 0
-        for count in range(_MOST_PICKLES if gap is None else 12 * _MOST_PICKLES):
-            ended = None if gap is None else self.described(piece, at)
-            ended = ended or self.run(piece, at, sure=sure and (count == 0 or gap is not None))
-            if ended is None:
-                return
-            at = ended[0] + (gap(ended[1], piece.span.read(ended[0], ended[0] + 8)) if gap is not None and count else 0)
-            if at >= piece.span.nbytes:
-                return
-        self.tell("not scanned", "danger", f"{piece.name} holds more pickles than were looked into", piece.place())
-
-    def described(self, piece: _Piece, at: int) -> tuple[int, Any] | None:
-        """As `run`, of a pickle that old torch wrote of a storage or a tensor, which its bytes prove to do nothing else."""
-        if (told := description(piece.span.read(at, at + LONGEST))) is None:
-            return None
-        self.pickles.append(PickleSeen(piece.place(at), 2, told.nbytes, "at its STOP"))
-        verdict, why = judge(told.value[2])
-        self.uses.append(GlobalUse(told.value[2].dotted, verdict, "imported", why, piece.place(at + told.offset)))
-        return at + told.nbytes, told.value
-
-    def run(self, piece: _Piece, at: int, *, sure: bool) -> tuple[int, Any] | None:
-        """One pickle: what it names and calls is noted. The byte after it and its value, or None where none ends."""
-        if self.spent[sure][0] >= MAX_OPCODES or self.spent[sure][1] >= MAX_BUILT:
-            if not self.is_spent:
-                self.tell("not scanned", "danger", f"{piece.name}, and what follows it: its pickles ask for too much", piece.place(at))
-            self.is_spent = True
-            return None
-        outcome = self.outcome(piece.span.part(at, piece.span.nbytes - at), sure)
-        machine, made, root, error, misused, _ = outcome
-        seen = len(self.findings)
-        if error is None or machine.globals:
-            self.strings(piece, at, outcome)
-        nested = not any(finding.severity == "danger" for finding in self.findings[seen:])
-        loads = calls_of(NESTED, machine, made)
-        nested &= bool(loads) and all(isinstance(node.args, tuple) and [*map(is_bytes, node.args)] == [True] for node in loads)
-
-        def also(found: Global) -> bool:
-            own = found.module.startswith("__torch__") or found.module == "torch.jit._pickle" or found.name in ALL_STORAGE_DTYPES
-            return (piece.script and own) or (nested and found.dotted == NESTED)
-
-        findings = danger_findings(machine, made, also, misused)
-        acts = any(found.kind == "forbidden call" or found.where.get("global") in machine.calls for found in findings)
-        if sure or acts or (error is None and (machine.proto or machine.globals)):
-            self.note(outcome, piece, at, also)
-            for found in findings:
-                where = {**found.where, **piece.place(at + found.where.get("offset", 0)).to_dict()}
-                self.findings.append(
-                    Finding(found.kind, found.severity, found.message.replace("the pickle", piece.name, 1), where, found.hint)
-                )
-            if error is not None and sure and not machine.is_spent:
-                self.refuse(error, piece.place(at))
-        if isinstance(error, UnsupportedError) and (
-            machine.is_spent or self.may_name(piece.span.part(at, piece.span.nbytes - at), machine)
-        ):
-            self.refuse(error, piece.place(at))
-        return None if error is not None else (at + machine.end, root)
-
-    def may_name(self, span: Span, machine: Machine) -> bool:
-        """Whether an opcode that names something may follow where only this machine went no further."""
-        reach = range(machine.place, span.nbytes, _LAST)
-        return any(_NAMING.search(span.read(at, min(at + _LAST, span.nbytes))) for at in reach)
-
-    def outcome(self, span: Span, sure: bool) -> Outcome:
-        """The run that wb.open made of the same bytes, or a new one. What is done for one file is bounded in all."""
-        short = self.known.get(span.read(), ()) if span.nbytes <= FIRST_READ else ()
-        for known in (*short, *self.known.get(span.nbytes, ())):
-            if is_run_over(machine := known.machine, known.file, span):
-                self.spent[sure] = (self.spent[sure][0] + machine.ran, self.spent[sure][1] + machine.built)
-                error = None if machine.end else UnsupportedError(TOO_MUCH, offset=machine.place)
-                self.read.update(map(id, known.read))
-                return Outcome(machine, known.strangers, None, error, known.misused, known.texts)
-        outcome = run_first(span, sure, self.spent[sure])
-        odd = outcome.made or (sure and outcome.error is not None)  # tensors of a .distcp are many, and plain
-        self.spent[sure] = (outcome.machine.ran, outcome.machine.built + (_EACH if odd else 0))
-        return outcome._replace(misused=misuses(outcome.made, outcome.machine.globals, outcome.machine.states))
-
-    def note(self, outcome: Outcome, piece: _Piece, at: int, also: Callable[[Global], bool]) -> None:
-        machine, made, _, error, misused, _ = outcome
-        ends = "at its STOP" if error is None else f"broken: {error.message}"
-        self.pickles.append(PickleSeen(piece.place(at), machine.proto, machine.end or machine.place, ends))
-        built = {node.dotted for node in made if node.new} - {node.dotted for node in made if not node.new}
-        for found, offset in islice(machine.globals.items(), _MOST_NAMES):
-            verdict, why = judge(found, misused.get(found.dotted), also)
-            use = "imported" if found.dotted not in machine.calls else "built" if found.dotted in built else "called"
-            self.uses.append(GlobalUse(found.dotted, verdict, use, why, piece.place(at + offset)))
-        self.loads = self.loads and machine.proto == 2 and not any(node.items or node.elements for node in made)
-        types = (node.args[0] for node in calls_of("numpy.dtype", machine, made) if isinstance(node.args, tuple) and node.args)
-        self.element_types |= {code for code in types if isinstance(code, str)}
-
-    def strings(self, piece: _Piece, at: int, outcome: Outcome) -> None:
-        """Byte strings of a pickle: those that it hands to torch as files, those that look like files, and the first of all others."""
-        given = {id(arg) for node in calls_of(NESTED, outcome.machine, outcome.made) if isinstance(node.args, tuple) for arg in node.args}
-        for count, data in enumerate(outcome.texts):
-            left, sure = isinstance(data, Left), id(data) in given
-            if sure and id(data) in self.read and self.looked_into >= _MOST_TOLD:  # which told what it found
-                continue
-            if not (left or sure or count < _MOST_STRINGS or is_marked(data[:6])):
-                continue
-            found = piece.span.part(at + data.start, data.nbytes) if left else payload_span(piece.span.file, bytes(data))
-            if found is None or (left and not sure and count >= _MOST_STRINGS and not is_marked(found.read(0, 6))):
-                continue
-            self.looked_into += 1
-            if self.looked_into > _MOST_STRINGS + most_nested(piece.span.file):
-                told = "it holds more byte strings that may be files than were looked into"
-                self.tell("not scanned", "danger", f"{piece.name}: {told}", piece.place())
-                return
-            self.content(piece.inner(found, "byte string"), sure=sure)

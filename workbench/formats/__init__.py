@@ -23,7 +23,7 @@ from workbench.checkpoint import Checkpoint
 from workbench.errors import CorruptFileError, SelectionError, UnknownFormatError, WriteError, located
 from workbench.files import FileRef, Folder, Span, place
 from workbench.render.outline import collector_paused as collector_paused
-from workbench.tree import Aside, is_mapping, items_of, without_asides
+from workbench.tree import NOTHING, Aside, is_mapping, items_of, without_asides
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -76,6 +76,11 @@ def _roots(records: Collection[str]) -> list[str]:
     return importlib.import_module("workbench.formats.torch_archive").pickle_roots(records)  # type: ignore[no-any-return]
 
 
+def dcp_indexes(names: Collection[str]) -> list[str]:
+    """The files that torch.distributed.checkpoint may take for its index: the one of all ranks first, and those of each."""
+    return sorted(name for name in names if name.endswith(".metadata") and re.fullmatch(r"(__\d+)?\.metadata", name))
+
+
 # by the first bytes of the file; a tar comes first, for torch.load takes it for one whatever else it is
 FILES = (
     Format("torch-tar", "old PyTorch tar", "torch_tar", is_tar),
@@ -103,7 +108,14 @@ ARCHIVES = (
     Format("npz", "NumPy", "numpy_file", lambda records: bool(records) and all(name.endswith(".npy") for name in records)),
 )
 # folders, by the names in them; any other folder must hold one checkpoint file
-FOLDERS = (Format("dcp", "torch.distributed.checkpoint folder", "dcp_folder", lambda names: ".metadata" in names),)
+FOLDERS = (
+    Format(
+        "dcp",
+        "torch.distributed.checkpoint folder",
+        "dcp_folder",
+        lambda names: ".metadata" in names or dcp_indexes(names) == ["__0.metadata"],
+    ),
+)
 
 
 def _reader_claims(module: str, file: FileRef) -> bool:
@@ -202,6 +214,7 @@ def save(
     """
     from workbench.formats import safetensors_writer, torch_writer
     from workbench.formats.memory import open_object
+    from workbench.formats.torch_pickle import drop_unsafe
     from workbench.formats.writing import Job
 
     if not isinstance(ckpt, Checkpoint):
@@ -217,10 +230,11 @@ def save(
     if chosen in ("torch-zip", "safetensors"):
         asides = [name for name, node in items_of(ckpt.tree).items() if isinstance(node, Aside)] if is_mapping(ckpt.tree) else []
         kept = replace(ckpt, tree=without_asides(ckpt.tree)) if asides else ckpt
-        written = (
-            torch_writer.write(kept, target, job, unsafe=unsafe) if chosen == "torch-zip" else safetensors_writer.write(kept, target, job)
-        )
-        return replace(written, left_behind=(*written.left_behind, *asides))
+        tree, left = drop_unsafe(kept.tree) if unsafe == "drop" else (kept.tree, [])
+        if left:
+            kept = Checkpoint({} if tree is NOTHING else tree, name=kept.name)
+        write = torch_writer.write if chosen == "torch-zip" else safetensors_writer.write
+        return replace(write(kept, target, job), left_behind=(*left, *asides))
     raise SelectionError(
         f"the format to write is not clear from {os.path.basename(target)!r}",
         hint="use .pt or .safetensors, or say format='torch-zip' or 'safetensors'",

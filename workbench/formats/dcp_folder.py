@@ -6,8 +6,9 @@
         planner_data           name -> path of keys and list positions in the nested state dict
     __<rank>_<n>.distcp    a torch.save archive for each chunk and each object, end to end; in the safetensors serialization
                            the objects, then one safetensors file that holds all chunks
+    __<rank>.metadata      what each rank writes for itself where they do not talk; torch reads it where `.metadata` fails
 
-torch's own reader executes the metadata; here the symbolic machine reads it. Listing opens no tensor's archive: a chunk's is
+torch's own reader executes the metadata; here the symbolic machine reads it, and what is not spelled as torch spells it is refused. Listing opens no tensor's archive: a chunk's is
 parsed when its values are first read. Objects are looked at when listed, as far as they are small.
 
 Source: torch 2.13 torch/distributed/checkpoint/metadata.py, filesystem.py and _nested_dict.py.
@@ -36,7 +37,7 @@ from workbench.formats.torch_objects import TorchObjects, sizes, trailing_findin
 from workbench.formats.zip_index import read_zip_index
 from workbench.strided import boxes, row_major
 from workbench.tensors import LazyTensor, Stored, TensorSpec
-from workbench.tree import Global, Inert, is_mapping, items_of, wrapped
+from workbench.tree import NOTHING, Global, Inert, wrapped
 
 _MAX_METADATA = 1 << 30
 _MAX_OBJECTS, _LEAST = 4 << 20, 2 << 10  # bytes of objects that a listing looks at; what each counts for at least
@@ -47,7 +48,8 @@ _ATOMS = frozenset((bool, int, float, str, type(None)))
 _made: Any = tuple.__new__
 Place = Span | str  # bytes, or why they cannot be read
 Troubles = dict[tuple[str, Severity, str, str], list[str]]  # (kind, severity, reason, hint) -> whose values are not read
-_OBJECT = f"{ROOM}.BytesStorageMetadata"
+_METADATA, _OBJECT = f"{ROOM}.Metadata", f"{ROOM}.BytesStorageMetadata"
+_PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 _TRANSFORMED = "the bytes were transformed when they were saved (stream.zstd, or the like), which is not undone here"
 _WATCHED: ContextVar[list[Span] | None] = ContextVar("dcp objects", default=None)
 
@@ -172,40 +174,54 @@ def _read(values: LazyTensor, view: memoryview, start: int) -> None:
 
 
 def open_folder(folder: Folder) -> Checkpoint:
-    """List a distributed checkpoint, nested as it was before it was flattened.
+    """List a distributed checkpoint, nested as it was before it was flattened; of one without `.metadata`, what the first rank wrote.
 
     Raises:
         CorruptFileError: the metadata is damaged, or a tensor's chunks do not tile it. MissingShardError: a file of chunks is
         not there (`.partial` lists everything, and reads what the others hold).
     Cost: the metadata, and up to 4 MB of objects; no tensor's archive.
     """
-    file = folder.file(".metadata")
-    if file.size > _MAX_METADATA:
-        raise UnsupportedError(f"the metadata has {file.size} bytes; at most {_MAX_METADATA} are read", path=file.url)
-    data, objects = Span(file, 0, file.size).read(), TorchObjects(dict[str, Storage]().__getitem__)  # it has no storages
-    root, machine, told = unpickle(data, objects, file=file, format="dcp", record=".metadata", entries=carry_out_entries)
-    findings = [finding for finding in told if finding.kind != "data classes"]  # its own records
-    if machine.end != len(data):
-        findings.append(trailing_finding(len(data) - machine.end, ".metadata"))
-    del machine, objects  # its memo is as large as what is listed
+    try:
+        file = folder.file(".metadata")
+    except MissingFileError:
+        file = folder.file("__0.metadata")
+    root, findings = _unpickled(file)
     try:
         with located(path=file.url):
-            return _listed(folder, file, _fields(root, "Metadata"), findings)
+            return _listed(folder, file, _fields(root, _METADATA), findings)
     except FormatError as error:
         error.partial = Checkpoint({}, name=file.name, format="dcp", findings=tuple(findings), source=file)
         raise
 
 
+def note_objects(folder: Folder, name: str) -> None:
+    """What `watched_objects` gives, of the metadata of that name."""
+    file = folder.file(name)
+    with located(path=file.url):
+        _spans(_fields(_unpickled(file)[0], _METADATA).get("storage_data"), folder)
+
+
+def _unpickled(file: FileRef) -> tuple[Any, list[Finding]]:
+    if file.size > _MAX_METADATA:
+        raise UnsupportedError(f"the metadata has {file.size} bytes; at most {_MAX_METADATA} are read", path=file.url)
+    data, objects = Span(file, 0, file.size).read(), TorchObjects(dict[str, Storage]().__getitem__)  # it has no storages
+    root, machine, told = unpickle(data, objects, file=file, format="dcp", record=file.name, entries=carry_out_entries)
+    findings = [finding for finding in told if finding.kind != "data classes"]  # its own records
+    if machine.end != len(data):
+        findings.append(trailing_finding(len(data) - machine.end, file.name))
+    return root, findings  # and not the machine, whose memo is as large as what is listed
+
+
 def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: list[Finding]) -> Checkpoint:
     entries = metadata.get("state_dict_metadata")
-    if not is_mapping(entries) or not all(isinstance(name, str) for name in items_of(entries)):
+    if type(entries) is not dict or not all(isinstance(name, str) for name in entries):
         raise CorruptFileError("the metadata holds no table of tensors by name")
     spans, files = _spans(metadata.get("storage_data"), folder)
     troubles: Troubles = {}
     budget = _Budget(file.size)
     leaves: dict[str, Any] = {}
     wholes: dict[int, Any] = {}  # by the ids of entries, of which alike ones are one
-    for name, entry in items_of(entries).items():
+    for name, entry in entries.items():
         try:
             if (whole := wholes.get(id(entry), ...)) is ...:
                 whole = wholes[id(entry)] = _whole(entry)
@@ -217,6 +233,7 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
                     leaves[name] = LazyTensor(spec, _made(Stored, (chunk, 0, strides, "little")), grad)
                     continue
             if isinstance(entry, Inert) and entry.dotted == _OBJECT:
+                _fields(entry, _OBJECT)
                 leaves[name] = _object(name, spans, budget, troubles, findings)
             else:
                 leaves[name] = _tensor(name, _tensor_entry(entry), spans, budget, troubles)
@@ -226,7 +243,8 @@ def _listed(folder: Folder, file: FileRef, metadata: dict[str, Any], findings: l
     for (kind, severity, reason, hint), names in troubles.items():
         more = f", and {len(names) - 1} more" if len(names) > 1 else ""
         findings.append(Finding(kind, severity, f"{names[0]!r}{more}: {reason}", {"names": names[:100]}, hint))
-    about = {**_fields(metadata.get("storage_meta")), "version": metadata.get("version")}
+    meta = metadata.get("storage_meta")
+    about = {**({} if meta is None else _fields(meta, f"{ROOM}.StorageMeta")), "version": metadata.get("version")}
     about = {key: value for key, value in about.items() if isinstance(value, str)}
     tree, name = _nested(leaves, metadata.get("planner_data")), folder.url.rstrip("/").rpartition("/")[2]
     ckpt = Checkpoint(tree, name=name, format="dcp", metadata=about, findings=tuple(findings), source=file)
@@ -245,9 +263,10 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
     spans: dict[Any, Place] = {}
     files: dict[str, FileRef | None] = {}
     watched = _WATCHED.get()
-    for index, node in (items_of(storage_data) if is_mapping(storage_data) else {}).items():
+    for index, node in _table(storage_data, "of where the bytes lie").items():
         key = (*index,) if type(index) is IndexEntry else _index(index)
-        path, start, nbytes = node if type(node) is PlaceEntry else map(_fields(node).get, PlaceEntry._fields)
+        told = None if type(node) is PlaceEntry else _fields(node, _PLACE)
+        path, start, nbytes = node if told is None else map(told.get, PlaceEntry._fields)
         if not (isinstance(key[0], str) and isinstance(path, str) and type(start) is type(nbytes) is int and start >= 0 <= nbytes):
             raise CorruptFileError("the metadata names bytes without saying whose they are or where they lie")
         if key in spans:
@@ -260,7 +279,7 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
             except MissingFileError:
                 files[path] = None
         file = files[path]
-        transforms = None if type(node) is PlaceEntry else _fields(node).get("transform_descriptors")
+        transforms = None if told is None else told.get("transform_descriptors")
         if not (transforms is None or (type(transforms) in (list, tuple) and {str}.issuperset(map(type, transforms)))):
             raise CorruptFileError("the metadata does not say plainly how the bytes were transformed", tensor=key[0])
         if key[1] is None and file is not None and watched is not None:
@@ -276,28 +295,37 @@ def _spans(storage_data: Any, folder: Folder) -> tuple[dict[Any, Place], dict[st
 
 
 def _index(node: Any) -> tuple[Any, Counts | None]:
-    told = _fields(node, "MetadataIndex")
-    return told.get("fqn"), None if told.get("offset") is None else sizes(told["offset"])
+    told = _fields(node, f"{ROOM}.MetadataIndex")
+    return told.get("fqn"), None if told.get("offset") is None else _size(told["offset"])
 
 
 def _tensor_entry(node: Any) -> TensorEntry:
     if type(node) is TensorEntry:
         return node
-    told = _fields(node, "TensorStorageMetadata")
+    told = _fields(node, f"{ROOM}.TensorStorageMetadata")
     properties, chunks = told.get("properties"), told.get("chunks")
-    marks = properties.state if isinstance(properties, Inert) and isinstance(properties.state, tuple) else ()
+    marks = properties.state if isinstance(properties, Inert) and isinstance(properties.state, tuple) and _is_filled(properties) else ()
     if len(marks) < 3 or not isinstance(marks[0], Global) or marks[0].module != "torch" or not isinstance(marks[1], Inert):
         raise CorruptFileError("the metadata does not say a tensor's element type and layout")
     if marks[1].args != STRIDED:
         raise UnsupportedError("a chunked tensor of another layout than torch.strided is not read")
-    return TensorEntry(marks[0], marks[2] is True, sizes(told.get("size")), chunks if isinstance(chunks, list) else [])
+    if type(chunks) is not list:
+        raise CorruptFileError("the metadata does not list the chunks of a tensor")
+    return TensorEntry(marks[0], marks[2] is True, _size(told.get("size")), chunks)
 
 
 def _chunk_entry(node: Any) -> ChunkEntry:
     if type(node) is ChunkEntry:
         return node
-    told = _fields(node, "ChunkStorageMetadata")
-    return ChunkEntry(sizes(told.get("offsets")), sizes(told.get("sizes")))
+    told = _fields(node, f"{ROOM}.ChunkStorageMetadata")
+    return ChunkEntry(_size(told.get("offsets")), _size(told.get("sizes")))
+
+
+def _size(node: Any) -> Counts:
+    """A torch.Size of a tuple, as torch writes it: what a list holds may change after it was read."""
+    if type(node.args[0] if isinstance(node, Inert) and isinstance(node.args, tuple) and node.args else node) is not tuple:
+        raise CorruptFileError("a size in the metadata is not a tuple of counts")
+    return sizes(node)
 
 
 def _tensor(name: str, entry: TensorEntry, spans: dict[Any, Place], budget: _Budget, troubles: Troubles) -> LazyTensor:
@@ -365,30 +393,31 @@ def _tiling(shape: Counts, nodes: list[Any], budget: _Budget) -> list[ChunkEntry
 def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troubles, findings: list[Finding]) -> Any:
     """What a pickled object is."""
     place, told = spans.get((name, None), "the metadata does not say where it lies"), ("object not read", "warning")
-    told = ("unreadable pickle", "danger") if place == _TRANSFORMED else told
+    told = ("unreadable pickle", "danger") if isinstance(place, str) else told
     reason = place if isinstance(place, str) else f"only {_MAX_OBJECTS} bytes of objects are looked at when a folder is listed"
     try:
         if isinstance(place, Span):
-            data, cost = place.read() if place.nbytes <= _LEAST else b"", max(place.nbytes, _LEAST)
-            if data in budget.atoms:
-                return budget.atoms[data]
-            if cost <= budget.objects:
-                budget.objects -= cost
-                index = read_zip_index(place.file, place)
-                if place.read(0, 4) != b"PK\3\4" or any(record.endswith("/constants.pkl") for record in index.records):
-                    raise UnsupportedError("it is no archive as torch.save writes them")
-                swollen = max((record.size for record in index.records.values()), default=0) - cost
-                if swollen <= budget.objects:
-                    budget.objects -= max(0, swollen)
-                    held = torch_zip.open_archive(index)
-                    findings += [replace(finding, where={**finding.where, "record": name}) for finding in held.findings]
-                    if (
-                        data
-                        and not held.findings
-                        and all(type(x) in _ATOMS for x in (held.tree if type(held.tree) is tuple else (held.tree,)))
-                    ):
-                        budget.atoms[data] = held.tree
-                    return held.tree
+            with place.file.kept_open():
+                data, cost = place.read() if place.nbytes <= _LEAST else b"", max(place.nbytes, _LEAST)
+                if data in budget.atoms:
+                    return budget.atoms[data]
+                if cost <= budget.objects:
+                    budget.objects -= cost
+                    index = read_zip_index(place.file, place)
+                    if place.read(0, 4) != b"PK\3\4" or any(record.endswith("/constants.pkl") for record in index.records):
+                        raise UnsupportedError("it is no archive as torch.save writes them")
+                    swollen = max((record.size for record in index.records.values()), default=0) - cost
+                    if swollen <= budget.objects:
+                        budget.objects -= max(0, swollen)
+                        held = torch_zip.open_archive(index)
+                        findings += [replace(finding, where={**finding.where, "record": name}) for finding in held.findings]
+                        if (
+                            data
+                            and not held.findings
+                            and all(type(x) in _ATOMS for x in (held.tree if type(held.tree) is tuple else (held.tree,)))
+                        ):
+                            budget.atoms[data] = held.tree
+                        return held.tree
     except FormatError as error:
         told, reason = ("unreadable pickle", "danger"), f"it may hide anything: {error.message}"
     troubles.setdefault((*told, reason, "wb.scan looks into each"), []).append(name)  # type: ignore[arg-type]
@@ -398,7 +427,7 @@ def _object(name: str, spans: dict[Any, Place], budget: _Budget, troubles: Troub
 def _nested(leaves: dict[str, Any], paths: Any) -> Any:
     """The leaves at the paths that the planner recorded; a flat dict where it recorded none."""
     branches: dict[tuple[Any, ...], dict[Any, Any]] = {(): {}}
-    told = items_of(paths) if is_mapping(paths) else {}
+    told = _table(paths, "of paths")
     above: list[Any] = []
     parent: dict[Any, Any] | None = branches[()]
     for name, leaf in leaves.items():
@@ -424,8 +453,21 @@ def _nested(leaves: dict[str, Any], paths: Any) -> Any:
     return branches[()]
 
 
-def _fields(node: Any, cls: str | None = None) -> dict[str, Any]:
-    """What an object of the metadata says; with `cls`, only if it is one of torch's class of that name."""
-    if cls is not None and not (isinstance(node, Inert) and node.dotted == f"{ROOM}.{cls}"):
-        raise CorruptFileError(f"the metadata holds something else where a {cls} must be")
-    return node.state if isinstance(node, Inert) and isinstance(node.state, dict) else {}
+def _table(node: Any, what: str) -> dict[Any, Any]:
+    """A plain dict, as torch writes it, or none at all."""
+    if not (node is None or type(node) is dict):
+        raise CorruptFileError(f"the metadata holds something else where a table {what} must be")
+    return node or {}
+
+
+def _fields(node: Any, dotted: str) -> dict[str, Any]:
+    """What an object of the metadata says: one of this class, made empty and then given its state, as pickle makes a dataclass."""
+    if isinstance(node, Inert) and node.dotted == dotted and _is_filled(node) and (type(node.state) is dict or node.state is NOTHING):
+        return node.state if type(node.state) is dict else {}
+    raise CorruptFileError(
+        f"the metadata holds something else where a {dotted.rpartition('.')[2]} must be, or one that was not made plainly"
+    )
+
+
+def _is_filled(node: Inert) -> bool:
+    return node.new and node.args == () and not (node.kwargs or node.items or node.elements)

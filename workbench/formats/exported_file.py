@@ -8,7 +8,7 @@
     <root>/data/sample_inputs/<model>.pt              the inputs that the model was exported with, a torch.save file; may be empty
     <root>/data/aotinductor/<model>/…                 compiled native code
     <root>/extra/<name> · byteorder · .data/…
-    tensor_meta: dtype (a number, see _DTYPES), sizes and strides [{"as_int": n}], storage_offset {"as_int": n}, requires_grad, layout 7 (strided)
+    tensor_meta: dtype (a number, see exported_graph), sizes and strides [{"as_int": n}], storage_offset {"as_int": n}, requires_grad, layout 7 (strided)
 
 Until torch 2.7 the archive is a plain zip: serialized_exported_program.json, and the torch.save files serialized_state_dict.pt (.json in 2.1),
 serialized_constants.pt and serialized_example_inputs.pt. torch 2.8 has the records above, but for data/weights/<model>.pt and data/constants/<model>.pt.
@@ -23,19 +23,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
-from itertools import islice
 from typing import Any
 
 from workbench.checkpoint import Checkpoint, Finding
 from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError, located
 from workbench.files import Span
-from workbench.formats import torch_zip
+from workbench.formats import exported_graph, torch_zip
+from workbench.formats.exported_graph import DTYPES_BY_CODE, at
+from workbench.formats.pickle_blobs import charge, counted_together, inner_archive
 from workbench.formats.torch_archive import read_byteorder
 from workbench.formats.torch_objects import TorchObjects, unpickle
-from workbench.formats.zip_index import ZipIndex, read_record, read_zip_index
+from workbench.formats.zip_index import ZipIndex, read_record
 from workbench.names import unique_pairs
 from workbench.tensors import LazyTensor
 from workbench.tree import Global, is_mapping, with_asides
@@ -44,19 +45,12 @@ _MAX_JSON = 64 << 20  # of all JSON records of an archive, as are the values
 _MAX_VALUES = 2_000_000
 _MAX_WIDE = 16 << 20  # of a record whose characters may take four bytes each
 _MAX_PICKLE = 64 << 20
-_MAX_PICKLES = 256 << 20  # of all of them
-_SHOWN = 1000  # entries of a signature
-_DTYPES = {
-    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 9: "complex32", 10: "complex64",
-    11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2", 31: "float8_e4m3fnuz",
-    32: "float8_e5m2fnuz", 33: "float8_e8m0fnu", 34: "uint32", 35: "uint64",
-}  # fmt: skip
+_LEGACY = 5  # pickles of torch's legacy files, of which each is run
 # where a model's parts lie: the stem of its weights and that of its constants, its sample inputs and its graph
 _PLACES = ("data/weights/{}", "data/constants/{}", "data/sample_inputs/{}.pt", "models/{}.json")
 _OLDER = ("serialized_state_dict", "serialized_constants", "serialized_example_inputs.pt", "serialized_exported_program.json")
 _OBJECT = re.compile(r"(?:[^/]+/)?data/constants/(custom|opaque)_obj_")  # known by its name, whatever its entry says
 _UNTYPED = Global("torch.storage", "UntypedStorage")
-_SYMBOL = re.compile(r"Symbol\('(\w+)'[^()]*\)")
 
 
 @dataclass
@@ -68,7 +62,6 @@ class _Job:
     findings: list[Finding]
     json_left: int = _MAX_JSON
     values_left: int = _MAX_VALUES
-    pickles_left: int = _MAX_PICKLES
     unpickled: dict[str, Any] = field(default_factory=dict)  # what a record holds, however often it is named
 
 
@@ -97,7 +90,7 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     byteorder, found = read_byteorder(index, root)
     findings += found
     job = _Job(index, byteorder, findings)
-    with index.file.kept_open():
+    with index.file.kept_open(), counted_together():
         models = {name: _model(job, *records[:3]) for name, records in places.items()}
     for name, records in places.items():  # last, for the weights count more than what is told of the graph
         models[name] = with_asides(models[name], {"program": _program(job, records[3])})
@@ -163,13 +156,13 @@ def _payloads(job: _Job, stem: str) -> Any:
 def _tensor(index: ZipIndex, objects: TorchObjects, record: str, span: Span | None, meta: Any) -> LazyTensor:
     """A view of a record; `objects` proves that it lies within, and locks its values where it does not."""
     code, sizes, strides, offset, layout, grad = _told(meta, "dtype", "sizes", "strides", "storage_offset", "layout", "requires_grad")
-    known = type(code) is int and code in _DTYPES and layout == 7
+    known = type(code) is int and code in DTYPES_BY_CODE and layout == 7
     if not (known and isinstance(sizes, list) and isinstance(strides, list)):
         raise CorruptFileError("tensor_meta must have a dtype of torch's numbers, sizes, strides and layout 7 (strided)")
-    shape, steps = (tuple([_at(n, "as_int") for n in numbers]) for numbers in (sizes, strides))
+    shape, steps = (tuple([at(n, "as_int") for n in numbers]) for numbers in (sizes, strides))
     nbytes = span.nbytes if span is not None else index.records[record].size if record in index.records else 0
     storage = objects.ref(("storage", _UNTYPED, record, "cpu", nbytes))
-    return objects.tensor(storage, _at(offset, "as_int"), shape, steps, DTYPES[_DTYPES[code]], grad)
+    return objects.tensor(storage, at(offset, "as_int"), shape, steps, DTYPES[DTYPES_BY_CODE[code]], grad)
 
 
 # nested pickles
@@ -182,7 +175,8 @@ def _torch_file(job: _Job, record: str) -> Any:
     index, storage = job.index, job.index.storage(record)
     if not isinstance(storage, Span):
         raise UnsupportedError("a torch file inside the archive is packed, and is not read", record=record, path=index.file.url)
-    inner = torch_zip.open_archive(read_zip_index(index.file, storage))
+    charge(1)
+    inner = torch_zip.open_archive(inner_archive(storage))
     job.findings += [replace(finding, where={**finding.where, "inside": record}) for finding in inner.findings]
     job.unpickled[record] = inner.tree
     return inner.tree
@@ -202,9 +196,11 @@ def _pickled(job: _Job, record: str) -> Any:
             del job.unpickled[record]
             return _torch_file(job, record)
         elif storage.nbytes:
-            data, end = read_record(index, record, min(_MAX_PICKLE, job.pickles_left)), 0
-            job.pickles_left -= len(data)
-            while end < len(data) and (end == 0 or data[end] == 0x80):  # torch's legacy files are several pickles, and each is run
+            charge(1, 0 if isinstance(storage, Span) else storage.nbytes)
+            data, end = read_record(index, record, _MAX_PICKLE), 0
+            for _ in range(_LEGACY):
+                if end and data[end : end + 1] != b"\x80":
+                    break
                 objects = TorchObjects(index.storage)
                 _, machine, found = unpickle(data, objects, file=index.file, format="torch-export", record=record, start=end)
                 findings += found
@@ -225,40 +221,23 @@ def _samples(job: _Job, record: str) -> Any:
     return tree
 
 
-# the graph
+# JSON
 
 
 def _program(job: _Job, record: str) -> dict[str, Any]:
-    """What people ask of a graph: its versions, what goes in and what comes out."""
+    """What people ask of a graph, and a finding for each text of it that torch would run."""
+    texts = exported_graph.Texts()
     try:
-        model = _json(job, record)
+        program = exported_graph.told(_json(job, record, texts.pairs))
     except UnsupportedError as error:
-        job.findings.append(Finding("graph not read", "info", error.message, {"record": record}))
+        what = f"torch.export.load makes Python of texts in the graph, and they were not looked at: {error.message}"
+        job.findings.append(Finding("graph not read", "danger", what, {"record": record}))
         return {}
-    values, signature = _at(model, "graph_module", "graph", "tensor_values"), _at(model, "graph_module", "signature")
-    versions = {key: _at(model, key) for key in ("torch_version", "schema_version", "opset_version")}
-    groups: dict[str, dict[str, str]] = {}
-    described = cache(lambda name: _described(_at(values, name)))
-    for side in ("input_specs", "output_specs"):
-        specs = _at(signature, side)
-        pairs = (pair for spec in (specs if isinstance(specs, list) else ()) if isinstance(spec, dict) for pair in spec.items())
-        for kind, body in islice(pairs, _SHOWN):
-            arg = _at(body, "arg")
-            name = next((n for n in (_at(arg, "as_tensor", "name"), _at(arg, "name")) if isinstance(n, str)), None)
-            target = next((text for key, text in body.items() if key.endswith("_name")), None) if isinstance(body, dict) else None
-            group = groups.setdefault(kind, {})
-            group[name or str(len(group))] = target or (described(name) if name else str(arg)[:200])
-    return groups | versions  # a kind of argument that is called as a version is gives way to it
+    job.findings += texts.findings(record)
+    return program
 
 
-def _described(meta: Any) -> str:
-    """A tensor of the graph as text: ``float32 [s0, 3]``."""
-    code, sizes = _at(meta, "dtype"), _at(meta, "sizes")
-    told = [str(_at(n, "as_expr", "expr_str") or _at(n, "as_int"))[:200] for n in (sizes[:64] if isinstance(sizes, list) else ())]
-    return f"{_DTYPES.get(code) if isinstance(code, int) else None} [{_SYMBOL.sub(lambda found: found[1], ', '.join(told))}]"
-
-
-def _json(job: _Job, record: str) -> dict[str, Any]:
+def _json(job: _Job, record: str, pairs: Callable[[list[tuple[str, Any]]], Any] = unique_pairs) -> dict[str, Any]:
     path, what = job.index.file.url, f"the JSON of the archive holds more than {_MAX_VALUES} values"
     data = read_record(job.index, record, job.json_left) if job.values_left >= 0 else b""
     job.json_left -= len(data)
@@ -267,7 +246,7 @@ def _json(job: _Job, record: str) -> dict[str, Any]:
         what = what if job.values_left < 0 else f"the record has {len(data)} bytes, and not all of them are ASCII as torch writes them"
         raise UnsupportedError(what, record=record, path=path)
     with located(path=path, record=record):
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_pairs)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
         if not isinstance(value, dict):
             raise CorruptFileError("the record must be a JSON object")
     return value
@@ -276,10 +255,3 @@ def _json(job: _Job, record: str) -> dict[str, Any]:
 def _told(value: Any, *keys: str) -> list[Any]:
     """Several entries of an object; None for each that it has not."""
     return list(map(value.get, keys)) if isinstance(value, dict) else [None] * len(keys)
-
-
-def _at(value: Any, *keys: Any) -> Any:
-    """What lies at a path of keys; None where there is no such path."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

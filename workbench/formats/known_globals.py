@@ -83,6 +83,7 @@ _HARMLESS: tuple[tuple[Literal["call", "new", "name"], str, str], ...] = (
     ("call", "a record of torch's own that describes how tensors are cut and stored",
      "torch.distributed.checkpoint.metadata: BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties"
      " TensorStorageMetadata _MEM_FORMAT_ENCODING; torch.distributed.checkpoint.filesystem: _StorageInfo;"
+     "torch.distributed._shard.sharded_tensor.metadata: MEM_FORMAT_ENCODING TensorProperties;"
      "torch.distributed.tensor: DTensor; torch.distributed.tensor._dtensor_spec: DTensorSpec ShardOrderEntry TensorMeta;"
      "torch.distributed.tensor.placement_types: Partial Replicate Shard _StridedShard; torch.distributed._mesh_layout: _FlatLayout _MeshLayout;"
      "torch.distributed.device_mesh: DeviceMesh; torch._dynamo.decorators: _DimRange; torch.nested._internal.nested_tensor: NestedTensor _rebuild_njt; torch.nn.parameter: Buffer UninitializedBuffer UninitializedParameter"),

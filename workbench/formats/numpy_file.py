@@ -29,6 +29,7 @@ from workbench.checkpoint import Checkpoint, Finding
 from workbench.dtypes import DTYPES, NUMPY_CODES
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError, located
 from workbench.files import FileRef, Span, Storage, read_span
+from workbench.formats.pickle_blobs import charge, counted_together
 from workbench.formats.torch_objects import TorchObjects, sizes, trailing_finding, unpickle
 from workbench.formats.zip_index import Inflated, ZipIndex
 from workbench.names import unique_pairs
@@ -41,7 +42,6 @@ _HEAD = 512  # bytes that are read first
 _MAX_HEADER = 1 << 18  # of one file, short ones aside; numpy itself stops at 10,000 characters unless it is told to trust the file
 _MAX_TOLD = 1 << 14  # of one that is asked for objects alone
 _MAX_PICKLE = 64 << 20
-_MOST_ODD = 1000  # arrays of one archive that are no tensors, before the pickles of further ones are not looked at: each takes 0.2 ms
 _MAX_RATIO = 1032  # deflate packs no tighter
 _ELEMENT = re.compile(r"([<>|=]?)([a-zA-Z])(\d{1,9})?(\[[^\]]*\])?")
 _TOKEN = re.compile(r"""\s*(?:(?P<text>'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")|(?P<number>\d+)L?|(?P<word>True|False|None)|,\s*(?=[)\]}])|(?P<mark>[][(){}:,]))""")  # fmt: skip
@@ -70,14 +70,20 @@ def open_archive(index: ZipIndex) -> Checkpoint:
     Cost: a local header and an array's header for each record.
     """
     arrays: dict[str, LazyTensor | Global] = {}
-    listing = _Listing(index.file)
-    with index.file.kept_open() as source:
+    listing, twice = _Listing(index.file), list[str]()
+    with index.file.kept_open() as source, counted_together():
         for name in index.records:
             with located(record=name):
                 storage = index.storage(name)
                 if isinstance(storage, Inflated) and storage.nbytes > _MAX_RATIO * storage.span.nbytes + 64:
                     raise CorruptFileError(f"{storage.span.nbytes} packed bytes cannot hold the {storage.nbytes} that the archive states")
-                arrays[name.removesuffix(".npy")] = listing.array(storage, _head(storage, source.pread), name)
+                short = name.removesuffix(".npy")
+                is_taken = short != name and short in index.records  # NumPy reads that record by this name
+                twice += [name] if is_taken else []
+                arrays[name if is_taken else short] = listing.array(storage, _head(storage, source.pread), name)
+    if twice:
+        told = f"what {twice[0][:-4]!r} is depends on who reads it: there is a record of that name, and one with .npy behind it"
+        listing.findings.append(Finding("ambiguous", "warning", told, {"record": twice[0]}, "the second is listed by its whole name"))
     return Checkpoint(arrays, name=index.file.name, format="npz", findings=(*listing.findings,), source=index.file)
 
 
@@ -117,7 +123,7 @@ class _Listing:
         what = descr if isinstance(descr, str) else json.dumps(descr)[:200]
         where = {"record": record} if record else {}
         if itemsize is None:
-            findings += _objects(data, file, record, where) if len(findings) < _MOST_ODD else _unseen(where)
+            findings += _objects(data, file, record, where)
         elif data.nbytes != math.prod(shape) * itemsize:
             needed = f"{math.prod(shape)} elements of {what} need {math.prod(shape) * itemsize} bytes"
             raise CorruptFileError(f"{needed} and {data.nbytes} are there: the file is cut, or has bytes that nothing names", path=file.url)
@@ -133,6 +139,13 @@ def says_objects(header: bytes) -> bool:
     """Whether an array's header tells of objects; not where it cannot be read, which listing the file tells."""
     with suppress(FormatError, json.JSONDecodeError, RecursionError):
         return len(header) <= _MAX_TOLD and _header(header.decode("latin-1"))[3][0] is None
+    return False
+
+
+def says_numbers(header: bytes) -> bool:
+    """Whether an array's header can be read, and tells of no objects."""
+    with suppress(FormatError, json.JSONDecodeError, RecursionError):
+        return len(header) <= _MAX_TOLD and _header(header.decode("latin-1"))[3][0] is not None
     return False
 
 
@@ -175,18 +188,12 @@ def _element(descr: Any) -> tuple[int | None, str | None, str]:
     return nbytes, NUMPY_CODES.get(f"{kind}{count}"), {"<": "little", ">": "big"}.get(order, sys.byteorder)
 
 
-def _unseen(where: dict[str, Any]) -> list[Finding]:
-    told = (
-        f"the pickle of an object array was not looked at, behind more than {_MOST_ODD:,} arrays that are no tensors; it may hide anything"
-    )
-    return [Finding("unreadable pickle", "danger", told, where)]
-
-
-def _objects(data: Storage, file: FileRef, record: str | None, where: dict[str, Any]) -> list[Finding]:
+def _objects(data: Span | Inflated, file: FileRef, record: str | None, where: dict[str, Any]) -> list[Finding]:
     """What the pickle of an object array would do."""
     try:
         if data.nbytes > _MAX_PICKLE:
             raise UnsupportedError(f"the pickle has {data.nbytes} bytes; at most {_MAX_PICKLE} are looked at")
+        charge(1, 0 if isinstance(data, Span) else data.nbytes)
         objects = TorchObjects(dict[str, Storage]().__getitem__)  # it has no storages
         _, machine, found = unpickle(read_span(data), objects, file=file, format="npy", record=record)
     except FormatError as error:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,15 +25,18 @@ from workbench.checkpoint import Finding
 from workbench.errors import CorruptFileError, UnsupportedError
 from workbench.files import FileRef, Reader, Span, Storage
 from workbench.formats.numpy_objects import numpy_element
+from workbench.formats.pickle_loop import TOO_MUCH
 from workbench.formats.pickle_vm import Machine
 from workbench.formats.python_objects import made_value
-from workbench.formats.torch_objects import TorchObjects, Unfinished, sizes
+from workbench.formats.torch_objects import COUNTED, TorchObjects, counted, sizes
+from workbench.formats.zip_index import ZipIndex, read_zip_index
 from workbench.strided import row_major
 from workbench.tensors import LazyTensor, Stored, TensorSpec
-from workbench.tree import Global, Inert
+from workbench.tree import NOTHING, Global, Inert
 
 MAX_OPCODES = 128 << 20  # bytes of opcodes, payloads aside
 _PAGE, _LONG, _HELD = 1 << 10, 1 << 16, 32 << 20  # a payload longer than _LONG stays in the file; past _HELD in all, one longer than _PAGE
+_EACH = 60  # what a file inside the file counts for among the things that are built
 _PAYLOADS, _TEXTS = b"BC\x8e\x96TUX\x8d", b"X\x8d"
 
 
@@ -139,6 +142,36 @@ def most_nested(file: FileRef) -> int:
     return 2000 + (file.size >> 14)
 
 
+def counted_together() -> AbstractContextManager[None]:
+    """A reading of one file, whose pickles and files are bounded together."""
+    return counted(Machine(b"", persistent=id, construct=id))
+
+
+def charge(files: int = 0, packed: int = 0) -> None:
+    """Count files inside the file, for what they take beside their opcodes, and `packed` bytes that are to be inflated.
+
+    Raises:
+        UnsupportedError: as much was done before as is done for one file.
+    """
+    if (held := COUNTED.get()) is not None:
+        held[0].built += files * _EACH + (packed >> 10)
+        if held[0].is_spent:
+            raise UnsupportedError(TOO_MUCH)
+
+
+def inner_archive(span: Span) -> ZipIndex:
+    """A torch archive inside the file, what it takes to read its pickle counted.
+
+    Raises:
+        UnsupportedError: as much was done as is done for one file.
+    """
+    index = read_zip_index(span.file, span)
+    for name in index.records:
+        if name.endswith("data.pkl") and (record := index.records[name]).method:
+            charge(0, record.size)
+    return index
+
+
 def payload_span(file: FileRef, payload: Any, nbytes: int | None = None) -> Span | None:
     """The bytes of a payload: of `file` itself where they lie in it as they are, of a file inside it otherwise; None if it is no payload.
 
@@ -241,6 +274,24 @@ class _Recoder:
 
 
 # numpy
+
+
+class Unfinished(Inert):
+    """An object that becomes a tensor when its state comes; whoever holds it already holds the tensor then."""
+
+    def __init__(self, node: Inert, finish: Callable[[Any], LazyTensor | None]) -> None:
+        self.__dict__.update(node.__dict__, finish=finish)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "state" and value is not NOTHING:
+            made = self.__dict__.pop("finish")(value)
+            if made is not None:
+                self.__dict__ = made.__dict__
+            self.__class__ = Inert if made is None else LazyTensor  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Inert, (self.func, self.args, self.kwargs, self.new, self.state, self.items, self.elements))
 
 
 class PayloadObjects(TorchObjects):

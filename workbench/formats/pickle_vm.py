@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import _compat_pickle
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from workbench.errors import UnsupportedError
@@ -19,7 +20,7 @@ from workbench.formats.pickle_arguments import c_string, checked_key, float_line
 from workbench.formats.pickle_loop import MAX_BUILT, MAX_OPCODES, MAX_STACK, STORAGE, Starved, carry_out
 from workbench.formats.torch_template import carry_out_one, carry_out_run
 from workbench.tensors import LazyTensor
-from workbench.tree import NOTHING, Global, Inert, is_mapping, makes_tensor, wrapped
+from workbench.tree import NOTHING, Global, Inert, is_mapping, items_of, makes_tensor, wrapped
 
 _FETCHES = (b"h", b"j")
 _CROSSES = "a frame ends inside an opcode's argument: C drops what is left of the frame, or does not, by the kind of file it reads from"
@@ -78,11 +79,12 @@ class Machine:
         self.calls: dict[str, int] = {}
         self.heads: dict[tuple[bytes, bytes, bytes], tuple[Global, str]] = {}  # the template's references, looked up once
         self.forms: dict[tuple[bytes, ...], Any] = {}  # what the template's tensors of one spelling share
-        self.waiting: list[tuple[Sequence[int], Sequence[Any]]] = []  # memo entries of runs, which are rarely read
+        self.waiting: list[tuple[Iterable[int], Sequence[Any]]] = []  # memo entries of runs, which are rarely read
         self.highest = -1  # no memo index above it was written
         self.singly = 0  # up to this byte a run was refused, and is not tried again from each of its names
         self.unwritten = 0  # memo entries that a template left out of `memo`
-        self.merged = 0  # entries of states that were given to one object after another state
+        self.merged = 0  # entries of states that were given to one object after another state, or changed after they were given
+        self.given: dict[int, list[Inert]] = {}  # by the ids of mappings, whose states they are
         self.texts: list[Any] = []
         self.states: list[Any] = []
         self.names: dict[tuple[str, str], Global] = {}
@@ -263,7 +265,7 @@ class Machine:
     def whole_memo(self) -> dict[int, Any]:
         for places, values in self.waiting:
             self.memo.update(zip(places, values, strict=True))
-            self.unwritten -= len(places)
+            self.unwritten -= len(values)
         self.waiting.clear()
         return self.memo
 
@@ -329,13 +331,15 @@ class Machine:
     def _extend(self, target: Any, items: list[Any]) -> None:
         if not items:
             return
+        if isinstance(target, bytearray) and not {int, bool}.issuperset(map(type, items)):
+            raise self._refusal("a bytearray takes numbers only", *items)
         if isinstance(target, (list, bytearray)):
             target.extend(items)
         elif isinstance(target, Inert):
             self.called(target.dotted)
             target.elements.extend(items)
         else:
-            raise TypeError(f"cannot append to {_kind(target)}")
+            raise self._refusal(f"cannot append to {_kind(target)}", target if isinstance(target, Global) else None)
 
     def op_setitem(self) -> None:
         value, key = self.pop(), self.pop()
@@ -348,6 +352,8 @@ class Machine:
     def _set_items(self, target: Any, pairs: dict[Any, Any]) -> None:
         if not pairs:
             return
+        if id(target) in self.given:
+            self._keep_states(target)
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Inert) and not isinstance(wrapped(target), LazyTensor):
@@ -356,10 +362,28 @@ class Machine:
         elif isinstance(target, (list, bytearray)):
             for key, value in pairs.items():
                 if not isinstance(key, int):
-                    raise TypeError(f"{_kind(key)} is no place in a {_kind(target)}")
+                    raise self._refusal(f"{_kind(key)} is no place in a {_kind(target)}", key)
+                if isinstance(target, bytearray) and not isinstance(value, int):
+                    raise self._refusal("a bytearray takes numbers only", value)
                 target[key] = value
         else:
-            raise TypeError(f"cannot set items of {_kind(target)}")
+            raise self._refusal(f"cannot set items of {_kind(target)}", target)
+
+    def _keep_states(self, target: Any) -> None:
+        """An object takes the entries that its state has when it is given; what is put into that mapping later is not its own."""
+        held, nodes = items_of(target), self.given.pop(id(target))
+        self._merge(len(held))
+        kept = dict(held) if isinstance(target, dict) else replace(target, items=dict(held))
+        for node in nodes:
+            if isinstance(node.state, tuple):
+                node.state = tuple(kept if half is target else half for half in node.state)
+            elif node.state is target:
+                node.state = kept
+
+    def _merge(self, entries: int) -> None:
+        self.merged += entries
+        if self.merged > MAX_STACK:
+            raise UnsupportedError("the states of an object are given again and again", offset=self.place)
 
     def op_additems(self) -> None:
         items = self._pop_mark()
@@ -369,7 +393,7 @@ class Machine:
         elif isinstance(target, Inert):
             self._extend(target, items)
         elif items:
-            raise TypeError(f"cannot add to {_kind(target)}")
+            raise self._refusal(f"cannot add to {_kind(target)}", target if isinstance(target, Global) else None)
 
     # globals and calls
 
@@ -394,7 +418,7 @@ class Machine:
     def op_stack_global(self) -> None:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
-            raise TypeError("STACK_GLOBAL requires str")
+            raise self._refusal("STACK_GLOBAL requires str", name, module)
         self._global(module, name)
 
     def _extension(self, width: int) -> None:
@@ -413,7 +437,7 @@ class Machine:
         if not isinstance(func, (Global, Inert)):
             raise TypeError(f"{_kind(func)} cannot be called")
         if not isinstance(args, (tuple, Inert)):
-            raise TypeError("call arguments must be a tuple")
+            raise self._refusal("call arguments must be a tuple", args)
         self.built += 2
         node = Inert(func, args, kwargs, new)
         self.called(node.dotted)
@@ -436,7 +460,7 @@ class Machine:
     def op_newobj_ex(self) -> None:
         kwargs, args, func = self.pop(), self.pop(), self.pop()
         if not isinstance(kwargs, (dict, Inert)):
-            raise TypeError("keyword arguments must be a dict")
+            raise self._refusal("keyword arguments must be a dict", kwargs)
         self._made(func, args, kwargs, new=True)
 
     def op_build(self) -> None:
@@ -451,15 +475,18 @@ class Machine:
         if isinstance(target, (Inert, LazyTensor, Global)):
             self.called(SET_STATE.dotted if isinstance(target, LazyTensor) else _built(target))
         elif state is not None and not (type(state) is tuple and len(state) == 2 and state[0] is None and state[1] == {}):
-            raise TypeError(f"{_kind(target)} has no state to build")
+            raise self._refusal(
+                f"{_kind(target)} has no state to build", *(state if type(state) is tuple and len(state) == 2 else (state,))
+            )
         if isinstance(target, Inert):
             if isinstance(target.state, dict) and isinstance(state, dict):
-                self.merged += len(target.state) + len(state)
-                if self.merged > MAX_STACK:
-                    raise UnsupportedError("the states of an object are given again and again", offset=self.place)
+                self._merge(len(target.state) + len(state))
                 target.state = {**target.state, **state}
             else:
                 target.state = state if target.state is NOTHING else (target.state, state)
+                for half in state if type(state) is tuple and len(state) == 2 else (state,):
+                    if is_mapping(half):
+                        self.given.setdefault(id(half), []).append(target)
 
     # bytes, frames and the rest
 
@@ -478,13 +505,18 @@ class Machine:
         self.frame_end = max(self.frame_end, self.pos + length)
         self.torch = None
 
+    def _refusal(self, told: str, *values: Any) -> Exception:
+        """What C raises; but where one of these is such that only C knows its type, as the result of a call, C may go on."""
+        is_open = any(isinstance(value, (Global, Inert, LazyTensor)) for value in values)
+        return UnsupportedError(f"{told}, as far as can be told", offset=self.place) if is_open else TypeError(told)
+
     def op_unknown(self) -> None:
         raise ValueError(f"invalid opcode 0x{self.data[self.pos - 1]:02x}")
 
     def op_readonly_buffer(self) -> None:
         buffer = self.pop()
         if not isinstance(buffer, (bytes, bytearray)):
-            raise TypeError("only a buffer can be made read-only")
+            raise self._refusal("only a buffer can be made read-only", buffer)
         self._spend(len(buffer) if isinstance(buffer, bytearray) else 0)
         self.stack.append(bytes(buffer))
 

@@ -12,7 +12,7 @@ from workbench.formats.zip_index import ZipIndex, read_record
 
 def pickle_roots(records: Iterable[str]) -> list[str]:
     """The folders, at most one deep and with their slash, in which an archive holds a data.pkl."""
-    return [name[: -len("data.pkl")] for name in records if (name.endswith("/data.pkl") and name.count("/") == 1) or name == "data.pkl"]
+    return [name[:-8] for name in records if name[-8:] == "data.pkl" and (name[-9:-8], name.count("/")) in (("", 0), ("/", 1))]
 
 
 def pickle_root(index: ZipIndex) -> str:

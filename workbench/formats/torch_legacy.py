@@ -31,10 +31,21 @@ from workbench.errors import CorruptFileError, FormatError, UnsupportedError
 from workbench.files import FileRef, Span, Storage
 from workbench.formats import torch_zip
 from workbench.formats.known_globals import NESTED, danger_findings
-from workbench.formats.pickle_blobs import MAX_OPCODES, Left, Pages, PayloadMachine, PayloadObjects, Placed, kept, most_nested, payload_span
+from workbench.formats.pickle_blobs import (
+    MAX_OPCODES,
+    Left,
+    Pages,
+    PayloadMachine,
+    PayloadObjects,
+    Placed,
+    charge,
+    inner_archive,
+    kept,
+    most_nested,
+    payload_span,
+)
 from workbench.formats.pickle_vm import Machine
-from workbench.formats.torch_objects import TorchObjects, storage_dtype, trailing_finding, unpickle
-from workbench.formats.zip_index import read_zip_index
+from workbench.formats.torch_objects import TorchObjects, counted, storage_dtype, trailing_finding, unpickle
 from workbench.tensors import Block, Derived, LazyTensor, TensorSpec
 from workbench.tree import Global, Inert
 
@@ -127,7 +138,8 @@ class _Pickles:
         size = self._whole.nbytes
         machine = Machine(self.data, persistent=persistent, construct=construct, torch=storages, start=self.at, more=self._more, size=size)
         try:
-            value = machine.run()
+            with counted(machine):
+                value = machine.run()
         except FormatError:
             self.findings += danger_findings(machine, made)
             raise
@@ -285,6 +297,7 @@ class _PlainObjects(PayloadObjects):
         payload = node.args[0]
         key = payload.start if isinstance(payload, (Placed, Left)) else id(payload)
         if key not in self._nested:
+            charge()
             if len(self._nested) >= (most := most_nested(self.file)):
                 raise UnsupportedError(f"of the torch files inside this pickle only {most:,} are read: save it with torch.save instead")
             try:
@@ -308,4 +321,4 @@ def _open_nested(span: Span | None) -> Checkpoint:
     if span is None:
         raise CorruptFileError("it is no byte string")
     head = span.read(0, _HEAD)
-    return torch_zip.open_archive(read_zip_index(span.file, span)) if head[:4] == b"PK\x03\x04" else _open_legacy(span, head)
+    return torch_zip.open_archive(inner_archive(span)) if head[:4] == b"PK\x03\x04" else _open_legacy(span, head)

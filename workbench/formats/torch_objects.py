@@ -29,7 +29,7 @@ from workbench.formats.python_objects import made_mapping, made_set, made_value
 from workbench.formats.torch_states import Nowhere, old_parameter, old_tensor, parameter, set_state, with_attributes
 from workbench.strided import extent, row_major
 from workbench.tensors import Block, Derived, LazyTensor, Reads, Stored, TensorSpec
-from workbench.tree import NOTHING, SUBCLASSES, Global, Inert, is_mapping, is_module, items_of, tensors_aside, walk, wrapped
+from workbench.tree import SUBCLASSES, Global, Inert, is_mapping, is_module, items_of, tensors_aside, walk, wrapped
 
 Counts = tuple[int, ...]
 _MAX_TROUBLES = 200
@@ -68,24 +68,6 @@ class Bare(LazyTensor):
     """A storage that stands by itself in a pickle: the flat tensor that it is, until a rebuild call takes it."""
 
     ref: StorageRef
-
-
-class Unfinished(Inert):
-    """An object that becomes a tensor when its state comes; whoever holds it already holds the tensor then."""
-
-    def __init__(self, node: Inert, finish: Callable[[Any], LazyTensor | None]) -> None:
-        self.__dict__.update(node.__dict__, finish=finish)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "state" and value is not NOTHING:
-            made = self.__dict__.pop("finish")(value)
-            if made is not None:
-                self.__dict__ = made.__dict__
-            self.__class__ = Inert if made is None else LazyTensor  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Inert, (self.func, self.args, self.kwargs, self.new, self.state, self.items, self.elements))
 
 
 class TorchObjects:
@@ -502,6 +484,7 @@ class Run(NamedTuple):
 
 
 _WATCHED: ContextVar[list[Run] | None] = ContextVar("watched", default=None)
+COUNTED: ContextVar[tuple[Machine, list[int]] | None] = ContextVar("counted", default=None)  # what runs, and the counts of what is inside
 
 
 @contextmanager
@@ -513,6 +496,23 @@ def watched_runs() -> Iterator[list[Run]]:
         yield runs
     finally:
         _WATCHED.reset(token)
+
+
+@contextmanager
+def counted(run: Machine) -> Iterator[None]:
+    """Bound what runs inside together, however files and pickles nest: each begins with all that was done before, and ends with its own."""
+    outer, inner = COUNTED.get(), [0, 0]
+    ran, built = run.ran, run.built = (outer[0].ran, outer[0].built) if outer else (0, 0)
+    token = COUNTED.set((run, inner))
+    try:
+        yield
+    finally:
+        COUNTED.reset(token)
+        if outer is not None:
+            outer[0].ran, outer[0].built = run.ran, run.built
+            outer[1][:] = outer[1][0] + run.ran - ran, outer[1][1] + run.built - built
+        if not run.is_spent:
+            run.ran, run.built = run.ran - ran - inner[0], run.built - built - inner[1]
 
 
 class Unpickled(NamedTuple):
@@ -555,7 +555,8 @@ def unpickle(
         return danger_findings(run, objects.strangers, plain, misused) + objects.troubles
 
     try:
-        tree = run.run()
+        with counted(run):
+            tree = run.run()
     except FormatError as error:
         if record is not None:
             error.where.setdefault("record", record)

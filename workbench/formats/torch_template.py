@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate, chain, islice
 from typing import TYPE_CHECKING, Any
@@ -106,7 +106,7 @@ def _carry_out_alike(vm: Machine, start: int, pattern: Any) -> bool:
     if forms is None or not b"".join(keys).isdigit():
         return False
     written = [
-        [i + base for i in range(first, first + count * each, each) for base in some]
+        chain.from_iterable(zip(*(range(first + base, first + count * each, each) for base in some), strict=True))
         for some in (bases[:-1], [b + 1 for b in bases[:-1]], [b - 1 for b in bases[1:]])
     ]
     return _carried_out(vm, names, keys, forms * count, written, count * each, first + count * each - 1, start + count * step)
@@ -139,7 +139,7 @@ def _carried_out(
     names: Sequence[bytes],
     keys: Sequence[bytes],
     forms: list[Any],
-    written: Sequence[Sequence[int]],
+    written: Iterable[Iterable[int]],
     count: int,
     highest: int,
     end: int,

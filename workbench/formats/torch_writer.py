@@ -13,28 +13,24 @@ from typing import Any
 from workbench.checkpoint import Checkpoint
 from workbench.errors import UnsupportedError
 from workbench.formats import torch_zip
-from workbench.formats.torch_pickle import PickleWriter, StorageSlot, drop_unsafe
+from workbench.formats.torch_pickle import PickleWriter, StorageSlot
 from workbench.formats.writing import Job, Layout, SaveReport, require_unlocked, struct_pack, write_layout
 from workbench.stream import Target, Written
 from workbench.strided import row_major
 from workbench.tensors import Derived, LazyTensor, Live, Stored, TensorSpec
-from workbench.tree import NOTHING
 
 _ALIGNMENT = 64
 _MAX32 = 0xFFFFFFFF
 
 
-def write(ckpt: Checkpoint, path: str, job: Job, *, unsafe: str = "refuse") -> SaveReport:
+def write(ckpt: Checkpoint, path: str, job: Job) -> SaveReport:
     """Write `ckpt` as a .pt file that `torch.load(weights_only=True)` reads.
 
     Raises:
-        UntrustedError: the tree holds an object that is not plain data, and unsafe is "refuse".
+        UntrustedError: the tree holds an object that is not plain data.
     Cost: one read of each storage; a derived tensor is computed once.
     """
     require_unlocked(ckpt)
-    tree, left = drop_unsafe(ckpt.tree) if unsafe == "drop" else (ckpt.tree, [])
-    if left:
-        ckpt = Checkpoint({} if tree is NOTHING else tree, name=ckpt.name)
     storages = _Storages({id(tensor): name for name, tensor in ckpt.items()})
     try:
         pickle = PickleWriter(storages.place).dump(ckpt.tree)
@@ -46,7 +42,7 @@ def write(ckpt: Checkpoint, path: str, job: Job, *, unsafe: str = "refuse") -> S
     records += [(f"{root}/data/{key}", source, tensor_name) for key, source, tensor_name in storages.sources()]
     records.append((f"{root}/version", b"3\n", ""))
     seconds, verify_seconds = write_layout(path, _layout(records), {n: t.spec for n, t in ckpt.items()}, torch_zip.open_file, job)
-    return SaveReport(path, "torch-zip", len(ckpt), os.path.getsize(path), seconds, verify_seconds, left_behind=tuple(left))
+    return SaveReport(path, "torch-zip", len(ckpt), os.path.getsize(path), seconds, verify_seconds)
 
 
 def _root(path: str) -> str:

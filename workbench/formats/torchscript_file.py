@@ -56,11 +56,15 @@ _WORD = re.compile(r"\w++")
 _TENSORS = re.compile(rf"__(parameters|buffers)__\s*+=\s*+\[((?:[\s,]|{_TEXT})*+)\]")
 # operators that touch files or the network; `autograd`, by which torch's compiler comes back to all operators and which its printer never
 # writes; then `torch` and `ops` as values, through which any operator can be had
-_OPERATORS = r"(?:from|read|write)_file|save|load_tensor|rpc_\w+"
-_OPERATOR = re.compile(rf"::({_OPERATORS})".encode())  # as bytecode names one, and then an opcode of its pickle follows
+OPERATORS = r"(?:from|read|write)_file|save|load_tensor|rpc_\w+"
+# torch's C++ classes whose states are numbers, texts and tensors; aten.OpaqueObject unpickles its own, and another library's may do anything
+_CLASSES = r"(?:quantized|rnn|sparse|mkldnn|mkldnn_prepacked|xnnpack|vulkan|metal|_nnapi|backendutils)"
+_STRANGE = re.compile(rf"__torch__\.torch\.classes\b(?!\.{_CLASSES}\.)")
+_OPERATOR = re.compile(rf"(?:::|torch\.(?=classes\.(?!{_CLASSES}\.)))({OPERATORS}|classes\.[\w.]+)".encode())  # as bytecode names one
 _REACHES = re.compile(
-    rf"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+({_OPERATORS}|autograd)\b"
-    r"|(torch(?<![\w.]torch)\b(?!\s*[.:])|ops(?<![\w.]ops)\b(?!\s*:|\s*\.\s*\w+\s*\.))"
+    rf"(?:torch(?<![\w.]torch)|ops(?<![\w.]ops)\s*+\.\s*+\w++)\s*+\.\s*+({OPERATORS}|autograd)\b"
+    r"|(torch(?<![\w.]torch)\b(?!\s*[.:])|ops(?<![\w.]ops)\b(?!\s*:|\s*\.\s*\w+\s*\.)"
+    rf"|\btorch\s*+\.\s*+classes\b(?!\s*+\.\s*+{_CLASSES}\s*+\.))"
 )
 Tensors = dict[str, set[str]]  # of a module's class: the names of its "parameters" and "buffers"
 
@@ -214,16 +218,17 @@ class _ScriptObjects(TorchObjects):
         return super().construct(node)
 
 
-def _is_plain(found: Global) -> bool:
+def is_plain(found: Global) -> bool:
+    """Whether a global of an archive's pickles is a type that torch's C++ reader fills with plain data."""
     is_storage = found.module == "torch" and found.name in ALL_STORAGE_DTYPES
-    return is_storage or found.dotted in _TAGS or f"{found.module}.".startswith("__torch__.")
+    return is_storage or found.dotted in _TAGS or (f"{found.module}.".startswith("__torch__.") and _STRANGE.match(found.dotted) is None)
 
 
 def _unpickled(index: ZipIndex, record: str, folder: str, byteorder: str = "little") -> tuple[Any, list[Finding]]:
     data = read_record(index, record, _MAX_PICKLE)
     objects = _ScriptObjects(lambda key: index.storage(folder + key), byteorder)
     tree, machine, found = unpickle(
-        data, objects, file=index.file, format="torchscript", record=record, machine=_ScriptMachine, plain=_is_plain
+        data, objects, file=index.file, format="torchscript", record=record, machine=_ScriptMachine, plain=is_plain
     )
     trailing = [trailing_finding(len(data) - machine.end, record)] if machine.end != len(data) else []
     return tree, [*found, *trailing]

@@ -207,51 +207,6 @@ class ZipIndex:
         return dict(zip(starts, [*starts[1:], self.directory], strict=True))
 
 
-class Outline(NamedTuple):
-    """How a small archive is laid out: where one payload lies, what a serializer numbers by its contents, and the checksums of both."""
-
-    payload: tuple[int, int]
-    numbers: tuple[tuple[int, int], ...]  # digits that count the contents, without the payload
-    checksums: tuple[tuple[int, ...], ...]  # where each stands, without the payload
-
-    @classmethod
-    def of(cls, index: ZipIndex, free: str) -> Outline | None:
-        """That of an archive, around the payload of the record `free`; None where a record is not laid out plainly."""
-        starts, columns = index._plain, index.records.columns
-        place = index.records.places[free]
-        numbered = [n for n, name in enumerate(columns.names) if name.endswith("/serialization_id")]
-        if any(starts[n] is None for n in (place, *numbered)):
-            return None
-        where = [(int(starts[n] or 0) - index.base, int(starts[n] or 0) - index.base + columns.packed[n]) for n in (place, *numbered)]
-        (start, stop), *digits = where
-        gap = stop - start
-        if any(a < stop for a, _ in digits):
-            return None
-        sums = []
-        for n, (_, end) in zip((place, *numbered), where, strict=True):
-            local, central = columns.headers[n] - index.base + 14, index.directory - index.base + columns.entries[n] + 16
-            places = (local, central, end + 4) if columns.kinds[n][0] & 8 else (local, central)  # a descriptor stands behind the payload
-            sums.append(tuple(at if at < start else at - gap for at in places))
-        return cls((start, stop), tuple((a - gap, b - gap) for a, b in digits), tuple(sums))
-
-    def rest(self, area: Span) -> tuple[bytes, bytes] | None:
-        """(all bytes of an archive but that payload, numbers and checksums blanked; the payload's first byte). Archives of one length
-        with one rest differ in nothing else. None where the numbers are none, or the checksums contradict each other.
-        """
-        start, stop = self.payload
-        head, both = area.read(start, start + 1), bytearray(area.read(0, start) + area.read(stop, area.nbytes))
-        if not all(both[a:b].isdigit() for a, b in self.numbers):
-            return None
-        for places in self.checksums:
-            if len({bytes(both[at : at + 4]) for at in places} - {bytes(4)}) > 1:
-                return None
-            for at in places:
-                both[at : at + 4] = bytes(4)
-        for a, b in self.numbers:
-            both[a:b] = bytes(b - a)
-        return bytes(both), head
-
-
 def _payload_start(record: Record, pread: Callable[[int, int], bytes]) -> int:
     """Where the payload starts, after comparing the local header with the central one."""
     head = pread(record.header, 30 + len(record.raw_name))
@@ -377,7 +332,9 @@ def read_zip_index(file: FileRef, area: Span | None = None) -> ZipIndex:
         if singly:
             singly -= 1
         else:
-            alike, behind = _plain_records(data, at, whole.start, count - len(columns[0]), reach)
+            alike, behind = _alike_records(data, at, whole.start, count - len(columns[0]), reach)
+            if not alike:
+                alike, behind = _plain_records(data, at, whole.start, count - len(columns[0]), reach)
             singly = 0 if alike else 8 * _RUN
             reach, at = min(_BLOCK, max(_LEAST, 2 * (behind - at))), behind
         if not alike:
@@ -418,7 +375,8 @@ def _find_end(whole: Span) -> tuple[int, int, int, int]:
     if locator[:4] == _LOCATOR:
         _, where, disks = struct.unpack("<IQI", locator[4:])
         record = whole.read(where, where + 56)
-        if record[:4] != _END64 or len(record) < 56 or where + 12 + struct.unpack_from("<Q", record, 4)[0] != end - 20 or disks != 1:
+        plain = len(record) == 56 and where + 56 == end - 20 and struct.unpack_from("<Q", record, 4) == (44,)
+        if record[:4] != _END64 or not plain or disks != 1:  # with more in it, other readers look for it elsewhere
             raise CorruptFileError("the ZIP64 end record is not where its locator says", path=whole.file.url)
         disk64, start64, here64, count64, size64, offset64 = struct.unpack_from("<IIQQQQ", record, 16)
         pairs = ((here, here64, 0xFFFF), (count, count64, 0xFFFF), (size, size64, 0xFFFFFFFF), (offset, offset64, 0xFFFFFFFF))
@@ -440,6 +398,38 @@ def _finditer(data: bytes, mark: bytes) -> Iterator[int]:
 _RUN = 16  # fewer records than these in a row are found faster one by one
 _LEAST, _BLOCK = 1 << 12, 1 << 18  # bytes of the directory that are looked at at once
 _MOST_ODD = 100_000  # records that are read one by one
+
+
+def _alike_records(data: bytes, at: int, base: int, count: int, reach: int) -> tuple[Sequence[Sequence[Any]], int]:
+    """The next records in columns, where all within `reach` bytes are plain, stored and of one length: the storages of a torch file."""
+    head = data[at : at + 46]
+    length = int.from_bytes(head[28:30], "little")
+    step = 46 + length
+    count = min(count, (min(len(data), at + reach) - at) // step)
+    if count < _RUN or head[:4] != b"PK\x01\x02" or any(head[10:12]) or any(head[30:36]):
+        return [], at
+    end = at + count * step
+    fields = [data[at + byte : end : step] for byte in range(step)]
+    told = bytearray(count * (length + 1))  # the names, each with a NUL behind it
+    for byte, column in enumerate(fields[46:]):
+        told[byte :: length + 1] = column
+    same = all(fields[byte] == head[byte : byte + 1] * count for byte in (0, 1, 2, 3, 8, 9, 10, 11, *range(28, 36)))
+    if not same or fields[20:24] != fields[24:28] or not told.isascii() or told.count(b"\0") != count:
+        return [], at
+    packed, headers = _counts(fields[20:24]), _counts(fields[42:46])
+    if _FULL in packed or _FULL in headers:
+        return [], at
+    headers = tuple(base + header for header in headers) if base else headers
+    kind = (int.from_bytes(head[8:10], "little"), 0)
+    return (told.decode("ascii").split("\0")[:-1], range(at, end, step), [length] * count, packed, headers, [kind] * count), end
+
+
+def _counts(fields: Sequence[bytes]) -> tuple[int, ...]:
+    """Numbers, of whose bytes each column holds one, the lowest first."""
+    spelled = bytearray(4 * len(fields[0]))
+    for byte, column in enumerate(fields):
+        spelled[byte::4] = column
+    return struct.unpack(f"<{len(fields[0])}I", spelled)
 
 
 def _plain_records(data: bytes, at: int, base: int, count: int, reach: int) -> tuple[Sequence[Sequence[Any]], int]:
@@ -514,14 +504,14 @@ def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int,
 
 def _require_apart(columns: Columns, directory: int, file: FileRef) -> None:
     names, _, lengths, packed, headers, _ = columns
-    ends = [header + 30 + length + size for header, length, size in zip(headers, lengths, packed, strict=True)]
-    if all(map(operator.le, ends, [*headers[1:], directory])):
+    ends = list(map(operator.add, map(operator.add, headers, lengths), packed))  # less the 30 bytes of a header
+    if min(map(operator.sub, [*headers[1:], directory], ends), default=30) >= 30:
         return
     end, before = 0, ""
     for header, name, behind in sorted(zip(headers, names, ends, strict=True), key=operator.itemgetter(0)):
         if header < end:
             raise CorruptFileError(f"the record overlaps {before!r}", record=name, path=file.url)
-        end, before = behind, name
+        end, before = behind + 30, name
     if end > directory:
         raise CorruptFileError("the last record runs into the directory", record=before, path=file.url)
 
