@@ -86,9 +86,10 @@ def test_a_keymap_goes_through_json_applies_and_inverts():
     assert set(fixed) == set(target.state_dict())
     back = keymap.inverse().apply(fixed)
     assert {n: t.shape for n, t in back.items()} == {n: tuple(t.shape) for n, t in source.items()}
-    scope = {"checkpoint": source}
+    scope = {"checkpoint": source, "model": target}
     exec(keymap.code(), scope)
     assert set(scope["state_dict"]) == set(target.state_dict())
+    assert all(torch.equal(value, fixed[name].load()) for name, value in target.state_dict().items())
 
 
 def test_a_target_without_tensors_is_refused():

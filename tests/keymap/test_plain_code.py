@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_the_code_makes_what_apply_makes_in_a_process_without_this_library(tmp_p
         code = KeyMap.from_dict(json.loads(json.dumps(maps[name][1].to_dict()))).code()
         assert "workbench" not in code.replace(str(tmp_path), "")
         (codes / f"{name}.py").write_text(code)
-    run = "import sys, torch, pathlib\nfor code in pathlib.Path(sys.argv[1]).glob('*.py'):\n    room = {}\n    exec(code.read_text(), room)\n    torch.save(room['state_dict'], code.with_suffix('.made'))\nassert 'workbench' not in sys.modules"
+    run = "import sys, torch, pathlib, unittest.mock\nfor code in pathlib.Path(sys.argv[1]).glob('*.py'):\n    room = {'model': unittest.mock.Mock()}\n    exec(code.read_text(), room)\n    torch.save(room['state_dict'], code.with_suffix('.made'))\nassert 'workbench' not in sys.modules"
     subprocess.run([sys.executable, "-c", run, str(codes)], check=True, timeout=120, cwd=tmp_path)
     for name, (path, keymap) in maps.items():
         made, wanted = torch.load(codes / f"{name}.made", weights_only=True), keymap.apply(path)
@@ -127,10 +128,26 @@ def test_the_code_makes_what_apply_makes_in_a_process_without_this_library(tmp_p
 def test_a_section_and_what_ops_made_are_told_from_the_root():
     tree = {"a": {"b.c": {"w": torch.ones(2)}}}
     keymap = wb.match(wb.open(tree).section(("a", "b.c")), {"module.w": (2,)})
-    room = {"checkpoint": tree}
+    room = {"checkpoint": tree, "model": Mock()}
     exec(keymap.code(), room)
     assert torch.equal(room["state_dict"]["module.w"], torch.ones(2))
     assert "checkpoint['p']['q']" in KeyMap((Pair.plain("w", "w", "", "certain", ""),), section="p.q").code()
+
+
+def test_the_code_loads_the_model_and_names_what_stays_as_it_is():
+    source, model = torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    keymap = wb.match(under_net(source), model)
+    *_, comment, last = keymap.code().splitlines()
+    assert "'1.weight', '1.bias'" in comment
+    assert last == "model.load_state_dict(state_dict, strict=False)"
+    exec(keymap.code(), {"checkpoint": under_net(source), "model": model})
+    assert torch.equal(model[0].weight, source.weight)
+    whole = wb.match(under_net(source), model[:1])
+    assert whole.code().splitlines()[-1] == "model.load_state_dict(state_dict)"
+
+
+def under_net(module):
+    return {f"net.0.{name}": value for name, value in module.state_dict().items()}
 
 
 def whole_module(path):

@@ -1,8 +1,8 @@
-"""Tensors that stand for one plain tensor together, and stored tensors that are published under several names.
+"""Tensors that stand for one plain tensor together.
 
 `composites` finds groups (weight_g + weight_v, orig + mask, base + LoRA, codes + scales) by their published names and shapes, and says how
-the plain tensor is computed from them (`values.FORMULAS`). `locked_raw` tells which tensors are codes and no numbers. `canonical` gives all
-spellings of one stored tensor the same name. What cannot be known from the file carries a `doubt` and is never to be used unasked.
+the plain tensor is computed from them (`values.FORMULAS`). `locked_raw` tells which tensors are codes and no numbers. What cannot be known
+from the file carries a `doubt` and is never to be used unasked. How such names are spelt otherwise is spellings.py's.
 Owns no search: which composite fills which target is inference.py's.
 """
 
@@ -12,16 +12,18 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from workbench.adapter_config import lora_scale
+from workbench.sections import names_average
 from workbench.tensors import LazyTensor, Stored
 
 Tensors = Mapping[str, LazyTensor]
 Config = Mapping[str, Any]
 Confidence = Literal["certain", "likely"]
+Outside = Callable[[], Mapping[str, tuple[int, ...]]]
 
 
 class Composite(NamedTuple):
@@ -57,27 +59,15 @@ def _group(
     return Composite(name, shape, dtype, parts, formula, {"shape": list(shape), "dtype": dtype, **params}, confidence, rule, reason)
 
 
-class Spelling(NamedTuple):
-    """What a name is, whoever wrote it.
-
-    Attributes:
-        name: equal for all spellings of the same stored tensor.
-        role: what the tensor is, where it is no plain parameter or buffer; it fills only a target of the same role.
-        also: canonical names of plain sources that fill it as well, where it is a target.
-    """
-
-    name: str
-    role: str = ""
-    also: tuple[str, ...] = ()
-
-
 _FP8 = {"float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"}
 _CODES = _FP8 | {"float4_e2m1fn_x2", "int8", "uint8", "int16", "uint16", "int32", "uint32"}
 _SCALED = _FP8 | {"int8"}
 _WIDE = {"float32", "float16", "bfloat16", "float64"}
+MODIFIED = "a part beside a weight"
 _ENDS = ("_g", "_orig", "qweight", "_packed", "blocks", "__nf4", "__fp4")  # one name of each group, besides codes and LoRA
 _PARAMETRIZED = re.compile(r"(.*\.)?parametrizations\.([^.]+)\.(.+)")
-_LORA = re.compile(r"(.*\.)?lora_(embedding_)?([AB])(?:\.(?!weight$|bias$)([^.]+))?(?:\.(weight|bias))?")
+_LORA = re.compile(r"(.*\.)?lora(?:_|\.|_linear_layer\.)(embedding_)?([AB]|down|up)(?:\.(?!weight$|bias$)([^.]+))?(?:\.(weight|bias))?")
+_FACTORS = {"down": "A", "up": "B"}
 _HARMLESS = re.compile(r".*bias|input_.*|(?:output|act|activation|[qkv])_scale|lora_.*|weight_format|g_idx|.*_(?:shape|g_idx)|running_\w+")
 _SCALE_WORDS = ("weight_scale", "_scale_inv", "scale_weight", "scaled_fp8", "SCB", "comfy_quant")
 
@@ -91,107 +81,65 @@ def composites(sources: Tensors, config: Config | None = None) -> list[Composite
     """
     file = _File(sources, config)
     found: list[Composite | None]
-    found = [_parametrized(plain, pieces, sources) for plain, pieces in _families(sources).items()]
-    found += [_adapted(module, adapters, file) for module, adapters in _adapters(sources).items()]
+    found = [_parametrized(plain, pieces, sources) for plain, pieces in families(sources).items()]
+    found += [_adapted(module, adapters, file) for module, adapters in adapters_in(sources).items()]
     found += [
-        _tuned(module + leaf, beside, file) for module, beside in _tuners(_beside_bases(sources)).items() for leaf in ("weight", "bias")
+        _tuned(module + leaf, beside, file) for module, beside in tuners_in(beside_bases(sources)).items() for leaf in ("weight", "bias")
     ]
     for name, tensor in sources.items():
+        if "weight_" in name or "_weight" in name:
+            found.append(_modified(name, tensor, sources))
         if name.endswith(_ENDS) or tensor.dtype.name in _CODES:
             finders = (_scaled,) if tensor.dtype.name in _SCALED else _QUANTIZED
             found.append(next((made for finder in finders if (made := finder(name, tensor, file))), None))
     return [made for made in found if made is not None]
 
 
-def locked_raw(sources: Tensors, found: Iterable[Composite] = ()) -> dict[str, str]:
-    """name -> why its values are codes, which must never be cast into a float target. `found` is what `composites` gave."""
+def locked_raw(sources: Tensors, found: Iterable[Composite] = (), outside: Outside = dict) -> dict[str, str]:
+    """name -> why its values are codes, which must never be cast into a float target.
+
+    Args:
+        found: what `composites` gave.
+        outside: gives the shapes of what the file holds beside `sources`, by name; asked only where fp8 numbers have no scale.
+    """
     owners = {part: made for made in found for part in made.parts}
     codes = {name: tensor.dtype.name for name, tensor in sources.items() if tensor.dtype.name in _CODES or tensor.dtype.kind == "quantized"}
     scaled = any(name.endswith(_SCALE_WORDS) for name in sources) if codes else False
     file, out = _File(sources), {}
+    bare = [name for name, dtype in codes.items() if dtype in _FP8 and name not in owners]
+    strange = {name: [n for n in file.strange(name) if _grid(sources[name].shape, sources[n].shape, {})] for name in bare}
+    elsewhere = _elsewhere(sources, bare, outside()) if bare else {}
+    scaled = scaled or any(strange.values()) or bool(elsewhere)
     for name, dtype in codes.items():
         if name in owners:
             out[name] = owners[name].doubt or f"codes of {owners[name].name!r} ({owners[name].rule})"
         elif dtype not in _FP8:
             out[name] = f"{dtype} numbers, and no scale of a known name beside them"
-        elif strange := [other for other in file.strange(name) if _grid(sources[name].shape, sources[other].shape, {})]:
-            out[name] = f"fp8 numbers, and {strange[0]!r} beside them may scale them in a way that is not published"
+        elif told := strange[name]:
+            out[name] = f"fp8 numbers, and {told[0]!r} beside them may scale them in a way that is not published"
+        elif name in elsewhere:
+            out[name] = f"fp8 numbers, and {elsewhere[name]!r} in another part of the file may scale them"
         elif scaled:
             out[name] = "fp8 numbers without a scale in a file that has scales"
     return out
 
 
-def canonical(names: Collection[str], others: Collection[str] = ()) -> dict[str, Spelling]:
-    """The names of one side (source or target) that are not spelt as plain names are, each with its Spelling.
-
-    Args:
-        others: canonical names of the other side, for spellings that lose dots (kohya's).
-    """
-    names = dict.fromkeys(names).keys()  # looked up one by one
-    out: dict[str, Spelling] = {}
-    for plain, pieces in _families(names).items():
-        module, _, leaf = plain.rpartition(".")
-        for piece, name in pieces.items():
-            held = f"{plain}_{piece}" if piece in ("orig", "mask") else ".".join(filter(None, (module, "parametrizations", leaf, piece)))
-            out[name] = Spelling(held, f"parametrization: {piece}", (plain,) if piece == "orig" else ())
-    adapters = _adapters(names)
-    told = "\0".join(names)
-    marked = bool(adapters) or any(word in told for word in ("lora", "modules_to_save.", "base_layer.", "prompt_encoder."))
-    if not marked and not all("base_model." in name for name in names):
-        return out
-    beside = _beside_bases(names)
-    tuners, named = _tuners(beside), _adapter_name(beside)
-    flat: dict[str, set[str]] = defaultdict(set)
-    for other in others:
-        if other.endswith(".lora_A.weight"):
-            flat[other.removesuffix(".lora_A.weight").replace(".", "_")].add(other)
-    for name in names:
-        spelt, role, also = out.get(name, Spelling(name))
-        spelt = named.sub(r"\1", spelt) if named is not None else spelt
-        for word, pattern, new in _SPELLINGS:
-            if word in spelt:
-                spelt = pattern.sub(new, spelt, count=1)
-        module, dot, leaf = name.rpartition(".")
-        if "lora_" in spelt and (lora := _ROLE.search(spelt)):
-            role = lora[1]
-            if role.endswith(".weight") and (kohya := _KOHYA.fullmatch(spelt)) and len(fits := flat[kohya[1]]) == 1:
-                spelt = next(iter(fits)).replace("lora_A", role.removesuffix(".weight"))
-        elif "original_module." in spelt:
-            role = "copy that modules_to_save replaces"
-        elif leaf in ("weight", "bias") and (module.endswith("base_layer") or (module + dot) in adapters):
-            module = (module + dot).removesuffix("base_layer.")
-            plain = spelt[: -len(leaf)].removesuffix("base_layer.") + leaf
-            if module in tuners or any(f"B.{leaf}" in pieces for pieces in adapters.get(module, {}).values()):
-                spelt, role, also = plain[: -len(leaf)] + f"base_layer.{leaf}", "base of an adapter", (plain,)
-            else:
-                spelt = plain
-        if spelt != name or role:
-            out[name] = Spelling(spelt, role, also)
+def _elsewhere(sources: Tensors, names: Iterable[str], outside: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Those of `names` that something outside is called after, or after their module, which could be a scale by its shape."""
+    called = {spelt: name for name in names for spelt in (name, name.removesuffix(".weight"))}
+    out: dict[str, str] = {}
+    for other, shape in outside.items():
+        for end in (other[at:] for at in (0, *(dot.end() for dot in re.finditer(r"\.", other)))):
+            whose = next((called[own] for own in (end, *(end[: cut.start()] for cut in re.finditer(r"[._]", end))) if own in called), "")
+            if whose and shape != sources[whose].shape and _grid(sources[whose].shape, shape, {}):
+                out.setdefault(whose, other)
     return out
-
-
-_ROLE = re.compile(r"(?:^|\.)(lora_[^.]+(?:\.(?:weight|bias))?)$")
-_KOHYA = re.compile(r"lora_(?:unet|te\d?|transformer|prior)_(\w+)\.lora_[AB]\.weight")
-_SPELLINGS = [
-    (word, re.compile(pattern), new)
-    for word, pattern, new in (
-        ("base_model.model.", r"(^|\.)base_model\.model\.", r"\1"),
-        ("modules_to_save.", r"(^|\.)modules_to_save\.[^.]+\.", r"\1"),
-        ("prompt_encoder.", r"(^|\.)prompt_encoder\.[^.]+\.embedding\.weight$", r"\1prompt_embeddings"),
-        (".processor.", r"\.processor\.(to_[qkv])_lora\.", r".\1.lora."),  # diffusers, before it used peft
-        (".processor.", r"\.processor\.to_out_lora\.", ".to_out.0.lora."),
-        ("down.weight", r"\.lora(?:_linear_layer\.|\.|_)down\.weight$", ".lora_A.weight"),
-        ("up.weight", r"\.lora(?:_linear_layer\.|\.|_)up\.weight$", ".lora_B.weight"),
-        ("lora_", r"\blora_([AB])\.[^.]+\.(weight|bias)$", r"lora_\1.\2"),
-        ("lora_", r"\b(lora_magnitude_vector|lora_embedding_[AB])(?:\.[^.]+)?(?:\.weight)?$", r"\1"),
-    )
-]
 
 
 # parametrizations: torch.nn.utils.weight_norm, spectral_norm, prune, and their successors in torch.nn.utils.parametrizations
 
 
-def _families(names: Collection[str]) -> dict[str, dict[str, str]]:
+def families(names: Collection[str]) -> dict[str, dict[str, str]]:
     """plain name -> its stored pieces, under the names of torch.nn.utils.parametrize (`orig` and `mask` of pruning)."""
     out: dict[str, dict[str, str]] = defaultdict(dict)
     told = "\0".join(names) + "\0"  # most models have none, and a hundred thousand names are soon asked at once
@@ -244,7 +192,7 @@ def _norm_axes(g: tuple[int, ...], v: tuple[int, ...]) -> list[int] | None:
 def decomposed(targets: Mapping[str, tuple[int, ...]]) -> list[Composite]:
     """The other way round: g and v of the targets under weight_norm, each made of the plain weight, which `parts` names as the target would."""
     out = []
-    for plain, pieces in _families(targets).items():
+    for plain, pieces in families(targets).items():
         if set(pieces) == set(_ORDERS[0]) and (over := _norm_axes(*(targets[pieces[piece]] for piece in _ORDERS[0]))) != []:
             g, v, reason = pieces["original0"], pieces["original1"], "the norm of the plain weight, and that weight as the direction"
             out.append(_group(g, targets[g], "float32", (plain,), "into weight_norm", "norm", reason, over=over))
@@ -255,23 +203,36 @@ def decomposed(targets: Mapping[str, tuple[int, ...]]) -> list[Composite]:
 _ORDERS: tuple[tuple[str, ...], ...] = (("original0", "original1"), ("original", "0._u", "0._v"), ("orig", "mask"))
 
 
+def _modified(name: str, tensor: LazyTensor, sources: Tensors) -> Composite | None:
+    """A matrix beside something that is called after it and may change it by its shape: a mask, a difference, a gain for each row."""
+    module, _, leaf = name.rpartition(".")
+    plain = f"{module}.weight" if module else "weight"
+    base = sources.get(plain) if leaf.startswith("weight_") or leaf.endswith("_weight") else None
+    if base is None or base.dtype.name not in _WIDE or base.ndim < 2 or _HARMLESS.fullmatch(leaf) or names_average(leaf):
+        return None
+    if tensor.numel < 2 or not _grid(base.shape, tensor.shape, {}):
+        return None
+    doubt = f"{name!r} stands beside it, may be a part of its value by its name and shape, and the model has no place for it"
+    return _group(plain, base.shape, base.dtype.name, (plain, name), MODIFIED)._replace(doubt=doubt)
+
+
 # LoRA: peft (wrapped or adapter beside base) and loralib
 
 
-def _adapters(names: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+def adapters_in(names: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
     """module -> adapter -> A.weight, B.weight, B.bias, magnitude -> name."""
     out: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name in names:
-        if "lora_" not in name:
+        if "lora" not in name:
             continue
         if found := _LORA.fullmatch(name):
-            out[found[1] or ""][found[4] or ""][f"{found[3]}.{found[5] or 'weight'}"] = name
+            out[found[1] or ""][found[4] or ""][f"{_FACTORS.get(found[3], found[3])}.{found[5] or 'weight'}"] = name
         elif "lora_magnitude_vector" in name:
             out[name[: name.rindex("lora_magnitude_vector")]]["magnitude"]["magnitude"] = name
     return out
 
 
-def _beside_bases(names: Collection[str]) -> dict[str, list[str]]:
+def beside_bases(names: Collection[str]) -> dict[str, list[str]]:
     """module -> what peft, or whoever wraps a layer as `base_layer`, put beside that."""
     out: dict[str, list[str]] = {name[: -len(end)]: [] for end in _BASES for name in names if name.endswith(f".{end}")}
     for name in names if out else ():
@@ -284,7 +245,7 @@ def _beside_bases(names: Collection[str]) -> dict[str, list[str]]:
 _BASES = ("base_layer.weight", "base_layer.bias")
 
 
-def _tuners(beside: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def tuners_in(beside: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """Those of them that are no LoRA: what they do to the base, its bias included, only their own code tells."""
     return {module: found for module, found in beside.items() if found and not any("lora_" in name for name in found)}
 
@@ -297,15 +258,6 @@ def _tuned(plain: str, beside: list[str], file: _File) -> Composite | None:
     doubt = f"{beside[0]!r} stands beside its base_layer, and how an adapter changes that is told by its config and code"
     parts = (f"{module}.base_layer.{leaf}", *beside)
     return _group(plain.rpartition("base_model.model.")[2], base.shape, base.dtype.name, parts, "adapter")._replace(doubt=doubt)
-
-
-def _adapter_name(beside: Mapping[str, list[str]]) -> re.Pattern[str] | None:
-    """What takes the adapter's name out, which its file leaves out, where all that an adapter put there has the same one."""
-    put = [name[len(module) :].split(".") for module, found in beside.items() for name in found]
-    if len(given := {segments[1] for segments in put if len(segments) > 1}) != 1:
-        return None
-    words = "|".join(sorted({re.escape(segments[0]) for segments in put}))
-    return re.compile(rf"(?<=\.)({words})\.{re.escape(given.pop())}(?=\.|$)")
 
 
 def _adapted(module: str, adapters: Mapping[str, Mapping[str, str]], file: _File) -> Composite | None:
@@ -365,7 +317,7 @@ class _File:
     def lie(self) -> set[bool]:
         """Whether oblong matrices under adapters lie as [in, out]: True, False, both."""
         out = set()
-        for module, adapters in _adapters(self.sources).items():
+        for module, adapters in adapters_in(self.sources).items():
             bases = [name for name in (f"{module}base_layer.weight", f"{module}weight") if name in self.sources]
             shape = self.sources[bases[0]].shape if bases else ()
             for pieces in adapters.values() if len(set(shape)) == 2 == len(shape) else ():
@@ -373,14 +325,27 @@ class _File:
                     out.add(shape != _factors(pieces, self)[2])
         return out
 
+    @cached_property
+    def along(self) -> dict[str, set[int]]:
+        """By the last word of scales, one for each row or column: the axes of codes that those of oblong ones go along."""
+        out: dict[str, set[int]] = defaultdict(set)
+        for name, codes in self.sources.items():
+            for scale in _scales_of(name, self.sources) if codes.dtype.name in _SCALED else ():
+                axes = [axis for axis, count in enumerate(codes.shape) if (count,) == self.sources[scale].shape]
+                out[scale.rpartition(".")[2]].update(axes if len(axes) == 1 else ())
+        return out
+
     def strange(self, name: str, *known: str) -> list[str]:
         """Tensors beside `name` that may have a part in its value and are neither `known` nor known to have none."""
         if not self._modules:
             for other in self.sources:
-                self._modules.setdefault(other[: other.rfind(".") + 1], []).append(other)
+                module = other[: other.rfind(".") + 1]
+                self._modules.setdefault(module, []).append(other)
+                self._modules.setdefault(module[: module.rfind(".", 0, -1) + 1] + "*", []).append(other)  # of what lies in a module
         at = name.rfind(".") + 1
         stem = name if name[at:] not in ("weight", "weight_packed") else name[:at]
-        beside = (other for other in self._modules.get(name[:at], ()) if other != name and other not in known)
+        within = (other for other in self._modules.get(f"{name[:at]}*", ()) if other.startswith(name))
+        beside = (other for other in (*self._modules.get(name[:at], ()), *within) if other != name and other not in known)
         return [other for other in beside if other.startswith(stem) and not _HARMLESS.fullmatch(other[at:])]
 
 
@@ -408,12 +373,17 @@ def _grid(shape: tuple[int, ...], scales: tuple[int, ...], config: Config) -> tu
     return grid, blocks, sure
 
 
+def _scales_of(name: str, sources: Tensors) -> list[str]:
+    plain, module = name.removesuffix("._data"), name[: name.rfind(".") + 1]
+    spelt = [f"{name}_scale_inv", f"{name}_scale"] if plain == name else [f"{plain}._scale"]
+    spelt += [f"{module}{leaf}" for leaf in ("scale_weight", "SCB", "scale") if name == f"{module}weight"]
+    return [other for other in spelt if other in sources]
+
+
 def _scaled(name: str, codes: LazyTensor, file: _File) -> Composite | None:
     """int8 or fp8 codes times scales: one, one for each row, one for each block."""
     kind, shape, module, plain = codes.dtype.name, codes.shape, name[: name.rfind(".") + 1], name.removesuffix("._data")
-    spelt = [f"{name}_scale_inv", f"{name}_scale"] if plain == name else [f"{plain}._scale"]
-    spelt += [f"{module}{leaf}" for leaf in ("scale_weight", "SCB", "scale") if name == f"{module}weight"]
-    held = [other for other in spelt if other in file.sources]
+    held = _scales_of(name, file.sources)
     if not held:
         return None
     scale, last, rule = file.sources[held[0]], held[0].rpartition(".")[2], f"dequantize {kind}"
@@ -438,6 +408,9 @@ def _scaled(name: str, codes: LazyTensor, file: _File) -> Composite | None:
         return doubtful._replace(doubt=f"the scales {', '.join(held)} do not fit {list(shape)} in a published way")
     if last == "scale" and (kind == "int8" or scale.ndim != 2 or any(b != 128 and g != 1 for g, b in zip(*grid[:2], strict=True))):
         return doubtful._replace(doubt="'scale' multiplies in blocks of 128 (DeepSeek); in other shapes it may do anything")
+    if scale.ndim == 1 < len(shape) and scale.numel > 1 and shape.count(scale.numel) > 1 and file.along[last] != {0}:
+        told = "others of this file go along another axis than the rows" if file.along[last] else "no other one of this file tells"
+        return doubtful._replace(doubt=f"its scales may be one for each row or one for each column, and {told}")
     if not grid[2]:
         return doubtful._replace(doubt=f"{list(scale.shape)} scales over {list(shape)}: blocks of 128 with a short last one, or equal ones")
     formula, parts = "scale_exponent" if scale.dtype.name == "uint8" else "scale", doubtful.parts

@@ -253,6 +253,9 @@ IN_OUT = ("kernel", "kernel:0", "text_projection", "visual.proj", "Attention/q",
 # words of matrices that are [in, out] in the GPT-2 of OpenAI and transformers, and [out, in] in nanoGPT and CLIP
 EITHER_WAY = ("c_attn", "c_proj", "c_fc")
 
+# classes of modules whose `c_attn` lays its rows by heads, and not in blocks
+BY_HEADS = ("GPTBigCodeAttention",)
+
 # in which order a patch merging reads the channels, rows and columns (c, r, w) of four patches, by a name of its side
 MERGED = (
     ("crw", ".w_msa.", "OpenMMLab: nn.Unfold"),

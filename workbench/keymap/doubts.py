@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from workbench.keymap.conventions import EITHER_WAY, IN_OUT, MERGED
+from workbench.checkpoint import Finding
+from workbench.dtypes import DTYPES
+from workbench.keymap.conventions import BY_HEADS, EITHER_WAY, IN_OUT, MERGED
 from workbench.keymap.layouts import withdraw
 from workbench.keymap.maps import Regroup
 from workbench.keymap.naming import Name
@@ -19,13 +21,22 @@ from workbench.keymap.naming import Name
 if TYPE_CHECKING:
     from workbench.keymap.inference import Search
 
+BY_END = "the longest end of the name and the shape agree"
 _RUNNING = re.compile(r"(?:^|\.)running\.(?:mean|var)\.$")
 _AFFINE = re.compile(r"(?:^|\.)(weight|bias)\.$")
 
 
 def doubt(search: Search) -> None:
-    for step in (equal_names, split_norms, flattened, merged, either_way, other_roots, moved_norms):
+    for step in (gates, fused_rows, equal_names, split_norms, flattened, merged, either_way, other_roots, moved_norms, other_kinds):
         step(search)
+
+
+def other_kinds(search: Search) -> None:
+    """Numbers that a load would refuse to cast: complex ones into real ones, floats into integers."""
+    for target, pair in [*search.pairs.items()] if search.wanted.dtypes else ():
+        wanted, held = DTYPES.get(search.wanted.dtypes.get(target, "")), search.items.get(pair.source)
+        if wanted and held and not pair.formula and (found := DTYPES[held.dtype]).kind != wanted.kind:
+            withdraw(search, pair, f"{found} in the file and {wanted} in the model")
 
 
 def _module(name: str) -> str:
@@ -84,7 +95,7 @@ def flattened(search: Search) -> None:
         if (
             pair
             and len(pair.parts) == 1
-            and pair.source.endswith(IN_OUT) != turned
+            and (pair.source.endswith(IN_OUT) != turned or search.channels_last)
             and channels
             and inputs > channels
             and not inputs % channels
@@ -128,7 +139,7 @@ def either_way(search: Search) -> None:
 
 def other_roots(search: Search) -> None:
     """One lone module of another root of the file is not known by the end of its name where most come from a root that has more such."""
-    ends = [pair for pair in search.pairs.values() if pair.rule == "the end of the name" and pair.is_plain]
+    ends = [pair for pair in search.pairs.values() if pair.reason == BY_END and pair.is_plain]
     if not ends:
         return
     roots = {name: told.bare.split(".")[0] for name, told in search.source_names.items()}
@@ -170,3 +181,42 @@ def _ends_and_begins(names: Iterable[Name]) -> tuple[bool, bool]:
     norms = [told for told in names if not told.context and told.role.endswith("weight.")]
     begins = any(re.search(r"(?:^|\.)emb\.norm\.", told.role) for told in norms)
     return any(re.search(r"(?:^|\.)norm\.last\.", t.role) and _module(_module(t.bare)) in places for t in norms), begins
+
+
+def gates(search: Search) -> None:
+    """The inner matrix of an MLP without a gate is none of the two of one with a gate: they compute another function."""
+    inner = {role: role[: role.index("up.")] for role in search.roles if ".up." in role}
+    for target, pair in [(t, pair) for t, pair in search.pairs.items() if search.target_names[t].role in inner] if inner else ():
+        told, other = search.target_names[target], search.source_names.get(pair.source)
+        if other is None or other.role not in inner or told.bare == other.bare or not pair.is_plain:
+            continue
+        ours, theirs = search.by_context[0][other.context][other.indices], search.by_context[1][told.context][told.indices]
+        if f"{inner[other.role]}gate.weight." in ours and f"{inner[told.role]}gate.weight." in theirs:
+            continue
+        gated = [
+            any("gate" in role for role in block if role.startswith(unit))
+            for block, unit in ((ours, inner[other.role]), (theirs, inner[told.role]))
+        ]
+        if gated[0] != gated[1]:
+            side = "file" if gated[0] else "model"
+            withdraw(search, pair, f"the MLP of the {side} has a gate and the other has none: neither of the two matrices is the one")
+
+
+def fused_rows(search: Search) -> None:
+    """A fused matrix that has to be transposed for another class, under a word whose rows that class may lay otherwise, is not certain."""
+    fused = {role for role in search.roles if ".qkv.weight." in role}
+    for target, pair in [(t, pair) for t, pair in search.pairs.items() if search.target_names[t].role in fused] if fused else ():
+        sides = _module(target), _module(pair.source)
+        if not pair.rule.endswith(", transposed") or not all(side.endswith(EITHER_WAY) for side in sides):
+            continue
+        bias = search.pairs.get(f"{sides[0]}.bias")
+        for each in (pair, bias) if bias else (pair,):
+            if search.wanted.kinds.get(_module(sides[0])) in BY_HEADS:
+                why = "its rows lie by heads in the model's class, and in blocks of queries, keys and values in what is kept as [in, out]"
+                withdraw(search, each, why)
+            else:
+                search.pairs[each.target] = replace(each, confidence="likely", reason=f"{each.reason}; {_ROWS}")
+                search.findings["rows"] = Finding("the order of rows", "warning", f"{_ROWS}: {target!r} and its like")
+
+
+_ROWS = "rows taken as blocks of queries, keys and values, as in GPT-2 and nanoGPT; GPTBigCode with multi_query=False lays them by heads under the same names"

@@ -89,7 +89,7 @@ def relaid(source: str, name: str, items: Mapping[str, Item], target: Target) ->
 
 def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[str, Item], target: Target) -> Iterator[Pair | Ambiguous]:
     shape, known = items[source].shape, [target.shapes[name] for name in names if name]
-    if items[source].formula or not shape or not all(known) or any(name.endswith(IN_OUT) for name in names):
+    if items[source].formula or items[source].after or not shape or not all(known) or any(name.endswith(IN_OUT) for name in names):
         return
     total = max(shape) if len(shape) == 2 else shape[0]
     sizes = [target.shapes[name][0] if name else 0 for name in names]
@@ -140,7 +140,7 @@ def _taken_apart(source: str, names: list[str], fusion: Fusion, items: Mapping[s
 def _put_together(names: list[str], whole: str, fusion: Fusion, items: Mapping[str, Item], target: Target) -> Iterator[Pair | Ambiguous]:
     shape = target.shapes[whole]
     held = [items[name] for name in names if name]
-    if any(item.formula or not item.shape for item in held) or not shape:
+    if any(item.formula or item.after or not item.shape for item in held) or not shape:
         return
     turns = {i.name: Regroup(i.shape, (1, 0), i.shape[::-1]) for i in held if len(i.shape) == 2 and i.name.endswith(IN_OUT)}
     if stacked := len(shape) == 3 and shape[1] != shape[2] and "experts" in fusion.whole and all(len(i.shape) == 3 for i in held):

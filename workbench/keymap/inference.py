@@ -18,15 +18,14 @@ from functools import partial
 from typing import Any
 
 from workbench.adapter_config import config_beside
-from workbench.checkpoint import Finding
+from workbench.checkpoint import Checkpoint, Finding
 from workbench.errors import SelectionError
 from workbench.formats import collector_paused
-from workbench.keymap.composites import Spelling, canonical, composites, locked_raw
+from workbench.keymap.composites import MODIFIED, Outside, composites, locked_raw
 from workbench.keymap.containers import SAME_NUMBERS, Pairing, number_first, pairings
-from workbench.keymap.conventions import IN_OUT
-from workbench.keymap.doubts import doubt
+from workbench.keymap.doubts import BY_END, doubt
 from workbench.keymap.fusions import FUSIONS, Item, fused_pairs, relaid
-from workbench.keymap.layouts import SAME, Fit, fit, orient, renumber, stack, turn, unstack, withdraw
+from workbench.keymap.layouts import SAME, Fit, agreed, channels_last, fit, in_out, orient, renumber, stack, turn, unstack
 from workbench.keymap.leftovers import beside, doubt_shifted, follow, nearest, rest, set_aside, settle_swapped, stem, with_weight
 from workbench.keymap.maps import Ambiguous, Confidence, KeyMap, Pair, Part
 from workbench.keymap.naming import (
@@ -35,6 +34,7 @@ from workbench.keymap.naming import (
     bare_name,
     bare_names,
     domain,
+    end_rule,
     fullest_root,
     grouped,
     in_head,
@@ -47,12 +47,15 @@ from workbench.keymap.naming import (
     wrapper_rule,
 )
 from workbench.keymap.order import in_order, inside, last, members
+from workbench.keymap.places import Places
 from workbench.keymap.plain_code import Origin
 from workbench.keymap.published import counted, one_more
 from workbench.keymap.rules import is_single_role
+from workbench.keymap.spellings import Spelling, canonical
 from workbench.keymap.targets import Target, read_target
 from workbench.keymap.values import starts_alike
 from workbench.opening import open as open_checkpoint
+from workbench.sections import Path
 from workbench.tensors import LazyTensor
 
 Shape = tuple[int, ...]
@@ -80,7 +83,8 @@ def match(source: Any, target: Any) -> KeyMap:
     section = ckpt.weights_section
     weights = ckpt.weights
     tensors = dict(weights.items())
-    found = Search(tensors, wanted, ckpt.metadata.get("general.architecture", ""), config_beside(ckpt)).run()
+    outside = partial(_outside, ckpt, section.path)
+    found = Search(tensors, wanted, ckpt.metadata.get("general.architecture", ""), config_beside(ckpt), outside).run()
     used = {part.source for pair in found.pairs.values() for part in pair.parts}
     order = [name for name in wanted.shapes if name in found.pairs]
     ambiguous = {t: a for t, a in found.ambiguous.items() if t not in found.pairs}
@@ -98,10 +102,25 @@ def match(source: Any, target: Any) -> KeyMap:
         Finding("another section", "info", message.format(s.name, section.name, section.reason)) for s in same if s.name not in rivals
     ]
     others += [Finding("another section", "info", message.format(*both, "no moving average")) for both in found.averages]
+    why = "as the first of the file, and nothing tells which of the two is meant: ckpt.section(name) takes the other"
+    others += [Finding("another section", "warning", message.format(name, section.name, why)) for name in rivals]
+    others += found.findings.values()
     return KeyMap(
         tuple(found.pairs[t] for t in order), unmatched, tuple(ambiguous.values()), tuple(n for n in tensors if n not in used),
         section.name, section.reason, rivals, tuple(others), Origin.of(ckpt, section.path, weights),
     )  # fmt: skip
+
+
+def _outside(ckpt: Checkpoint, section: Path) -> dict[str, Shape]:
+    """The tensors and the numbers of a file that are neither in its section nor in the state of a run."""
+    others = [s.path for s in ckpt.sections() if s.kind not in ("weights", "ema", "other")]
+    out = {name: ckpt[name].shape for name, path in ckpt.paths.items() if not _below(path, [section, *others])}
+    numbers = (name for name, value in ckpt.extras.items() if isinstance(value, float))
+    return out | dict.fromkeys(numbers, ())
+
+
+def _below(path: Path, places: list[Path]) -> bool:
+    return any(path[: len(place)] == place for place in places)
 
 
 _MOST_SHARING = 64  # names with one end
@@ -111,21 +130,25 @@ _MOST_WORDS = 40  # of the end of a name
 class Search:
     """One search: what was found so far."""
 
-    def __init__(self, tensors: dict[str, LazyTensor], wanted: Target, architecture: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, tensors: dict[str, LazyTensor], wanted: Target, architecture: str, config: dict[str, Any], outside: Outside
+    ) -> None:  # fmt: skip
         self.wanted, self.tensors, self.config = wanted, tensors, config
         self.items = {name: Item(name, t.spec.shape, t.spec.dtype.name, (Part(name),)) for name, t in tensors.items()}
         self.refused: dict[str, str] = {}
         self.pairs: dict[str, Pair] = {}
         self.ambiguous: dict[str, Ambiguous] = {}
         self.used: set[str] = set()
+        self.findings: dict[str, Finding] = {}  # by what they are about
         self.averages: list[tuple[str, str]] = []  # roots of the file that were not taken, and the one that was
         self.sides: set[tuple[bool, str, Shape]] = set()  # in a head or not, last word, shape: what is free outside of blocks
         told = canonical(wanted.shapes)
-        self._compose(told)
+        self._compose(told, outside)
         self.items |= {item.name: item for item in one_more(self.items.values(), wanted, architecture)}
         spelt, wants = self._spelt(told)
         self.source_names, self.target_names = read_names(spelt), read_names(wants)
         self.bare = {name: read.bare for names in (self.source_names, self.target_names) for name, read in names.items()}
+        self.channels_last = channels_last(self)
         self.shapes = {name: item.shape for name, item in self.items.items()}, wanted.shapes
         self.by_context = grouped(self.source_names), grouped(self.target_names)
         if number_first(self) | renumber(self) | stack(self):
@@ -139,17 +162,18 @@ class Search:
         both = (self.source_names, self.target_names) if running else ()
         self.running = {told.context for names in both for told in names.values() if told.role in running}
 
-    def _compose(self, told: dict[str, Spelling]) -> None:
+    def _compose(self, told: dict[str, Spelling], outside: Outside) -> None:
         """Put what parts make in the place of the parts, unless the target wants the parts; take out codes that no cast may read."""
         found = composites(self.tensors, self.config)
         mine = canonical(self.tensors) if found else {}
         spelt = [{bare_name(mine[p].name if p in mine else p) for p in made.parts} - {bare_name(made.name)} for made in found]
         wants = {bare_name(told[t].name if t in told else t) for t in (self.wanted.shapes if found else ())}
         asked = _asked(set().union(*spelt), wants)
+        leaves = {name.rpartition(".")[2] for name in wants}
         pieces = {(spelling.role, self.wanted.shapes[t]) for t, spelling in told.items()}
         for made, own in zip(found, spelt, strict=True):
             kept = all(p in mine and (mine[p].role, self.tensors[p].shape) in pieces for p in made.parts)
-            if own & asked or kept:
+            if own & asked or kept or (made.rule == MODIFIED and made.parts[1].rpartition(".")[2] in leaves):
                 continue
             for part in made.parts:
                 self.items.pop(part, None)
@@ -162,7 +186,7 @@ class Search:
                 self.items[made.name] = Item(
                     made.name, made.shape, made.dtype, parts, made.formula, made.params, made.rule, reason=why
                 )  # fmt: skip
-        locked = locked_raw(self.tensors, found)
+        locked = locked_raw(self.tensors, found, outside)
         shapes = reversed(self.wanted.shapes) if locked else ()
         wanted = {bare_name(t): self.wanted.dtypes.get(t) for t in shapes}  # of several the first
         for name, why in locked.items():
@@ -196,9 +220,12 @@ class Search:
 
     def run(self) -> Search:
         chosen = pairings(self)
-        for step in (self._join, self._join_fused, partial(unstack, self), partial(rest, self)):
+        for step in (self._join, self._join_fused, partial(unstack, self)):
             for pairing in chosen:
                 step(pairing)
+        known = Places(self)
+        for pairing in chosen:
+            known.guard(partial(rest, p=pairing))
         for mend in (orient, turn):
             paired: dict[str, list[str]] = defaultdict(list)  # container -> names
             for name in self.pairs:
@@ -206,25 +233,33 @@ class Search:
             for pairing in chosen:
                 mend(self, pairing, paired[pairing.target])
         set_aside(self, chosen)
-        follow(self, chosen)
-        self._singles({p.target for p in chosen if p.reading != SAME_NUMBERS})
+        known.guard(partial(follow, chosen=chosen))
+        moved = {p.target for p in chosen if p.reading != SAME_NUMBERS}
+        known.guard(lambda search: search._singles(moved))
         self._join_single_fusions()
         near = (stem, beside, in_order)  # the more is paired, the more tells where the rest goes
         for place in (with_weight, beside, in_order, *near, inside, *near, members, last, with_weight):
-            place(self)
+            known.guard(place)
         if not self.pairs:  # beside other pairs, what is left may be another head
             rest(self, Pairing("", "", {(): ()}, "", 0))
-        self._doubt_lonely()
+        agreed(self)
         doubt_shifted(self)
         doubt(self)
         self._ties()
         settle_swapped(self)
         self._name_candidates()
-        targets: dict[str, list[str]] = defaultdict(list)
+        targets: dict[str, list[str]] = defaultdict(list)  # name without wrappers, or an end of it
         for target in self.wanted.shapes if self.refused else ():
-            targets[bare_name(target)].append(target)
+            spelt = bare_name(target)
+            for end in (spelt, *_ends(spelt)):
+                targets[end].append(target)
+        adapted = self.refused and not self.config.get("adapter_config.json")
+        lora = {n.partition(".lora_")[0] for n in self.tensors if ".lora_" in n} if adapted else ()
         for name, why in self.refused.items():
-            for target in targets[bare_name(name)]:
+            if name.rpartition(".")[0] in lora:
+                why = f"a LoRA layer: put adapter_config.json, which tells its scale, beside the file, or wb.ops.merge_lora(base, adapter); {why}"
+            told = bare_name(name)
+            for target in targets.get(told) or next((targets[end] for end in _ends(told) if end in targets), []):
                 if target not in self.pairs:
                     self.ambiguous.setdefault(target, Ambiguous(target, (name,), why))
         return self
@@ -294,7 +329,7 @@ class Search:
     def fits(self, source: str, target: str) -> Fit | None:
         if source.endswith("_exps.weight") and self.shapes[0][source][-2] == self.shapes[0][source][-1]:
             return None  # experts of llama.cpp are [out, in], and those of gpt-oss and Llama 4 [in, out]
-        return fit(self.shapes[0][source], self.shapes[1][target], _in_out(source) != _in_out(target))
+        return fit(self.shapes[0][source], self.shapes[1][target], in_out(source) != in_out(target))
 
     def take(self, target: str, source: str, rule: str, confidence: Confidence, reason: str) -> None:
         item, how = self.items[source], self.fits(source, target)
@@ -395,7 +430,7 @@ class Search:
             free = [s for s in fits if s not in self.used and longest[s] <= length]
             free = [s for s in free if self._same_name(name, s)] or [s for s in free if domain(name) and domain(s) == domain(name)] or free
             if len(free) == 1 and next(filter(None, claims[free[0], length])) == {name}:  # the nearest of those that want it
-                self.take(name, free[0], "the end of the name", "likely", "the longest end of the name and the shape agree")
+                self.take(name, free[0], end_rule(bare[free[0]], bare[name]), "likely", BY_END)
                 for source in fits if name in self.pairs else ():
                     claiming(name, source, length).discard(name)
             elif free:
@@ -429,15 +464,6 @@ class Search:
         """Whether the end of a longer name is no part of a block, and not of a word that an underscore joins."""
         return not told.context and not any(re.search(rf"{re.escape(w)}[a-z]*_", raw.lower()) for w in words[-length - 1 : -length])
 
-    def _doubt_lonely(self) -> None:
-        """A transposed shape by itself proves nothing: it counts where a word or a layer kind says so, or where several agree."""
-        turned = [p for p in self.pairs.values() if p.rule.endswith(", transposed") and not _in_out(p.source) and not _in_out(p.target)]
-        if len({self.target_names[p.target].role for p in turned}) < 2:
-            for pair in turned:
-                if self.wanted.kinds.get(pair.target) != "Conv1D":
-                    why = f"{list(self.items[pair.source].shape)} in the file and {list(self.wanted.shapes[pair.target])} in the model: only a transposed shape"
-                    withdraw(self, pair, why)
-
     def _name_candidates(self) -> None:
         """What could fill the names that are left, by the last word and the shape alone; none of it is chosen."""
         free: dict[tuple[str, Shape], list[str]] = defaultdict(list)
@@ -468,10 +494,6 @@ class Search:
             return a.parts == b.parts
         one, other = self.tensors[a.source], self.tensors[b.source]
         return one.source == other.source or (one.locked is None and other.locked is None and starts_alike(one, other))
-
-
-def _in_out(name: str) -> bool:
-    return name.endswith(IN_OUT) or name == "proj"  # of a CLIP tower by itself
 
 
 def _asked(parts: set[str], wanted: set[str]) -> set[str]:

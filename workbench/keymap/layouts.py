@@ -1,13 +1,14 @@
-"""How a shape becomes another, and how whole blocks are laid out: matrices kept as [in, out], rows in rotary order, experts stacked or
-one by one.
+"""How a shape becomes another, and how blocks and whole files are laid out: matrices kept as [in, out], convolutions with their channels
+last, rows in rotary order, experts stacked or one by one.
 
-Each of the functions on blocks looks at one search of inference.py and mends or withdraws what it has paired.
+Each of the functions on blocks and files looks at one search of inference.py and mends or withdraws what it has paired.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -49,6 +50,37 @@ def fit(source: Shape, target: Shape, turned: bool = False) -> Fit | None:
     if len(bare) == 2 and bare[::-1] == target:
         return Fit("transposed", Regroup(bare, (1, 0), target))
     return None
+
+
+def in_out(name: str) -> bool:
+    """Whether a matrix of this name is kept as [in, out]."""
+    return name.endswith(IN_OUT) or name == "proj"  # of a CLIP tower by itself
+
+
+_LAST = "channels last"
+
+
+def channels_last(search: Search) -> bool:
+    """Whether one of the two sides keeps its convolutions as [out, height, width, in]: some fit only so, and none as it is. The file's are
+    then read as the target wants them."""
+    kinds, shapes = search.wanted.kinds, search.wanted.shapes
+    wanted = {s for n, s in shapes.items() if len(s) > 2 and n.endswith("weight") and "Conv" in kinds.get(n, "Conv")}
+    held = [item for name, item in search.items.items() if wanted and len(item.shape) > 2 and name.endswith("weight")]
+    for axes in ((0, -1, *range(1, 9)), (0, *range(2, 9), 1)):  # the channels of the file stand last, or those of the target
+        moved = {item.name: _moved(item.shape, axes) for item in held if item.parts == (Part(item.name),) and not item.formula}
+        fits = {(regroup.view in wanted, regroup.shape in wanted) for regroup in moved.values()}
+        if (False, True) in fits and (True, False) not in fits:
+            for name, regroup in moved.items():
+                if regroup.shape in wanted:
+                    part = Part(name, shape=regroup.view)
+                    search.items[name] = search.items[name]._replace(shape=regroup.shape, parts=(part,), note=_LAST, after=regroup)
+            return True
+    return False
+
+
+def _moved(shape: Shape, axes: tuple[int, ...]) -> Regroup:
+    order = tuple(dict.fromkeys(axis % len(shape) for axis in axes if axis < len(shape)))
+    return Regroup(shape, order, tuple(shape[axis] for axis in order))
 
 
 def stack(search: Search) -> bool:
@@ -145,22 +177,115 @@ def orient(search: Search, p: Pairing, names: list[str]) -> None:
         for pair in mine
         if (1, 0) in [told.axes for told in (pair.regroup, *[part.regroup for part in pair.parts]) if told is not None]
     }
-    straight = {t for pair in mine if len(shapes[t := pair.target]) == 2 and shapes[t][0] != shapes[t][1] and t not in turned}
+    square = {pair.target for pair in mine if _is_square(search, pair)}
+    straight = {t for pair in mine if len(shapes[t := pair.target]) == 2 and shapes[t][0] != shapes[t][1] and t not in turned | square}
     for pair in [pair for pair in mine if straight and pair.rule.endswith(", transposed")]:
         if not pair.source.endswith(IN_OUT) and not pair.target.endswith(IN_OUT) and kinds.get(pair.target) != "Conv1D":
             withdraw(search, pair, "only transposed it would fit, and other matrices of the block fit as they are")
             turned.discard(pair.target)
     classes, others = {kinds.get(name) for name in turned}, {kinds.get(name) for name in straight}
-    for pair in [pair for pair in mine if turned and len(pair.parts) == 1 and pair.target in search.pairs]:
-        shape, kind = shapes[pair.target], kinds.get(pair.target)
-        if len(shape) != 2 or shape[0] != shape[1] or pair.target in turned or pair.parts[0].regroup is not None:
+    for pair in [pair for pair in mine if turned and pair.target in (search.pairs.keys() & square) - turned]:
+        kind = kinds.get(pair.target)
+        if pair.regroup is not None or any(part.regroup is not None for part in pair.parts):
             continue
         if kind is not None and (kind in classes or not straight):
-            part = pair.parts[0]._replace(regroup=Regroup(shape, (1, 0), shape), shape=shape)
-            told = f"the other matrices of its {'layer kind' if kind in classes else 'block'} are transposed, and a square one is too"
-            search.pairs[pair.target] = replace(pair, parts=(part,), rule=f"{p_rule(pair)}, transposed", confidence="likely", reason=told)
+            _transpose(search, pair, "layer kind" if kind in classes else "block")
         elif kind is None or kind not in others:
             withdraw(search, pair, "other matrices of the block are transposed, and nothing tells whether this square one is")
+
+
+class _Lies(NamedTuple):
+    """The roles of oblong matrices of one layer kind that fit transposed, and of those that fit as they are."""
+
+    turned: set[str]
+    straight: set[str]
+
+
+def agreed(search: Search) -> None:
+    """What is transposed or has its channels last proves nothing by itself: it counts where a word or a layer kind says so, or where
+    several agree. Where they do, what fits both ways is no exception."""
+    kinds = search.wanted.kinds
+    if all(pair.regroup is None and pair.parts[0].regroup is None for pair in search.pairs.values()):
+        return
+    lies: dict[str | None, _Lies] = defaultdict(lambda: _Lies(set(), set()))
+    for target, pair in search.pairs.items():
+        for turned in () if pair.formula or not _is_linear(search, target) else _lie(search, pair):
+            lies[kinds.get(target)][not turned].add(search.target_names[target].role)
+    lonely = [p for p in search.pairs.values() if p.rule.endswith(", transposed") and not in_out(p.source) and not in_out(p.target)]
+    alone = len({search.target_names[p.target].role for p in lonely}) < 2
+    for pair in lonely if alone else ():
+        if kinds.get(pair.target) != "Conv1D":
+            withdraw(search, pair, f"{_both(search, pair)}: only a transposed shape")
+    if any(lie.turned for lie in lies.values()):
+        _squares(search, lies, alone)
+    if search.channels_last:
+        _convolutions(search)
+
+
+def _convolutions(search: Search) -> None:
+    """Those whose channels are moved: a kernel's height and width, which stand together, prove it, and several lengths do."""
+    moved = [pair for pair in search.pairs.values() if pair.rule.endswith(_LAST) and pair.regroup]
+    only = {pair.regroup.view for pair in moved if pair.regroup and pair.regroup.view != pair.regroup.shape}
+    for pair in moved:
+        shape = search.wanted.shapes[pair.target]
+        if len(only) < 2 and not any(len(view) > 3 for view in only):
+            withdraw(search, pair, f"{_both(search, pair)}: one may have its channels last, and nothing else tells")
+        elif shape[0] == shape[1] and "Transpose" in search.wanted.kinds.get(pair.target, "Transpose"):
+            withdraw(search, pair, "one side keeps its channels last, and of a transposed convolution nothing tells which are the outputs")
+        else:
+            told = "the convolutions fit only so: one side keeps their channels last"
+            search.pairs[pair.target] = replace(pair, confidence="likely", reason=told)
+
+
+def _both(search: Search, pair: Pair) -> str:
+    return f"{list(search.tensors[pair.source].shape)} in the file and {list(search.wanted.shapes[pair.target])} in the model"
+
+
+def _is_linear(search: Search, target: str) -> bool:
+    """Whether it may be the matrix of a linear layer: no table that rows are looked up in, and not tied to one."""
+    ties = search.wanted.ties
+    alike = {target, ties.get(target, target)} | ({name for name, kept in ties.items() if kept == target} if ties else set())
+    table = any("emb" in (search.wanted.kinds.get(n) or f"{n}{search.target_names[n].role}").lower() for n in alike)
+    return target.endswith("weight") and len(search.wanted.shapes[target]) == 2 and not table and not in_out(target)
+
+
+def _lie(search: Search, pair: Pair) -> list[bool]:
+    """For each oblong matrix that a pair takes, whether it is transposed."""
+    held = [(part, search.items[part.source].shape) for part in pair.parts if part.source in search.items and not in_out(part.source)]
+    return [
+        (1, 0) in [told.axes for told in (pair.regroup, part.regroup) if told is not None]
+        for part, shape in held
+        if len(shape) == 2 and shape[0] != shape[1]
+    ]
+
+
+def _squares(search: Search, lies: Mapping[str | None, _Lies], alone: bool) -> None:
+    """A square matrix fits both ways: where most of the oblong ones of its layer kind, or of the file, are transposed, it may be so too."""
+    whole = _Lies(set().union(*[lie.turned for lie in lies.values()]), set().union(*[lie.straight for lie in lies.values()]))
+    for pair in [pair for pair in search.pairs.values() if not pair.formula and _is_linear(search, pair.target)]:
+        kind = search.wanted.kinds.get(pair.target)
+        lie = lies.get(kind, whole)
+        square = _is_square(search, pair) and not any(in_out(part.source) for part in pair.parts)
+        turned = any(told is not None and told.axes == (1, 0) for told in (pair.regroup, *[part.regroup for part in pair.parts]))
+        if not square or turned or len(lie.turned) <= len(lie.straight):
+            continue
+        if kind is None or kind not in lies or lie.straight or alone or pair.regroup or any(part.regroup for part in pair.parts):
+            withdraw(search, pair, "other matrices of the file are transposed, and nothing tells whether this square one is")
+        else:
+            _transpose(search, pair, "layer kind")
+
+
+def _is_square(search: Search, pair: Pair) -> bool:
+    """Whether all that it is made of are square matrices, which fit transposed as they do straight."""
+    shapes = [search.shapes[0].get(part.source, ()) for part in pair.parts]
+    return all(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
+
+
+def _transpose(search: Search, pair: Pair, like: str) -> None:
+    shapes = [search.shapes[0][part.source] for part in pair.parts]
+    parts = tuple(part._replace(regroup=Regroup(s, (1, 0), s), shape=s) for part, s in zip(pair.parts, shapes, strict=True))
+    told = f"the other matrices of its {like} are transposed, and a square one is too"
+    search.pairs[pair.target] = replace(pair, parts=parts, rule=f"{p_rule(pair)}, transposed", confidence="likely", reason=told)
 
 
 def withdraw(search: Search, pair: Pair, why: str) -> None:

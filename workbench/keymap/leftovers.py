@@ -345,6 +345,7 @@ def nearest(search: Search, names: list[str], used: Container[str]) -> tuple[Unm
     bare, often = dict(zip(bare_names(sources), sources, strict=True)) if names else {}, Counter(free.values())
     heads = [name for name in free if name in search.source_names and search.source_names[name].role.endswith(_HEADS)]
     tables = {shapes[t]: pair for t, pair in search.pairs.items() if names and pair.is_plain and _TABLE.search(search.target_names[t].role)}
+    adapted = set(_adapted(free))
     out = []
     for name, spelt in zip(names, bare_names(names), strict=True):
         near, shape = name if name in sources else bare.get(spelt, ""), shapes[name]
@@ -352,11 +353,16 @@ def nearest(search: Search, names: list[str], used: Container[str]) -> tuple[Unm
         mine = heads if head else []
         other = [s for s in mine if s.rpartition(".")[2] == name.rpartition(".")[2] and free[s][1:] == shape[1:] and free[s] != shape]
         if near in free and free[near] != shape:
-            out.append(Unmatched(name, f"{list(free[near])} in the file and {list(shape)} in the model", near))
+            told = f"{list(free[near])} in the file and {list(shape)} in the model"
+            told += f"; a head for other classes: {_swap(near, shape)}" if head and shape and free[near][1:] == shape[1:] else ""
+            out.append(Unmatched(name, told, near))
         elif len(other) == 1 and shape:
-            module = other[0].rpartition(".")[0]
-            told = f"the file's head may be {module} {list(free[other[0]])}: wb.ops.swap_head(ckpt, {f'{module}.*'!r}, {shape[0]})"
+            told = f"the file's head may be {_module(other[0])} {list(free[other[0]])}: {_swap(other[0], shape)}"
             out.append(Unmatched(name, told, other[0]))
+        elif _module(spelt) in adapted:
+            out.append(
+                Unmatched(name, "the file has a LoRA adapter for its module, and not what it adapts: wb.ops.merge_lora(base, adapter)")
+            )
         else:
             count = often[shape]
             why = (
@@ -371,3 +377,15 @@ def nearest(search: Search, names: list[str], used: Container[str]) -> tuple[Unm
                 )
             out.append(Unmatched(name, why))
     return tuple(out)
+
+
+def _swap(name: str, shape: Shape) -> str:
+    return f"wb.ops.swap_head(ckpt, {f'{_module(name)}.*'!r}, {shape[0]})"
+
+
+def _adapted(names: Iterable[str]) -> Iterator[str]:
+    """The modules that a LoRA lies in, with more or fewer words before them."""
+    for module in {name.partition(".lora_")[0] for name in names if ".lora_" in name}:
+        yield module
+        for dot in re.finditer(r"\.", module):
+            yield module[dot.end() :]

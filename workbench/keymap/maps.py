@@ -225,7 +225,8 @@ class KeyMap(Report):
                 metadata.setdefault(prefix + name, value)
 
     def code(self) -> str:
-        """Python that makes the same state dict with torch and safetensors alone; `checkpoint` is what they read.
+        """Python that makes the same state dict with torch and safetensors alone and loads it; `checkpoint` is what they read,
+        `model` what is loaded.
 
         Raises:
             SelectionError: neither reads such a file, or a tensor lies inside an object of it.

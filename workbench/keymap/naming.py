@@ -51,6 +51,17 @@ def wrapper_rule(source: str, target: str, strange: Collection[str] = ()) -> tup
     return ", ".join(words), "; ".join(told)
 
 
+def end_rule(source: str, target: str) -> str:
+    """What becomes what where two names end alike, less the words of their modules that both end in."""
+    one, other = ([*name.split(".")[:-1]] or [name] for name in (source, target))
+    while one and other and one[-1] == other[-1]:
+        one.pop()
+        other.pop()
+    if not one or not other:
+        return f'strip "{".".join(one)}."' if one else f'add "{".".join(other)}."' if other else "same name"
+    return f"{'.'.join(one)} becomes {'.'.join(other)}"
+
+
 class Name(NamedTuple):
     """One name, read: the container it lies in, the numbers of the block, its role there, and how it is spelt without wrappers."""
 

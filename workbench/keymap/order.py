@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from itertools import accumulate, pairwise, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +34,7 @@ _FEW = 10  # per cent of the target's names, which others may have paired
 _MOST = 50_000  # names of both sides
 _OUTPUTS = frozenset(("fc", "linear", "lin", "head", "classifier", "last", "conv", "out", "output", "logits", "dense", "final", "proj", "projection", "score"))  # fmt: skip
 _LEAST = 3  # modules: fewer are no model
+_SPARE = 4  # at least so many modules of the file for each that the model has no use for
 _ROWS = re.compile(r"qkv|query_key_value|c_attn|in_proj|kv_proj|gate_up|w12|ada_?ln|modulation", re.I)  # parts in an order that is not told
 _PARAM = re.compile(r"(running\.mean|running\.var|num\.batches\.tracked|[^.]+?)(?::\d+)?\.$")
 _COUNTERS = frozenset(("num.batches.tracked", "num_batches_tracked"))  # a norm may be without
@@ -77,8 +78,11 @@ def in_order(search: Search) -> None:
     if 100 * len(search.pairs) > _FEW * len(search.wanted.shapes):
         found = _all_that_is_left(search, ours, theirs)
     else:
-        told = _order_is_told(search)
+        told, forms = _order_is_told(search), {module.sign for module in theirs}
+        spare = [module for module in ours if module.sign not in forms]  # of forms that the model has none of
         found = list(_paired(ours, theirs, told)) or list(_paired(ours[:-1], theirs[:-1], told, 1 + _LEAST))  # which may have another head
+        if not found and _SPARE * len(spare) < len(ours):
+            found = list(_paired([module for module in ours if module.sign in forms], theirs, told, 1 + _LEAST))
     if any(_speaks_against(one, other) for one, other, why in found if why):
         return
     _take(search, found)
@@ -400,8 +404,11 @@ def _is_run(modules: list[Module]) -> bool:
 
 def _by_numbers(held: list[Module], wanted: list[Module], in_file_order: bool, why: str) -> Iterator[Found]:
     told = count_alike([(m.mask, m.numbers) for m in held], [(m.mask, m.numbers) for m in wanted], in_file_order)
-    by_number = (sorted(side, key=lambda m: m.numbers) for side in (held, wanted))
-    yield from ((*both, why if told else "") for both in zip(*by_number, strict=True))
+    both = list(zip(*(sorted(side, key=lambda m: m.numbers) for side in (held, wanted)), strict=True))
+    depth = {len(m.numbers) for pair in both for m in pair}
+    for at in range(1, max(depth)) if len(depth) == 1 else ():  # blocks are not mixed
+        told = told and not _torn({(one.numbers[:at], other.numbers[:at]) for one, other in both})
+    yield from ((*pair, why if told else "") for pair in both)
 
 
 def _by_words(held: list[Module], wanted: list[Module], in_file_order: bool) -> list[Found]:
@@ -430,13 +437,17 @@ def _by_place(held: list[Module], wanted: list[Module], exchangeable: set[str]) 
     """By their order, which is one on both sides: not what could be exchanged without a trace, unless its role tells it from the others;
     and nothing where a list would go to two, one of which others go to as well."""
     often = [Counter((m.numbers, _unit(m)) for m in side) for side in (held, wanted)]
-    ways = {(one.mask, other.mask) for one, other in zip(held, wanted, strict=True)}
-    goes, comes = Counter(mine for mine, _ in ways), Counter(its for _, its in ways)
-    torn = any(goes[mine] > 1 and comes[its] > 1 for mine, its in ways)
+    torn = _torn({(one.mask, other.mask) for one, other in zip(held, wanted, strict=True)})
     for one, other in zip(held, wanted, strict=True):
         free = one.path not in exchangeable and other.path not in exchangeable
         alone = all(count[m.numbers, _unit(m)] == 1 for count, m in zip(often, (one, other), strict=True))
         yield one, other, _PLACE if not torn and (free or (alone and _same_role(one, other))) else ""
+
+
+def _torn(ways: set[tuple[Hashable, Hashable]]) -> bool:
+    """Whether what goes to two places goes to one that gets more."""
+    goes, comes = Counter(mine for mine, _ in ways), Counter(its for _, its in ways)
+    return any(goes[mine] > 1 and comes[its] > 1 for mine, its in ways)
 
 
 def _common(one: str, other: str) -> set[str]:

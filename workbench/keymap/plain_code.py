@@ -98,7 +98,20 @@ def plain_code(keymap: KeyMap) -> str:
         imports = ["import torch", *imports]
     section = origin.path or tuple(filter(None, keymap.section.split(".")))  # of a map made by hand
     reading += [f"source = checkpoint{_keys(section)}", "state_dict = {"]
-    return "\n".join([*sorted(imports), *[""] * bool(imports), *reading, *held, "}"])
+    return "\n".join([*sorted(imports), *[""] * bool(imports), *reading, *held, "}", *_loading(keymap)])
+
+
+_MOST_NAMED = 8
+
+
+def _loading(keymap: KeyMap) -> list[str]:
+    """The lines that load it, and what they leave as it is; none of a map made by hand, which knows no model."""
+    if not keymap.section_reason:
+        return []
+    left = [*(repr(each.target) for each in keymap.unmatched), *(repr(each.target) for each in keymap.ambiguous)]
+    more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+    told = f"# nothing of the file fills these, and they stay as the model has them: {', '.join(left[:_MOST_NAMED])}{more}"
+    return [told] * bool(left) + [f"model.load_state_dict(state_dict{', strict=False' * bool(left)})"]
 
 
 _SAVE_IT = 'wb.save(keymap.apply(ckpt), "model.safetensors") writes what the code would make'

@@ -15,7 +15,7 @@ from workbench.tensors import LazyTensor, TensorSpec
 
 @dataclass(frozen=True)
 class Target:
-    """`dtypes` where they are known, `kinds` the class of the module that holds a tensor, `ties` name -> earlier name of one storage."""
+    """`dtypes` where they are known, `kinds` the class of a module and of what holds a tensor, by its name, `ties` name -> earlier name of one storage."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -72,6 +72,7 @@ def _of_module(model: Any) -> Target:
     ties = {name: kept for name in state if name in own and (kept := first.setdefault(id(own[name]), name)) != name}
     kinds = {}
     for path, module in model.named_modules():
+        kinds[path] = type(module).__name__
         for name, _ in (*module._parameters.items(), *module._buffers.items()):  # of a scripted module too
             kinds[f"{path}.{name}" if path else name] = type(module).__name__
     config = getattr(model, "config", None) or getattr(model, "cfg", None)
