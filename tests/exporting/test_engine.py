@@ -1,5 +1,7 @@
 """The inference engine, against ONNX Runtime's own session and the model."""
 
+import io
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -95,7 +97,7 @@ def test_inputs_that_do_not_fit_are_told_before_anything_runs(files):
             engine(wrong)
     with pytest.raises(SelectionError, match="do not stack"):
         engine.predict_batch([torch.zeros(4), torch.zeros(5)])
-    with pytest.raises(SelectionError, match="at least one"):
+    with pytest.raises(SelectionError, match="batch_size is 0"):
         engine.predict_batch([torch.zeros(4)], batch_size=0)
 
 
@@ -107,7 +109,7 @@ def test_from_bytes_with_threads_and_latency(files):
     report = engine.latency(x, rounds=11)
     assert 0 < report.seconds_median <= report.seconds_p90 <= report.seconds_p99
     assert "at the median" in report.headline
-    with pytest.raises(SelectionError, match="too few"):
+    with pytest.raises(SelectionError, match="rounds is 3"):
         engine.latency(x, rounds=3)
 
 
@@ -118,3 +120,91 @@ def test_what_is_no_artefact_is_refused(tmp_path):
         with pytest.raises(error):
             wb.InferenceEngine(tmp_path / name)
     assert wb.InferenceEngine(tmp_path / "other.pt2", trust=True)(torch.ones(1, 2)).shape == (1, 2)
+
+
+class Plain(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def plain_graph(function, x, *, free):
+    """ONNX bytes by torch's own exporter."""
+    buffer, axes = io.BytesIO(), {"x": {0: "batch"}} if free else None
+    torch.onnx.export(Plain(function).eval(), (x,), buffer, dynamo=False, input_names=["x"], output_names=["y", "z"], dynamic_axes=axes)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize(
+    "second",
+    [lambda x: torch.arange(5).float(), lambda x: (x * 2).T, lambda x: x.sum(), lambda x: x @ x.T, lambda x: x.repeat(2, 1)],
+    ids=["constant", "transposed", "number", "square", "longer"],
+)
+def test_an_output_without_the_items_axis_is_refused_by_name(second, free):
+    for size in (4, 5):
+        x = torch.randn(size, 5)  # five items of five: the shape alone does not tell
+        graph = plain_graph(lambda x: (x * 2, second(x)), x, free=free)
+        assert len(onnxruntime.InferenceSession(graph).run(None, {"x": x.numpy()})) == 2
+        with pytest.raises(SelectionError, match="first axis of output 'z'"):
+            wb.InferenceEngine(graph).predict_batch(x)
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_outputs_that_go_with_the_items_are_sliced(free):
+    x = torch.randn(4, 5)
+    graph = plain_graph(lambda x: (x.argmax(1), x.sum(1).masked_fill(x[:, 0] > 0, -1e9)), x, free=free)
+    session = onnxruntime.InferenceSession(graph)
+    answers = wb.InferenceEngine(graph).predict_batch(x.repeat(2, 1)[:7])
+    wanted = [torch.from_numpy(value) for value in session.run(None, {"x": x.numpy()})]
+    for number, (first, second) in enumerate(answers):
+        assert first == wanted[0][number % 4]
+        assert torch.allclose(second, wanted[1][number % 4])
+
+
+def test_an_exported_program_slices_no_constant(tmp_path):
+    model = Plain(lambda x: {"y": x * 2, "fixed": torch.arange(5).float()})
+    free = {"x": {0: torch.export.Dim("batch")}}
+    torch.export.save(torch.export.export(model, (torch.randn(4, 5),), dynamic_shapes=free), tmp_path / "m.pt2")
+    with pytest.raises(SelectionError, match="'fixed'"):
+        wb.InferenceEngine(tmp_path / "m.pt2", trust=True).predict_batch(torch.randn(5, 5))
+
+
+def test_what_is_no_tensor_is_a_constant_of_the_graph(files):
+    model, folder = files
+    engine, x = wb.InferenceEngine(folder / "sequential.onnx"), torch.randn(2, 4)
+    for args, kwargs in (((x, 0.7), {}), ((x,), {"k": 0.7}), ((x, "hello"), {}), ((x, [1]), {}), ((x, False), {})):
+        with pytest.raises(SelectionError, match="constant of the graph"):
+            engine(*args, **kwargs)
+    assert torch.allclose(engine(x, None), model(x), atol=1e-6)
+
+
+def test_providers_as_onnxruntime_spells_them(files):
+    path, cpu = str(files[1] / "sequential.onnx"), "CPUExecutionProvider"
+    for providers in ([cpu], (cpu,), [(cpu, {"arena_extend_strategy": "kSameAsRequested"})]):
+        session = onnxruntime.InferenceSession(path, providers=providers)
+        assert wb.InferenceEngine(path, providers).provider == session.get_providers()[0]
+    assert wb.InferenceEngine(path, cpu).provider == cpu
+    assert wb.InferenceEngine(bytearray((files[1] / "sequential.onnx").read_bytes())).provider == cpu
+    for wrong in (3, [3], [(cpu, 3)], (cpu, {})):
+        with pytest.raises(SelectionError, match="is neither"):
+            wb.InferenceEngine(path, wrong)
+
+
+def test_arguments_of_another_type_are_told(files):
+    path = files[1] / "sequential.onnx"
+    engine, x = wb.InferenceEngine(path), torch.randn(2, 4)
+    for wrong, word in (
+        (lambda: wb.InferenceEngine(path, threads="2"), "threads is '2'"), (lambda: wb.InferenceEngine(None), "NoneType is no artefact"),
+        (lambda: engine.predict_batch(None), "without items"), (lambda: engine.predict_batch(torch.tensor(1.0)), "without items"),
+        (lambda: engine.predict_batch(x, batch_size=2.5), "batch_size is 2.5"), (lambda: engine.predict_batch(x, batch_size=None), "batch_size is None"),
+        (lambda: engine.predict_batch([{"x": x[0]}, {"z": x[0]}]), "unlike parts"), (lambda: engine.predict_batch([(x[0],), (x[0], x[0])]), "unlike parts"),
+        (lambda: engine.latency(x, rounds=20.0), "rounds is 20.0"), (lambda: engine.latency("x"), "argument 0 is 'x'"),
+        (engine, "given 0 tensors"), (lambda: engine(np.array(["a"])), "element type <U1"),
+    ):  # fmt: skip
+        with pytest.raises(SelectionError, match=word):
+            wrong()
+    assert engine(x[:0]).shape == (0, 3)

@@ -256,7 +256,7 @@ def test_a_branch_by_size_far_from_the_example_is_not_baked(tmp_path, exporter, 
     x, path = torch.randn(2, 4), tmp_path / "m.onnx"
     one = export_model(BySize(), x, path=path, exporter=exporter, dynamic_axes={"x": {0: "n"}})["onnx"]
     assert not one.ok
-    assert f"with axis 0 of input 0 at {at} the file answers otherwise" in one.cause
+    assert f"with axis 0 of x at {at} the file answers otherwise" in one.cause
     assert export_model(BySize(), x, path=path, exporter=exporter)  # which takes this size alone
 
 
@@ -475,7 +475,8 @@ def test_a_folder_that_refuses(tmp_path, monkeypatch):
     model, x = nn.ReLU(), torch.randn(2, 4)
     file = tmp_path / "file"
     file.write_bytes(b"")
-    for path in (tmp_path / "none" / "m.onnx", file / "m.onnx", tmp_path):
+    (tmp_path / "folder.onnx").mkdir()
+    for path in (tmp_path / "none" / "m.onnx", file / "m.onnx", tmp_path / "folder.onnx"):
         with pytest.raises(WriteError):
             export_model(model, x, path=path)
 
@@ -629,3 +630,43 @@ def test_what_a_trace_leaves_in_the_model_is_no_decision_on_values(tmp_path):
     assert report, report["onnx"].cause
     assert model.limit == 2
     assert type(model.limit) is int
+
+
+class Unused(nn.Module):
+    def forward(self, x, m):
+        return x * 2
+
+
+def test_an_input_that_the_graph_makes_no_use_of_is_in_the_file_all_the_same(tmp_path):
+    asked = {"dynamic_axes": {"x": {0: "n"}, "m": {0: "n"}}, "exporter": "classic"}
+    one = export_model(Unused(), (images(), torch.ones(2, dtype=torch.bool)), folder=tmp_path, **asked)["onnx"]
+    assert one.ok, one.cause
+    assert list(one.inputs) == ["x", "m"]
+    np.testing.assert_array_equal(run(one.path, images(3), np.ones(3, bool))[0], images(3) * 2)
+
+
+def test_an_input_that_is_returned_keeps_its_name(tmp_path):
+    class Returned(nn.Module):
+        def forward(self, x):
+            return x, x * 2
+
+    one = export_model(Returned(), images(), folder=tmp_path, dynamic_axes={"x": {0: "n"}})["onnx"]
+    assert one.ok, one.cause
+    assert list(one.inputs) == ["x"]
+
+
+def test_numbers_among_the_arguments_and_buffers_that_move_are_told(tmp_path):
+    class Scaled(Counting):
+        def forward(self, x, k):
+            self.seen += 1
+            return x * k
+
+    one = export_model(Scaled(), (images(), 0.5), folder=tmp_path)["onnx"]
+    assert any("a constant of the file: k = 0.5" in note for note in one.notes)
+    assert any("changes its buffers seen" in note for note in one.notes)
+
+
+def test_an_onnx_file_is_known_by_its_suffix(tmp_path):
+    for options in ({"path": tmp_path / "m"}, {"path": tmp_path / "m.onnx", "to": "pt2"}):
+        with pytest.raises(SelectionError, match=r"is no name for a"):
+            export_model(nn.ReLU(), images(), **options)

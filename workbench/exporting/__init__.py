@@ -6,7 +6,8 @@
 
 `targets` is the door and its table of targets; one file per target (`onnx_export` with `onnx_file`, `torchscript`, `exported_program`);
 `proving` is what all targets share, `wrappers` how an exporter calls a model, `advice` turns an exporter's complaint into cause and cure,
-`evidence` asks torch.export which lines of the model stand against it and at which sizes it takes another way,
+`evidence` asks torch.export which lines of the model stand against it and at which sizes it takes another way, `decisions` hears where a trace
+loses a value of the inputs, `shapes` brings what is asked of axes to one spelling,
 `engine` runs what was made, `optimizing` makes TorchScript faster, `guide` says which file to make. The next target is one file and one line in `targets`.
 """
 

@@ -22,7 +22,7 @@ class Advice:
 
 _ROWS: tuple[tuple[str, str, str, bool], ...] = (
     (
-        r"Could not guard on data-dependent|GuardOnDataDependentSymNode|data-dependent control flow|Dynamic control flow is not supported",
+        r"Could not guard on data-dependent|GuardOnDataDependentSymNode|DataDependentOutputException|data-dependent control flow|Dynamic control flow is not supported",
         "the model chooses a branch or a size by the values of a tensor, and a graph has one path only",
         "Write the branch with `torch.where` or `torch.cond`, or move it out of the model.",
         True,
@@ -38,6 +38,12 @@ _ROWS: tuple[tuple[str, str, str, bool], ...] = (
         r"Exporting the operator '([^']+)'.*not supported",
         "the operator {0} has no ONNX translation at this opset",
         "Ask for a newer opset, or replace the operator.",
+        False,
+    ),
+    (
+        r"Can't serialize TreeSpec of namedtuple class <class '([^']+)'>",
+        "a .pt2 file cannot name the class {0}, which the model takes or returns",
+        "Call `torch.utils._pytree._register_namedtuple({0}, serialized_type_name='{0}')` first, or use a tuple or a dict in its place.",
         False,
     ),
     (

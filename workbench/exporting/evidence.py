@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from workbench.verification.values import Call
 
 
-_SIZES = 257  # guards are asked up to here
-_FAR = 2048  # bounds beyond this are not gone past: what such a run takes cannot be told
+_SIZES = (*range(1, 257), *(size for power in range(9, 31) for size in (2**power - 1, 2**power, 2**power + 1)))  # what guards are asked at
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ def free_axes(program: Any) -> dict[tuple[int, int], Any]:
     users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     tensors = [values[name] for name in users if isinstance(values.get(name), torch.Tensor)]
-    return {(n, axis): size for n, value in enumerate(tensors) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+    sizes = {(n, axis): size for n, value in enumerate(tensors) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+    return {place: size for place, size in sizes.items() if size.node.expr.free_symbols}  # a fixed 4 may be written as a symbol's value
 
 
 def past_bounds(program: Any) -> Iterator[dict[tuple[int, int], int]]:
@@ -147,31 +147,50 @@ def past_bounds(program: Any) -> Iterator[dict[tuple[int, int], int]]:
     for symbol, places in alike.items():
         held = program.range_constraints.get(symbol)
         bounds = ((held.lower, -1), (held.upper, 1)) if held is not None else ()
-        found = [int(bound) + step for bound, step in bounds if getattr(bound, "is_Integer", False) and bound < _FAR]
+        found = [int(bound) + step for bound, step in bounds if getattr(bound, "is_Integer", False)]
         for guard in guards:
             ours = guard.subs({other: hint for other, hint in hints.items() if other != symbol})
-            found += [size for size in range(1, _SIZES) if ours.subs(symbol, size) == False][:1]  # noqa: E712 (sympy's own false)
+            near = [int(number) + step for number in ours.atoms() if getattr(number, "is_Integer", False) for step in (-1, 0, 1)]
+            sizes_asked = sorted({*_SIZES, *(size for size in near if size > 0)})
+            found += [size for size in sizes_asked if _breaks(ours, symbol, size)][:1]
         yield from (dict.fromkeys(places, size) for size in found if size > 0)
 
 
-def _reason(failure: Any, files: dict[int, str]) -> Reason:
-    import torch
+def _breaks(guard: Any, symbol: Any, size: int) -> bool:
+    """Whether a guard does not hold at a size; where it cannot be computed there (a division by zero), the model has no such size."""
+    try:
+        return bool(guard.subs(symbol, size) == False)  # noqa: E712 (sympy's own false)
+    except ZeroDivisionError:
+        return False
 
+
+def _reason(failure: Any, files: dict[int, str]) -> Reason:
     kind, data = failure.failure_type.name, dict(failure.data)
     what, cure = _KINDS[kind]
     for symbol, source in (data.get("symbol_to_sources") or {}).items():
         data["expr"] = re.sub(rf"\b{symbol}\b", _axis(str(source)), str(data["expr"]))
     data["expr"] = re.sub(r"^Eq\((.+), (.+)\)$", r"\1 = \2", str(data.get("expr")))
-    own = os.path.dirname(torch.__file__)
-    frames = [f for f in data.get("user_stack") or () if not files.get(f["filename"], own).startswith((own, os.path.dirname(__file__)))]
+    frames = [f for f in data.get("user_stack") or () if f["filename"] in files and in_the_model(files[f["filename"]])]
     where = code = ""
     if frames:
         file, line = files[frames[-1]["filename"]], frames[-1]["line"]
-        typed = linecache.cache.get(file, (0, 0.0))  # what was typed in a cell is there without a time
-        place = f"this notebook's cell, line {line}" if typed[1:2] == (None,) else f"{os.path.basename(file)}:{line}"
-        where = f"{place} in {frames[-1]['name']}"
+        where = line_of(file, line, frames[-1]["name"])
         code = str(frames[-1].get("loc") or linecache.getline(file, line).strip())
     return Reason(kind, what.format_map(data), where, code, cure, re.sub(r"\n\s*\n", "\n", failure.print(files)).strip())
+
+
+def in_the_model(file: str) -> bool:
+    """Whether a line of code is a model's, not torch's and not ours."""
+    import torch
+
+    return not file.startswith((os.path.dirname(torch.__file__), os.path.dirname(__file__)))
+
+
+def line_of(file: str, line: int, function: str) -> str:
+    """`model.py:12 in forward`."""
+    typed = linecache.cache.get(file, (0, 0.0))  # what was typed in a cell is there without a time
+    place = f"this notebook's cell, line {line}" if typed[1:2] == (None,) else f"{os.path.basename(file)}:{line}"
+    return f"{place} in {function}"
 
 
 def _axis(source: str) -> str:

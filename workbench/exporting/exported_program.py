@@ -6,7 +6,6 @@ a meta kernel, and the constraints that do not hold.
 
 from __future__ import annotations
 
-import inspect
 import io
 import re
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.exporting.advice import advise, chain_text
 from workbench.exporting.evidence import evidence, fixed_in_all, free_axes
-from workbench.exporting.proving import Export, digest_of, require_free, write
+from workbench.exporting.proving import Export, digest_of, write
 from workbench.exporting.report import Exported
-from workbench.exporting.wrappers import asked_labels, input_shapes, output_names
+from workbench.exporting.shapes import asked_labels, for_torch_export, input_shapes
+from workbench.exporting.wrappers import constants, output_names
 from workbench.verification.programs import load_program, remember
 
 if TYPE_CHECKING:
@@ -41,14 +41,16 @@ class _ProgramExport(Export):
         stored = io.BytesIO()
         self.heard(lambda: torch.export.save(program, stored))
         write(made, stored.getvalue())
+        self.notes += constants(self.request)
         names = asked_labels(self.request)
         free = {place: str(size) for place, size in free_axes(program).items()}
         symbols = {symbol: names[place] for place, symbol in free.items() if names.get(place)}
         inputs = input_shapes(self.request, {place: symbols.get(symbol, symbol) for place, symbol in free.items()})
         self.done = replace(self.done, exporter=how, inputs=inputs, outputs=_outputs(program, self.request, symbols))
-        require_free(self.request, inputs, dict.fromkeys(output_names(self.request)))
+        self.require_free(inputs, dict.fromkeys(output_names(self.request)))
+        self.tell_fixed(inputs)
+        remember(digest_of(made))
         if self.request.check:
-            remember(digest_of(made))
             tensors = list(self.request.example.tensors().values())
             sizes = {(number, axis): tensors[number].shape[axis] + 1 for number, axis in free}
             self.prove(load_program(made), sizes, traced=False, any_size=bool(free))
@@ -60,7 +62,7 @@ class _ProgramExport(Export):
         import torch
 
         request, example = self.request, self.request.example.fresh()
-        shapes = request.dynamic_shapes if request.dynamic_shapes is not None else _dynamic_shapes(request)
+        shapes = for_torch_export(request, named=False)
         refusals: list[BaseException] = []
         for strict in (False, True):
             try:
@@ -73,28 +75,6 @@ class _ProgramExport(Export):
         texts = [chain_text(error) for error in refusals]
         reasons = fixed_in_all(self.heard(lambda: evidence(request.model, request.example, shapes)) or (), texts)
         raise self.refuse(advise(refusals[0]), reasons, f"not strict: {texts[0]}\n\nstrict: {texts[1]}") from refusals[0]
-
-
-def _dynamic_shapes(request: Request) -> Any:
-    """`dynamic_axes` in torch.export's terms: the structure of the call, with {axis: Dim} for tensors; None where nothing is asked."""
-    import torch
-
-    if not request.dynamic_axes:
-        return None
-    labels, order = asked_labels(request), iter(range(len(request.example.tensors())))
-
-    def spec(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            number = next(order)
-            return {axis: torch.export.Dim.DYNAMIC for tensor, axis in labels if tensor == number}
-        if isinstance(value, dict):
-            return {key: spec(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(spec, value)) if not hasattr(value, "_fields") else tuple(map(spec, value))
-        return None
-
-    bound = inspect.signature(request.model.forward).bind(*request.example.args, **request.example.kwargs)
-    return {name: spec(value) for name, value in bound.arguments.items()}
 
 
 def _outputs(program: Any, request: Request, symbols: Mapping[str, str]) -> dict[str, tuple[int | str, ...]]:

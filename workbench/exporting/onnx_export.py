@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING
 from workbench.errors import MissingDependencyError, WriteError
 from workbench.exporting.advice import Advice, advise, chain_text
 from workbench.exporting.evidence import evidence, exported, past_bounds
-from workbench.exporting.onnx_file import Graph, check_file, clashes, read_graph, strip_weight_shapes, weights_to_inputs
-from workbench.exporting.proving import Export, Failed, Sizes, require_free
+from workbench.exporting.onnx_file import Graph, add_unused_inputs, check_file, clashes, read_graph, strip_weight_shapes, weights_to_inputs
+from workbench.exporting.proving import Export, Failed, Sizes
 from workbench.exporting.report import Exported, Option
-from workbench.exporting.wrappers import flat, input_names, output_names
-from workbench.verification.runners import fed_names
-from workbench.verification.values import Call
+from workbench.exporting.shapes import asked_labels, for_torch_export, input_shapes
+from workbench.exporting.wrappers import constants, flat, input_names, output_names
+from workbench.verification.measures import same
+from workbench.verification.runners import running
 
 if TYPE_CHECKING:
+    import torch
+
     from workbench.exporting.targets import Request
 
 
@@ -42,12 +45,18 @@ class _OnnxExport(Export):
 
     def run(self, made: Path) -> Exported:
         exporter = self._make(made)
+        if unused := add_unused_inputs(made, _declared(self.request)):
+            self.notes.append(f"What the graph makes no use of is an input of it all the same: {', '.join(unused)}.")
         removed = strip_weight_shapes(made)
         if removed:
-            self.notes.append(f"{removed} shape entries that repeat weights were removed, for ONNX Runtime's quantizer trips over them.")
+            self.notes.append(
+                f"The shapes of {removed} weights stood twice in the file, which ONNX Runtime's quantizer cannot take; they stand there once."
+            )
         self.done = replace(self.done, exporter=exporter)
+        self.notes += constants(self.request)
         graph = self._read(made)
         self._judge_graph(made, graph)
+        self._tell_state()
         if self.request.check:
             self._prove(made, graph, exporter)
         else:
@@ -95,7 +104,7 @@ class _OnnxExport(Export):
         except Exception as error:  # as above
             texts = [f"dynamo: {chain_text(refusal)}"] if refusal else []
             raise Failed(advise(refusal or error), "\n\n".join([*texts, f"classic: {chain_text(error)}"])) from error
-        if request.check and (refusal or not why):  # where dynamo made a graph of it, no decision hangs on values
+        if request.check:
             self.done = replace(self.done, exporter="classic")
             self.refuse_decisions(request)
         if why:
@@ -111,7 +120,8 @@ class _OnnxExport(Export):
         if shared:
             cure = "Choose `input_names` and `output_names` that no parameter has."
             raise Failed(Advice(f"the graph calls a value {shared[0]!r} by the name of a weight", cure))
-        require_free(request, graph.inputs, graph.outputs)
+        self.require_free(graph.inputs, graph.outputs)
+        self.tell_fixed(graph.inputs)
 
     def _prove(self, made: Path, graph: Graph, exporter: str) -> None:
         objection = check_file(made)
@@ -119,11 +129,25 @@ class _OnnxExport(Export):
         if objection:
             raise Failed(Advice("ONNX's own checker refuses the file", "Try another `opset_version`."), objection)
         any_size = any(isinstance(size, str) for shape in graph.inputs.values() for size in shape)
-        labels, tensors = _labels(graph, self.request.example), list(self.request.example.tensors().values())
+        labels, tensors = _labels(graph, self.request), list(self.request.example.tensors().values())
         free = {(number, axis): tensors[number].shape[axis] + 1 for number, axis in labels}
+        named = ((name, a, s) for name, shape in graph.inputs.items() for a, s in enumerate(shape) if isinstance(s, str))
+        if untried := [f"axis {a} of {name} ({s})" for name, a, s in named if s not in labels.values()]:
+            self.notes.append(f"Free in the file, and not tried at another size: {', '.join(untried)}.")
         self.prove(made, free, traced=exporter == "classic", any_size=any_size)
         if labels and (program := self.heard(lambda: exported(self.request, labels))) is not None:
             self.prove_sizes(self.request, made, (_together(told, labels) for told in past_bounds(program)))
+
+    def _tell_state(self) -> None:
+        """Tell which buffers forward changes: a graph keeps nothing."""
+        model = self.request.model
+        with running(model) as runner:
+            before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            runner(self.request.example.fresh())
+            held = dict(model.named_buffers())
+            moved = [name for name in before if name in held and not same({name: before[name]}, {name: held[name]})]
+        if moved:
+            self.notes.append(f"The model's forward changes its buffers {', '.join(moved)}; the file keeps nothing between calls.")
 
     def _leave_out_weights(self, made: Path) -> None:
         names = [*self.request.model.state_dict()]
@@ -148,8 +172,8 @@ def _dynamo(request: Request, made: Path) -> None:
     example = request.example.fresh()
     torch.onnx.export(
         request.model, example.args, str(made), kwargs=dict(example.kwargs) or None, dynamo=True,
-        input_names=request.input_names, output_names=output_names(request), dynamic_axes=copy.deepcopy(request.dynamic_axes),
-        dynamic_shapes=request.dynamic_shapes, opset_version=request.opset_version, export_params=True,
+        input_names=input_names(request), output_names=output_names(request),
+        dynamic_shapes=for_torch_export(request, named=True), opset_version=request.opset_version, export_params=True,
         optimize=request.do_constant_folding, verbose=request.verbose, external_data=request.external_data,
         custom_translation_table=dict(request.custom_translation_table) if request.custom_translation_table else None,
     )  # fmt: skip
@@ -211,16 +235,21 @@ def _options(request: Request, graph: Graph, exporter: str, heard: int) -> Itera
     yield Option("verbose", request.verbose, f"{heard} lines in the report's log, none printed", True)
 
 
-def _labels(graph: Graph, example: Call) -> dict[tuple[int, int], str]:
-    """{(tensor, axis): its name in the file} for every axis that the file names."""
-    tensors = list(example.tensors().values())
-    names = fed_names(example, list(graph.inputs))
+def _labels(graph: Graph, request: Request) -> dict[tuple[int, int], str]:
+    """{(tensor, axis): its name in the file} for every axis that the file names by a word or as asked; the rest are sums of such."""
+    asked = asked_labels(request)
     return {
         (number, axis): size
-        for number, name in enumerate(names)
+        for number, (name, tensor) in enumerate(zip(input_names(request), request.example.tensors().values(), strict=True))
         for axis, size in enumerate(graph.inputs[name])
-        if isinstance(size, str) and size.isidentifier() and tensors[number].shape[axis]
+        if isinstance(size, str) and (size.isidentifier() or (number, axis) in asked) and tensor.shape[axis]
     }
+
+
+def _declared(request: Request) -> dict[str, tuple[torch.dtype, tuple[int | str, ...]]]:
+    """What each tensor of the call is declared as: its dtype and shape."""
+    shapes = input_shapes(request, asked_labels(request))
+    return {name: (t.dtype, shapes[name]) for name, t in zip(input_names(request), request.example.tensors().values(), strict=True)}
 
 
 def _together(sizes: Sizes, labels: Mapping[tuple[int, int], str]) -> Sizes:

@@ -6,12 +6,15 @@ The graph is read without its external data, so a file of any size costs only it
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.exporting.proving import write
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,24 @@ def strip_weight_shapes(path: Path) -> int:
         model.graph.value_info.extend(kept)
         write(path, model.SerializeToString())
     return removed
+
+
+def add_unused_inputs(path: Path, declared: Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]]) -> list[str]:
+    """Declare, in place and in that order, the inputs that the classic exporter left out because nothing reads them; returns their names."""
+    import onnx
+    from torch.onnx import JitScalarType  # type: ignore[attr-defined]
+
+    model = onnx.load(str(path), load_external_data=False)
+    there = {value.name: value for value in model.graph.input}
+    added = [name for name in declared if name not in there]
+    if added:
+        kinds = {name: JitScalarType.from_dtype(dtype).onnx_type().value for name, (dtype, _) in declared.items()}
+        made = {name: onnx.helper.make_tensor_value_info(name, kinds[name], declared[name][1]) for name in added}
+        rest = [value for name, value in there.items() if name not in declared]
+        del model.graph.input[:]
+        model.graph.input.extend([*(there.get(name) or made[name] for name in declared), *rest])
+        write(path, model.SerializeToString())
+    return added
 
 
 def weights_to_inputs(path: Path, names: Collection[str]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import SelectionError, UnsupportedError, visible
-from workbench.exporting.engine import InferenceEngine
+from workbench.exporting.engine import InferenceEngine, whole
 from workbench.exporting.listening import Heard, listening
 from workbench.exporting.proving import digest_of, paced, put_in_place, workplace, write
 from workbench.report import Report
@@ -78,10 +78,11 @@ def optimize_torchscript(
     """
     import torch
 
+    rounds = whole(rounds, "rounds", 1)
     program, target = load_program(path, trust=trust), Path(os.path.realpath(out))
     if not isinstance(program, torch.jit.ScriptModule):
         raise UnsupportedError("only TorchScript is optimized this way", path=str(path), hint="a .pt2 runs through torch.compile instead")
-    if program.training:
+    if getattr(program, "training", False):  # a frozen program has no mode
         raise SelectionError(
             "the program was saved in train mode", path=str(path), hint="export the model again: export_model uses eval mode"
         )
@@ -97,21 +98,29 @@ def optimize_torchscript(
 
 
 def _faster(program: torch.jit.ScriptModule, made: Path, path: str) -> tuple[torch.nn.Module, str]:
-    """The program frozen and optimized, written to `made` and loaded back; frozen alone, and why, where torch cannot load the other."""
+    """The program frozen and optimized, written to `made` and loaded back; frozen alone where torch cannot load the other. And remarks."""
     import torch
 
+    was_frozen = not hasattr(program, "training")
+    left_out = [] if was_frozen else [name for name in program._c._method_names() if name != "forward"]
+    remarks = ["It was frozen already."] if was_frozen else []
+    remarks += [f"Only forward is in it: {visible(', '.join(left_out))} is left out."] if left_out else []
     with listening(Heard()):
         try:
-            frozen = torch.jit.freeze(program)
+            frozen = (program if was_frozen else torch.jit.freeze(program)).save_to_buffer()
         except RuntimeError as error:
             raise UnsupportedError(f"torch cannot freeze it: {next(iter(str(error).splitlines()), '')}", path=path) from error
         try:
-            write(made, torch.jit.optimize_for_inference(program).save_to_buffer())
-            remember(digest_of(made))
-            return load_program(made), ""
+            copy: Any = _stored(made, frozen)  # what is frozen is optimized in place, and `program` is what it is compared with
+            return _stored(made, torch.jit.optimize_for_inference(copy).save_to_buffer()), " ".join(remarks)
         except (RuntimeError, UnsupportedError) as error:
             told = error.message if isinstance(error, UnsupportedError) else next(iter(str(error).splitlines()), "")
-            write(made, frozen.save_to_buffer())
+    remarks.append(f"What optimize_for_inference makes of it cannot be stored here ({told}).")
+    remarks.append("It is frozen only; call torch.jit.optimize_for_inference on it after loading.")
+    return _stored(made, frozen), " ".join(remarks)
+
+
+def _stored(made: Path, data: bytes) -> torch.nn.Module:
+    write(made, data)
     remember(digest_of(made))
-    kept = "It is frozen only; call torch.jit.optimize_for_inference on it after loading."
-    return load_program(made), f"What optimize_for_inference makes of it cannot be stored here ({told}). {kept}"
+    return load_program(made)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
-import re
 import shutil
 import tempfile
 import time
@@ -20,11 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.errors import UnsupportedError, WriteError
-from workbench.exporting.advice import Advice
+from workbench.errors import UnsupportedError, WorkbenchError, WriteError
+from workbench.exporting.advice import Advice, advise, chain_text
+from workbench.exporting.decisions import THREAD, VALUE, values_that_leave
 from workbench.exporting.evidence import Reason, value_decisions
 from workbench.exporting.listening import Heard, listening
 from workbench.exporting.report import Exported, Option
+from workbench.exporting.shapes import asked_labels, left_open
+from workbench.exporting.wrappers import input_names
 from workbench.files import Span, atomic_write, file_ref
 from workbench.verification.comparison import ParityReport, parity
 from workbench.verification.runners import evaluating, running
@@ -38,11 +40,12 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 1 << 20
+_SIZES = ("batch + 1", "length + 1")  # what `vary` calls them
 _MANY = 1 << 26
+_FAR = 2048  # sizes beyond are not tried: what such a run takes cannot be told
 _NEAR = 1000  # limits: no tolerance should be asked for a difference beyond
 _ROOM = "make room on the disk, or choose another folder"
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_DECISION = re.compile(r"TracerWarning: (?:Converting a tensor to|Using len|Iterating over a tensor)[^\n]*")
 
 
 class Failed(Exception):
@@ -63,7 +66,10 @@ class Export(ABC):
 
     def __init__(self, request: Request, path: Path) -> None:
         self.request, self.path = request, path
-        self.done = Exported(self.target, str(path), opset_asked=request.opset_version, options=ignored(request, self.target))
+        dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in request.example.tensors().values())
+        self.done = Exported(
+            self.target, str(path), dtypes=dtypes, opset_asked=request.opset_version, options=ignored(request, self.target)
+        )
         self.notes: list[str] = []
         self.log = ""
 
@@ -80,6 +86,11 @@ class Export(ABC):
             except Failed as failure:
                 advice = failure.advice
                 done = replace(self.done, files={}, sha256=None, cause=advice.cause, cure=advice.cure, error=failure.error)
+            except WriteError:
+                raise
+            except Exception as error:  # a stranger's exporter and a stranger's model: one target's end is never the others'
+                advice = Advice(error.message, error.hint or "") if isinstance(error, WorkbenchError) else advise(error)
+                done = replace(self.done, files={}, sha256=None, cause=advice.cause, cure=advice.cure, error=chain_text(error))
         return replace(done, log=self.log, notes=tuple(self.notes), seconds=time.perf_counter() - started)
 
     def heard(self, export: Callable[[], Any]) -> Any:
@@ -103,17 +114,21 @@ class Export(ABC):
         return Failed(Advice(advice.cause + first, advice.cure), "\n\n".join(filter(None, [error, *told])))
 
     def refuse_decisions(self, request: Request) -> None:
-        """Raise unless torch.export proves that no decision which the tracer was heard to take hangs on values."""
-        if not (decisions := sorted(set(_DECISION.findall(self.log)))):
+        """Raise where a value of the inputs left the tensors while tracing, or a size that hangs on values decided something."""
+        left = self.heard(lambda: values_that_leave(request))
+        if not left:
             return
+        values = [reason for reason in left if reason.kind == VALUE]
         found = self.heard(lambda: value_decisions(request))
-        if found:
+        told = "\n".join(reason.told for reason in left)
+        if found or values:
             cure = "Write the branch with `torch.where` or `torch.cond`, or make the model scriptable: type its arguments and keep to TorchScript's Python."
-            raise self.refuse(Advice("tracing baked a decision that hangs on values", cure), found, "\n".join(decisions))
+            placed = any(reason.where for reason in found or ()) or not values
+            raise self.refuse(Advice("tracing baked a decision that hangs on values", cure), found if placed else values, told)
         if found is None:
-            cause = "tracing took decisions, and torch.export could not say whether they hang on values"
-            cure = "See `error` for the lines; write them with `torch.where`, or script the model."
-            raise Failed(Advice(cause, cure), "\n".join(decisions))
+            cause = "tracing met sizes that hang on values, or another thread, and torch.export could not say whether they decide anything"
+            raise self.refuse(Advice(cause, "Keep to sizes that the inputs' sizes give, or script the model."), left, told)
+        self.notes += [f"While tracing, {reason.told}: {reason.what}." for reason in left if reason.kind == THREAD]
 
     def prove(self, candidate: Any, free: Mapping[tuple[int, int], int], *, traced: bool, any_size: bool) -> None:
         """Compare what was made with the model, on the example and beyond it.
@@ -125,9 +140,11 @@ class Export(ABC):
         tried = trials(self.request, free, self.notes)
         report = prove(self.request, candidate, self.path.name, tried, traced=traced, any_size=any_size)
         outputs = self.done.outputs or {output.name: output.shape for output in report.outputs}
-        self.done = replace(self.done, parity=report, tried=tuple(tried), outputs=outputs)
+        made = (trial.inputs for trial in report.tried if not trial.left_out)
+        self.done = replace(self.done, parity=report, tried=(*tried, *made), outputs=outputs)
         if not report:
             raise Failed(differs(report, traced=traced))
+        self.notes += [f"{note}: return what it writes as a further output, if you need it." for note in report.notes]
         example = self.request.example
         with running(self.request.model) as model, running(candidate) as runner:
             runs = [lambda one=one: one(example.fresh()) for one in (model, runner)]
@@ -135,15 +152,42 @@ class Export(ABC):
 
     def prove_sizes(self, request: Request, candidate: Any, wanted: Iterable[Sizes], of: str = "") -> None:
         """Other sizes that the model takes: what was made answers alike, or refuses them, which is told."""
-        for name, call in at_sizes(request, wanted).items():
-            report = parity(request.model, candidate, [call], rtol=request.rtol, atol=request.atol)
+        large: list[str] = []
+        for name, call in at_sizes(request, wanted, large).items():
+            report = parity(request.model, candidate, [call], rtol=request.rtol, atol=request.atol, by_position=True)
             if report:
                 self.done = replace(self.done, sizes=(*self.done.sizes, of + name))
             elif any("failed on" in problem for problem in report.problems):
                 self.notes.append(f"The program refuses {of}{name}, which the model takes: that size was fixed by the exporter.")
             else:
-                cause = f"the exporter baked a size or a loop count in: with {of}{name} the file answers otherwise than the model"
-                raise Failed(Advice(cause, "Move what loops or branches by size out of the model or script it; or leave that axis fixed."))
+                raise Failed(_size_baked(f"{of}{name}"))
+
+        if large:
+            told = "; ".join(f"{of}{name}" for name in dict.fromkeys(large))
+            self.notes.append(f"Not tried, for they are too large: {told}. There the model may take another way than the file.")
+
+    def require_free(self, inputs: Mapping[str, tuple[int | str, ...]], outputs: Mapping[str, Any]) -> None:
+        """Raise where an axis that was asked to be dynamic is a number in the file, or is not there."""
+        cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
+        for name in self.request.dynamic_axes or {}:
+            if name not in inputs and name not in outputs:
+                told = f"{name!r} is neither an input ({', '.join(inputs)}) nor an output ({', '.join(outputs)})"
+                raise Failed(Advice(f"an axis asked to be dynamic is not in the file: {told}", cure))
+        names = input_names(self.request)
+        asked = [(names[number], axis) for number, axis in asked_labels(self.request)]
+        asked += [(name, axis) for name, axes in (self.request.dynamic_axes or {}).items() if name in inputs for axis in axes]
+        for name, axis in asked:
+            shape = inputs[name]
+            if not 0 <= axis < len(shape) or isinstance(shape[axis], int):
+                told = f"axis {axis} of {name!r}, which is {list(shape)}"
+                raise Failed(Advice(f"an axis asked to be dynamic is not dynamic in the file: {told}", cure))
+
+    def tell_fixed(self, inputs: Mapping[str, tuple[int | str, ...]]) -> None:
+        """Tell which axes were left open, and are numbers in the file."""
+        names = input_names(self.request)
+        fixed = [f"axis {axis} of {names[n]}" for n, axis in left_open(self.request) if isinstance(inputs[names[n]][axis], int)]
+        if fixed:
+            self.notes.append(f"Left open by Dim.AUTO, and fixed in the file: {', '.join(fixed)}.")
 
     def finish(self, made: Path) -> Exported:
         sizes, digest = put_in_place(made, self.path)
@@ -197,15 +241,18 @@ def neighbours(request: Request) -> Iterator[Sizes]:
             yield {(number, axis): shapes[number][axis] + step for number, axis in axes}
 
 
-def at_sizes(request: Request, wanted: Iterable[Sizes]) -> dict[str, Call]:
-    """The example at other sizes, by their names, as far as the model itself takes them and 64 Mi elements hold them."""
+def at_sizes(request: Request, wanted: Iterable[Sizes], large: list[str]) -> dict[str, Call]:
+    """The example at other sizes, by their names, as far as the model itself takes them; `large` gets the names of those that are too large."""
     found: dict[str, Call] = {}
-    shapes = [list(tensor.shape) for tensor in request.example.tensors().values()]
+    names, shapes = input_names(request), [list(tensor.shape) for tensor in request.example.tensors().values()]
     with running(request.model) as runner:
         for told in wanted:
-            name = ", ".join(f"axis {axis} of input {number} at {size}" for (number, axis), size in told.items())
+            name = ", ".join(f"axis {axis} of {names[number]} at {size}" for (number, axis), size in told.items())
             grown = [[told.get((number, axis), size) for axis, size in enumerate(shape)] for number, shape in enumerate(shapes)]
-            if min(told.values(), default=0) < 1 or name in found or sum(map(math.prod, grown)) > _MANY:
+            if min(told.values(), default=0) < 1 or name in found:
+                continue
+            if sum(map(math.prod, grown)) > _MANY or any(told[n, axis] > max(_FAR, shapes[n][axis] + 1) for n, axis in told):
+                large.append(name)
                 continue
             call = resized(request.example, told)
             try:
@@ -232,15 +279,27 @@ def prove(request: Request, candidate: Any, name: str, tried: Mapping[str, Call]
         cause = "the file was made by tracing, and the model itself does not take another size of the axis asked to be dynamic"
         raise Failed(Advice(cause, "Leave that axis fixed, or remove what pins it in the model's code."))
     try:
-        report = parity(request.model, candidate, list(tried.values()), rtol=request.rtol, atol=request.atol)
+        report = parity(request.model, candidate, list(tried.values()), rtol=request.rtol, atol=request.atol, by_position=True, vary=traced)
     except UnsupportedError as error:
         cure = "Export a float32 copy (`model.float()`), or use `check=False` for a runtime that has what is missing."
         raise Failed(Advice(error.message, cure), str(error)) from error
     return replace(report, candidate=name)
 
 
+def _size_baked(at: str) -> Advice:
+    cause = f"the exporter baked a size or a loop count in: with {at} the file answers otherwise than the model"
+    return Advice(cause, "Move what loops or branches by size out of the model or script it; or leave that axis fixed.")
+
+
 def differs(report: ParityReport, *, traced: bool) -> Advice:
+    apart = [trial.inputs for trial in report.tried if not trial.ok]
+    if apart and apart[0] in _SIZES and not report.problems and all(output.ok for output in report.outputs):
+        return _size_baked(apart[0])
     cause = f"the file does not answer as the model does: {report.headline}"
+    if any("writes into its input" in problem for problem in report.problems):
+        return Advice(cause, "Return what it writes as a further output, or write into a copy (`cache = cache.clone()`).")
+    if "at random" in report.cause or "dropout is left on" in report.cause:
+        return Advice(cause, "Draw only while the model trains (`F.dropout(x, p, self.training)`), or take what is drawn as an input.")
     if any("keeps state" in problem for problem in report.problems):
         return Advice(cause, "Make the state an argument and an output of `forward`; a graph keeps nothing between calls.")
     if traced:
@@ -331,20 +390,6 @@ def write(made: Path, data: bytes) -> None:
     """A program's bytes to the disk, by us: torch's own writer ends the whole process where the disk is full."""
     with atomic_write(made) as out:
         out.write(data, 0)
-
-
-def require_free(request: Request, inputs: Mapping[str, tuple[int | str, ...]], outputs: Mapping[str, Any]) -> None:
-    """Raise where an input's axis that was asked to be dynamic is a number in the file, or is not there."""
-    cure = "Name an input and an axis it has, and remove what pins that axis in the model's code."
-    for name, axes in (request.dynamic_axes or {}).items():
-        if name not in inputs and name not in outputs:
-            told = f"{name!r} is neither an input ({', '.join(inputs)}) nor an output ({', '.join(outputs)})"
-            raise Failed(Advice(f"an axis asked to be dynamic is not in the file: {told}", cure))
-        for axis in axes if name in inputs else ():
-            shape = inputs[name]
-            if axis >= len(shape) or isinstance(shape[axis], int):
-                told = f"axis {axis} of {name!r}, which is {list(shape)}"
-                raise Failed(Advice(f"an axis asked to be dynamic is not dynamic in the file: {told}", cure))
 
 
 def digest_of(path: Path) -> str:

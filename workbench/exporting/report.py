@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ class Exported:
         sha256: of the file at `path`, or None.
         opset, opset_asked: as read back from the file, and as asked.
         inputs, outputs: the graph's names with shapes; a text dimension is dynamic.
+        dtypes: of the example's tensors, in the order of the inputs.
         checked: whether the format's own checker passed; None when it was not asked.
         parity: the comparison with the model, or None when there was none.
         tried: names of the batches compared: `example`, `negated`, `noisy`, `exchanged`, `resized`.
@@ -63,6 +64,7 @@ class Exported:
     opset_asked: int | None = None
     inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = ()
     checked: bool | None = None
     parity: ParityReport | None = None
     tried: tuple[str, ...] = ()
@@ -80,6 +82,11 @@ class Exported:
     @property
     def ok(self) -> bool:
         return not self.cause
+
+    @property
+    def made_by(self) -> str | None:
+        """The exporter as it is asked for: torch.export's two ways by its own option."""
+        return {"strict": "strict=True", "not strict": "strict=False"}.get(self.exporter or "", self.exporter)
 
     @property
     def usage(self) -> str:
@@ -121,15 +128,20 @@ class ExportReport(Report):
 
     @property
     def headline(self) -> str:
-        failed = [e for e in self.exports if not e.ok]
-        if failed:
-            return f"{visible(self.model)} was not exported to {failed[0].target}: {visible(failed[0].cause)}"
-        return " ".join(_sentence(self.model, e) for e in self.exports)
+        made, causes = [e for e in self.exports if e.ok], dict[str, list[str]]()
+        for e in self.exports:
+            if not e.ok:
+                causes.setdefault(e.cause, []).append(e.target)
+        failed = "; ".join(f"{visible(self.model)} was not exported to {_listed(names)}: {visible(why)}" for why, names in causes.items())
+        told = _sentence(self.model, made[0]) if len(made) == len(self.exports) == 1 else _summary(self.model, made) if made else ""
+        return " ".join(filter(None, [told, failed]))
 
     def tables(self) -> tuple[Table, ...]:
         rows = [_row(e) for e in self.exports]
         tables = [table("targets", _COLUMNS, rows)]
-        remarks = [(e.target, text) for e in self.exports for text in (*_failure(e), *e.notes, *_sizes(e))]
+        if files := [(e.target, e.path, e.sha256[:16]) for e in self.exports if e.sha256]:
+            tables.append(table("files", [Column("target"), Column("file", "name"), Column("sha256", "code")], files))
+        remarks = [(e.target, text) for e in self.exports for text in (*filter(None, [e.cure]), *e.notes, *_sizes(e))]
         if remarks:
             tables.append(table("remarks", [Column("target"), Column("what")], remarks))
         for e in self.exports:
@@ -187,7 +199,6 @@ _REASON_COLUMNS = (
 _COLUMNS = (
     Column("target"),
     Column("", "mark"),
-    Column("file", "name"),
     Column("bytes", "bytes"),
     Column("exporter"),
     Column("opset", "count"),
@@ -195,16 +206,13 @@ _COLUMNS = (
     Column("max abs", "number", "largest difference from the model over every batch tried"),
     Column("latency", "seconds", "the fastest run on the example"),
     Column("made in", "seconds", "checks included"),
-    Column("sha256", "code"),
 )
 
 
 def _row(e: Exported) -> tuple[object, ...]:
     checked = None if e.checked is None else "✓" if e.checked else "⚠"
     difference = e.parity.max_abs if e.parity is not None else None
-    digest = e.sha256[:16] if e.sha256 else None
-    latency = e.latency.get("file")
-    return (e.target, "✓" if e.ok else "⚠", e.path, e.nbytes, e.exporter, e.opset, checked, difference, latency, e.seconds, digest)
+    return (e.target, "✓" if e.ok else "⚠", e.nbytes, e.made_by, e.opset, checked, difference, e.latency.get("file"), e.seconds)
 
 
 def _word(value: object) -> str | None:
@@ -215,13 +223,29 @@ def _sizes(e: Exported) -> tuple[str, ...]:
     return (f"It answers alike at other sizes: {'; '.join(e.sizes)}.",) if e.sizes else ()
 
 
-def _failure(e: Exported) -> tuple[str, ...]:
-    return tuple(text for text in (e.cause, e.cure) if text)
+def _listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
+
+
+def _summary(model: str, made: Sequence[Exported]) -> str:
+    """One sentence for several targets: the files, and how far the farthest is from the model."""
+    compared = [e.parity.max_abs or 0.0 for e in made if e.parity is not None]
+    apart = f"at most {max(compared):.2g} apart" if any(compared) else "without any difference"
+    untold = [visible(PurePath(e.path).name) for e in made if e.parity is None]
+    which = "those compared answer" if untold else "all answer" if made[1:] else "it answers"
+    proved = f"{which} as the model does, {apart}" if compared else ""
+    plain = f"{_listed(untold)} {'were' if untold[1:] else 'was'} not compared with the model" if untold else ""
+    return f"{visible(model)} was written to {'; '.join(filter(None, [_listed(list(map(_size, made))), proved, plain]))}."
+
+
+def _size(e: Exported) -> str:
+    opset = "" if e.opset is None else f", opset {e.opset}"
+    return f"{visible(PurePath(e.path).name)} ({format_bytes(e.nbytes or 0)}{opset})"
 
 
 def _sentence(model: str, e: Exported) -> str:
-    opset = "" if e.opset is None else f", opset {e.opset}"
-    size = f"{visible(PurePath(e.path).name)} ({format_bytes(e.nbytes or 0)}{opset})"
+    size = _size(e)
     if e.parity is None:
         return f"{visible(model)} was written to {size} and was not compared with the model."
     apart = f"at most {e.parity.max_abs:.2g} apart" if e.parity.max_abs else "without any difference"

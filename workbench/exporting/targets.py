@@ -7,6 +7,7 @@ Owns what is common to every target: the model's mode, the example call, where f
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from workbench.errors import SelectionError, UnsupportedError, WriteError
 from workbench.exporting.exported_program import export_program
 from workbench.exporting.onnx_export import export_onnx
 from workbench.exporting.report import Exported, ExportReport
+from workbench.exporting.shapes import axes_by_name, shapes_by_argument
 from workbench.exporting.torchscript import export_torchscript
 from workbench.exporting.wrappers import input_names, method_of, output_names, rescued
 from workbench.verification.runners import running
@@ -88,9 +90,10 @@ def export_model(
         args: example inputs: a tensor, or a tuple of positional arguments.
         kwargs: example keyword arguments.
         to: the target, or several: `onnx`, `torchscript`, `pt2`.
-        path: the file to write, for one target. Otherwise `folder`, made where it is not there: files named after the model's class.
+        path: the file to write, for one target; ONNX and no other ends in `.onnx`. Otherwise `folder`, made where it is not there: files named after the model's class.
         input_names, output_names: names in the graph, in order; outputs are by default called as the model calls them.
-        dynamic_axes: {input name: {axis: name} or [axis]}; or dynamic_shapes, as torch.export takes them.
+        dynamic_axes: {input name: {axis: name} or [axis]}; or dynamic_shapes, as torch.export takes them, names and lists included. Each
+            such axis is free in the file or fails it; what `Dim.AUTO` leaves to the exporter is told where it is fixed.
         opset_version: ONNX opset asked for; read back from the file, which is failed when it has another.
         export_params: False leaves the weights out of the file; they become inputs of the graph, under their own names.
         do_constant_folding: False leaves in the graph what weights alone decide.
@@ -116,6 +119,11 @@ def export_model(
 
     if not isinstance(model, torch.nn.Module):
         raise SelectionError(f"a {type(model).__name__} cannot be exported", hint="pass an nn.Module with its weights loaded")
+    try:
+        inspect.signature(model.forward)
+    except ValueError as error:
+        hint = "export the module that it was traced from"
+        raise SelectionError(f"the forward of this {type(model).__name__} does not say which arguments it takes", hint=hint) from error
     paths = _paths(model, to, path, folder)
     for target in paths if exporter is not None else ():
         if exporter not in _TARGETS[target][2]:
@@ -123,6 +131,13 @@ def export_model(
             raise SelectionError(f"{target} is not made by {exporter!r}", hint=f"there is {choices}; leave `exporter` out for the rest")
     if dynamic_axes is not None and dynamic_shapes is not None:
         raise SelectionError("dynamic_axes and dynamic_shapes say the same thing twice", hint="give one of them")
+    _require(kwargs is None or isinstance(kwargs, Mapping), f"kwargs is a dict of keyword arguments; it is {kwargs!r}")
+    _require(methods is None or isinstance(methods, Mapping), f"methods is {{method name: its example inputs}}; it is {methods!r}")
+    whole = opset_version is None or (isinstance(opset_version, int) and not isinstance(opset_version, bool))
+    _require(whole, f"opset_version is a whole number; it is {opset_version!r}")
+    for name, bound in (("rtol", rtol), ("atol", atol)):
+        known = bound is None or (isinstance(bound, (int, float)) and 0 <= bound < math.inf)
+        _require(known, f"{name} is a number from 0 on, or None; it is {bound!r}")
     example, rescue = _example(args, kwargs), ""
     try:
         outputs = _outputs(model, example)
@@ -141,9 +156,15 @@ def export_model(
         opset_version, export_params, do_constant_folding, verbose, large if external_data is None else external_data,
         custom_translation_table, check, rtol, atol, exporter, calls,
     )  # fmt: skip
+    request = replace(request, dynamic_axes=axes_by_name(request), dynamic_shapes=shapes_by_argument(request))
     made = [one for target, goal in paths.items() for one in _exported(request, target, goal)]
     noted = tuple(replace(one, notes=(rescue, *one.notes)) if rescue else one for one in made)
     return ExportReport(type(model).__name__, noted)
+
+
+def _require(held: bool, otherwise: str) -> None:
+    if not held:
+        raise SelectionError(otherwise)
 
 
 def _exported(request: Request, target: str, goal: Path) -> Iterator[Exported]:
@@ -184,12 +205,16 @@ def _example(args: Any, kwargs: Mapping[str, Any] | None) -> Call:
 
 
 def _paths(model: Any, to: str | Sequence[str], path: Any, folder: Any) -> dict[str, Path]:
+    _require(isinstance(to, (str, list, tuple)), f"to is the name of a target, or several; it is {to!r}")
     targets = [to] if isinstance(to, str) else list(to)
     for target in targets:
         if target not in _TARGETS:
             raise UnsupportedError(f"there is no export target {target!r}; there is {', '.join(_TARGETS)}")
     if not targets or (path is None) == (folder is None) or (path is not None and len(targets) > 1):
         raise SelectionError("it is not clear where the files go", hint="give path= for one target, or folder= for several")
+    if path is not None and (targets == ["onnx"]) != (Path(path).suffix.lower() == ".onnx"):
+        hint = "a file is known to hold ONNX by the suffix .onnx, and by no other; every reader here goes by it"
+        raise SelectionError(f"{Path(path).name!r} is no name for a {targets[0]} file", hint=hint)
     if path is not None:
         return {targets[0]: Path(os.path.realpath(path))}
     stem = type(model).__name__.lower()

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import WriteError
 from workbench.exporting.advice import Advice, chain_text
 from workbench.exporting.evidence import exported, past_bounds
-from workbench.exporting.proving import Export, Failed, Sizes, at_sizes, digest_of, neighbours, require_free, write
+from workbench.exporting.proving import Export, Failed, Sizes, at_sizes, digest_of, neighbours, write
 from workbench.exporting.report import Exported
-from workbench.exporting.wrappers import asked_labels, flat, input_shapes, method_of, output_names
+from workbench.exporting.shapes import asked_labels, input_shapes
+from workbench.exporting.wrappers import constants, flat, method_of, output_names
 from workbench.verification.comparison import parity
 from workbench.verification.programs import load_program, remember
 from workbench.verification.runners import FlatRunner, running
@@ -45,7 +46,7 @@ class _ScriptExport(Export):
 
     def run(self, made: Path) -> Exported:
         self.done = replace(self.done, inputs=input_shapes(self.request, asked_labels(self.request)))
-        require_free(self.request, self.done.inputs, dict.fromkeys(output_names(self.request)))
+        self.require_free(self.done.inputs, dict.fromkeys(output_names(self.request)))
         texts: list[str] = []
         last: Failed | None = None
         for how, flattened, make in self._ways():
@@ -54,8 +55,8 @@ class _ScriptExport(Export):
             try:
                 program = self.heard(make)
                 self.heard(lambda program=program: write(made, program.save_to_buffer()))  # type: ignore[misc]
+                remember(digest_of(made))
                 if self.request.check:
-                    remember(digest_of(made))
                     loaded = load_program(made)
                     self._prove(FlatRunner(loaded, self.path.name) if flattened else loaded, traced=how == "trace")
                     self._prove_methods(loaded, traced=how == "trace")
@@ -92,6 +93,7 @@ class _ScriptExport(Export):
         if how == "trace" and failures and failures[0].startswith("script"):
             self.notes.append(f"Scripting did not serve ({failures[0].splitlines()[0].removeprefix('script: ')}), so the model was traced.")
         if flattened:
+            self.notes += constants(self.request)
             self.notes.append("The program takes its tensors in order and returns a tuple: its call is not one that tracing can keep.")
         if not self.request.check:
             self.notes.append("The file was not compared with the model, as asked.")
@@ -113,7 +115,7 @@ class _ScriptExport(Export):
         for place, label in asked_labels(self.request).items():
             places.setdefault(label, {})[place] = tensors[place[0]].shape[place[1]]
         for label, sizes in places.items():
-            grown = at_sizes(self.request, [{place: size + 1 for place, size in sizes.items()}])
+            grown = at_sizes(self.request, [{place: size + 1 for place, size in sizes.items()}], [])
             with running(self.request.model) as model:
                 answers = [model(call.fresh()) for call in grown.values()]
             for name, value in (item for answer in answers for item in answer.items() if len(found.get(item[0], ())) == item[1].ndim):
@@ -134,7 +136,7 @@ class _ScriptExport(Export):
             if traced:
                 self.refuse_decisions(own)
             method = getattr(loaded, name)
-            report = parity(own.model, method, [call, *variations(call).values()], rtol=own.rtol, atol=own.atol)
+            report = parity(own.model, method, [call, *variations(call).values()], rtol=own.rtol, atol=own.atol, by_position=True)
             if not report:
                 cause = f"the method {name} does not answer as the model's does: {report.headline}"
                 raise Failed(Advice(cause, "Script the method, or type its arguments."))

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from workbench.exporting.report import Exported
 
 _PYTHON = {
-    "onnx": "import onnxruntime\nsession = onnxruntime.InferenceSession({path})\noutputs = session.run(None, {{{feeds}}})",
+    "onnx": "import numpy\nimport onnxruntime\nsession = onnxruntime.InferenceSession({path})\noutputs = session.run(None, {{{feeds}}})",
     "torchscript": "import torch\nprogram = torch.jit.load({path})\noutputs = program({names})",
     "pt2": "import torch\nprogram = torch.export.load({path}).module()\noutputs = program({names})",
 }
@@ -25,14 +25,18 @@ int main() {{
   else std::cout << output << std::endl;
 }}
 """
+_KINDS = {  # LibTorch's names of what is not float32
+    "float64": "kDouble", "float16": "kHalf", "bfloat16": "kBFloat16", "int64": "kLong", "int32": "kInt", "int16": "kShort", "int8": "kChar",
+    "uint8": "kByte", "bool": "kBool", "complex64": "kComplexFloat", "complex128": "kComplexDouble",
+}  # fmt: skip
 
 
 def python_lines(exported: Exported) -> str:
     """Lines of Python, without the workbench, that load the file and call it."""
     names = list(exported.inputs)
-    feeds = ", ".join(f"{json.dumps(name)}: {name}" if name.isidentifier() else f"{json.dumps(name)}: x{i}" for i, name in enumerate(names))
-    calls = ", ".join(name if name.isidentifier() else f"x{i}" for i, name in enumerate(names))
-    return _PYTHON[exported.target.partition(":")[0]].format(path=json.dumps(exported.path), feeds=feeds, names=calls)
+    calls = [name if name.isidentifier() else f"x{i}" for i, name in enumerate(names)]
+    feeds = ", ".join(f"{json.dumps(name)}: numpy.asarray({call})" for name, call in zip(names, calls, strict=True))
+    return _PYTHON[exported.target.partition(":")[0]].format(path=json.dumps(exported.path), feeds=feeds, names=", ".join(calls))
 
 
 def cpp_program(exported: Exported) -> str:
@@ -43,5 +47,7 @@ def cpp_program(exported: Exported) -> str:
     if exported.target != "torchscript":
         return ""
     shapes = [[size if isinstance(size, int) else 2 for size in shape] for shape in exported.inputs.values()]  # a free axis takes any size
-    inputs = ", ".join(f"torch::ones({{{', '.join(map(str, shape))}}})" for shape in shapes)
+    kinds = [f", torch::{_KINDS[dtype]}" if dtype in _KINDS else "" for dtype in exported.dtypes]
+    ones = zip((", ".join(map(str, shape)) for shape in shapes), kinds, strict=True)
+    inputs = ", ".join(f"torch::ones({{{shape}}}{kind})" for shape, kind in ones)
     return _CPP.format(path=json.dumps(exported.path), inputs=inputs)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from workbench.errors import visible
 from workbench.verification.values import Call, leaves
 
 if TYPE_CHECKING:
@@ -46,38 +47,17 @@ def input_names(request: Request) -> list[str]:
     return names if len(set(names)) == len(names) else [f"input_{i}" for i in range(len(names))]
 
 
-def asked_labels(request: Request) -> dict[tuple[int, int], str]:
-    """{(which tensor in order, axis): its name} of the axes that are asked to be dynamic, of those that there are.
-
-    A list of axes in `dynamic_axes` gives `x_0`; a nameless `Dim` in `dynamic_shapes` gives "".
-    """
-    names, tensors = input_names(request), list(request.example.tensors().values())
-    asked = {names.index(name): axes for name, axes in (request.dynamic_axes or {}).items() if name in names}
-    if request.dynamic_shapes is not None:
-        specs = list(_axes_of(request.dynamic_shapes))
-        asked = dict(enumerate(specs)) if len(specs) == len(tensors) else {}
-    found = {}
-    for number, axes in asked.items():
-        for axis in axes:
-            label = axes[axis] if isinstance(axes, Mapping) else f"{names[number]}_{axis}"
-            if axis < tensors[number].ndim and label is not None:
-                found[number, axis] = label if isinstance(label, str) else str(getattr(label, "__name__", ""))
-    return found
-
-
-def _axes_of(shapes: Any) -> Iterator[Mapping[int, Any]]:
-    """Each tensor's {axis: Dim} in the nest that torch.export takes; {} for one that stays as it is."""
-    if shapes is None or (isinstance(shapes, Mapping) and all(isinstance(key, int) for key in shapes)):
-        yield shapes or {}
-    else:
-        for one in shapes.values() if isinstance(shapes, Mapping) else shapes:
-            yield from _axes_of(one)
-
-
-def input_shapes(request: Request, labels: Mapping[tuple[int, int], str]) -> dict[str, tuple[int | str, ...]]:
-    """The example's shapes by input name, labelled axes by their label."""
-    pairs = zip(input_names(request), request.example.tensors().values(), strict=True)
-    return {name: tuple(labels.get((number, axis), size) for axis, size in enumerate(t.shape)) for number, (name, t) in enumerate(pairs)}
+def constants(request: Request) -> list[str]:
+    """A sentence for what a call holds beside tensors: a graph that takes tensors alone has it in it."""
+    positional = list(inspect.signature(request.model.forward).parameters)
+    named = [(positional[min(i, len(positional) - 1)], value) for i, value in enumerate(request.example.args)]
+    told = [
+        f"{name} = {visible(repr(leaf))[:40]}"
+        for name, value in (*named, *request.example.kwargs.items())
+        for leaf in leaves(value)
+        if type(leaf).__module__ == "builtins"
+    ]
+    return [f"No input but a constant of the file: {', '.join(told)}. Other values need an export of their own."] if told else []
 
 
 def output_names(request: Request) -> list[str]:
@@ -102,7 +82,7 @@ def method_of(model: torch.nn.Module, name: str) -> torch.nn.Module:
             return getattr(self.model, name)(*args, **kwargs)
 
     Method.forward.__signature__ = inspect.signature(getattr(type(model), name))  # type: ignore[attr-defined]
-    Method.__name__ = f"{type(model).__name__}.{name}"
+    Method.__name__ = f"{type(model).__name__}_{name}"  # an identifier: the tracer makes a type of it
     return Method().train(model.training)
 
 
