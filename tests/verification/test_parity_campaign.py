@@ -167,7 +167,7 @@ def test_mutants_are_caught(name):
     TALLY["counted"] += counted
     TALLY["caught"] += counted - len(missed)
     assert counted
-    assert len(missed) <= max(1, 0.05 * counted), missed  # the floor of few values is luck; all together are held to 1 %
+    assert len(missed) <= max(1, 0.1 * counted), missed  # ten floors of one model are not sharply drawn; all together are held to 1 %
 
 
 def test_ninety_nine_percent_are_caught():

@@ -42,7 +42,7 @@ class Failure:
     """A comparison that failed, as `parity` saw it.
 
     Attributes:
-        reference, candidate, trust, mask: as given to `parity`.
+        reference, candidate, trust, mask, by_position: as given to `parity`.
         batches: every batch that both sides answered, by what the report calls it.
         names: what the report calls reference and candidate.
         failing: {batch: calls on which it failed}.
@@ -54,6 +54,7 @@ class Failure:
     trust: bool
     mask: Any
     names: tuple[str, str]
+    by_position: bool
     batches: Mapping[str, Call]
     failing: Mapping[str, tuple[int, ...]]
     limits: Mapping[str, Mapping[str, float]]
@@ -109,7 +110,9 @@ class _Lab:
         """The largest difference in limits: at most 1 where everything agrees, infinite where shapes or finiteness differ."""
         keep = kept(self.failure.mask, batch or self.batch, expected) if only is None else only
         worst = 0.0
-        for name, (a, b) in paired(expected, found, by_position=self.candidate.ordered or self.reference.ordered).items():
+        for name, (a, b) in paired(
+            expected, found, ordered=self.candidate.ordered or self.reference.ordered, by_position=self.failure.by_position
+        ).items():
             if a is None or b is None or a.shape != b.shape:
                 return math.inf
             a, b = (a[keep[name]], b[keep[name]]) if name in keep else (a, b)
@@ -221,7 +224,9 @@ def _eight_bits(weight: torch.Tensor) -> torch.Tensor:
 
 def _dtype(lab: _Lab) -> str:
     if lab.plain <= 1:
-        answers = paired(lab.seeded(lab.reference), lab.seeded(lab.candidate), by_position=lab.candidate.ordered)
+        answers = paired(
+            lab.seeded(lab.reference), lab.seeded(lab.candidate), ordered=lab.candidate.ordered, by_position=lab.failure.by_position
+        )
         if any(a is not None and b is not None and a.dtype != b.dtype for a, b in answers.values()):
             return "dtype: the values agree and only their element type differs"
     if lab.module is None:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from workbench.errors import SelectionError, visible
 from workbench.report import Report
 from workbench.tables import Column, Table, table
-from workbench.verification.measures import Figures, Meter, Sample, peak
-from workbench.verification.runners import Runner, running
+from workbench.verification.measures import Figures, Meter, Sample, Spread, finite, peak, same, spread
+from workbench.verification.runners import OnnxRunner, Runner, running
 from workbench.verification.tolerance import Limit, NoiseFloor, noise_floor
-from workbench.verification.values import Call, calls_from, kept, paired
+from workbench.verification.values import Call, calls_from, kept, paired, written
 from workbench.verification.variations import corners, sizes
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class OutputParity:
         problem: why it fails, in words, or "".
         note: what qualifies it, or "".
         amplified: the reference amplifies rounding so far that the limit is held at √eps of the largest value.
+        where: what breaks the limit, where that is not the largest difference but one in smaller values, or "".
     """
 
     name: str
@@ -56,6 +57,7 @@ class OutputParity:
     problem: str = ""
     note: str = ""
     amplified: bool = False
+    where: str = ""
 
     @property
     def ok(self) -> bool:
@@ -101,6 +103,7 @@ class ParityReport(Report):
         tried: the made batches, where `vary` was asked for.
         cause: why a failing report fails, as far as an experiment shows it (see `causes`), or "".
         sample: pairs (reference, candidate) of at most 20,000 values as float64 [2, n], the worst among them; or None.
+        notes: what an ONNX graph cannot do and the other side does, in words: writing into an input.
     """
 
     reference: str
@@ -114,6 +117,7 @@ class ParityReport(Report):
     tried: tuple[Trial, ...] = ()
     cause: str = ""
     sample: Any = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -153,7 +157,8 @@ class ParityReport(Report):
         if self.tried:
             tables.append(table("made inputs", _TRIAL_COLUMNS, (_trial_row(t) for t in self.tried)))
         cause = [f"Cause: {self.cause}"] if self.cause else []
-        remarks = [*cause, *self.problems, *(f"`{o.name}` {text}" for o in self.outputs for text in (o.problem, o.note) if text)]
+        told = (f"`{o.name}` {text}" for o in self.outputs for text in (o.problem, o.note) if text)
+        remarks = [*cause, *self.problems, *self.notes, *told]
         if remarks:
             tables.append(table("remarks", [Column("what", "text")], [(text,) for text in remarks]))
         return tuple(tables)
@@ -244,6 +249,8 @@ def _failure(o: OutputParity) -> str:
     assert o.figures is not None
     assert o.figures.max_abs is not None
     beyond = f"{o.figures.beyond} values lie beyond rtol and atol" if o.within_given is False else f"the limit is {o.limit:.2g}"
+    if o.where and o.within_given is None:
+        return f"{o.where}; {beyond}"
     return f"differs by {o.figures.max_abs:.2g} at {o.figures.worst}; {beyond}"
 
 
@@ -261,6 +268,7 @@ def parity(
     mask: Any = None,
     vary: bool = False,
     calls: int = 2,
+    by_position: bool = False,
     trust: bool = False,
 ) -> ParityReport:
     """Compare what two runners answer to the same inputs.
@@ -271,7 +279,7 @@ def parity(
         inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of those (several batches).
         rtol, atol: |candidate - reference| <= atol + rtol |reference|, element by element; when one is given, the other is 0. When both
             are None the limit is 8 × the reference's own rounding, the larger of what float64 moves it by and half of what sums in
-            reverse order do, between 4 eps and √eps of the largest value.
+            reverse order do, between 4 eps and √eps of the largest value; far smaller values beside it are held to their own.
         mask: which places count, 1 or True, over the outputs' leading axes (`[n, t]` for `[n, t, classes]`): the name of the input that
             holds it ("attention_mask"), a tensor, a function of the model's arguments (`lambda ids, pad: ~pad`), or {output: one of
             those}. Places left out enter no figure and no verdict, and are counted.
@@ -279,32 +287,38 @@ def parity(
             judged alone. Those that the reference does not answer, sizes that the candidate does not take, and those on which the
             reference amplifies rounding are told and not judged.
         calls: runs of each batch in a row; the second finds state that one side keeps and the other does not.
+        by_position: pair outputs by their order even where both sides use the same names: a file's names are its exporter's.
         trust: run a stored program that this process did not write, once a scan finds nothing dangerous in it.
     Returns:
         A report that is true when every output agrees; where it does not, `cause` says what an experiment shows to be the reason.
         Outputs pair by path; an ONNX graph whose names are its own pairs by position. Whole numbers and booleans must be equal, but
-        where the reference's own rounding decides them; shapes and dtypes must match; NaN agrees only with NaN.
+        where the reference's own rounding decides them; shapes and dtypes must match; NaN agrees only with NaN. What one side writes into
+        its inputs, the other must write too.
     Raises:
-        SelectionError: inputs hold nothing, the reference does not run on them, there is no output, or the mask fits none.
+        SelectionError: inputs hold nothing or cannot be copied, the reference does not run on them, there is no output, or the mask fits none.
     Cost: per batch `calls` runs of the candidate and three times as many of the reference, one third in float64 (a copy of a module
         up to 1 GiB); 24 more of the reference for outputs under 256 values; `vary` adds up to seven batches; a failure, see `causes`.
     """
     batches = calls_from(inputs)
-    if calls < 1:
+    if not isinstance(calls, int) or calls < 1:
         raise SelectionError(f"calls is {calls}; at least one run is needed")
-    if (rtol or 0) < 0 or (atol or 0) < 0:
-        raise SelectionError("rtol and atol are zero or more")
+    tolerances: dict[str, Any] = {"rtol": rtol, "atol": atol}
+    for name, value in tolerances.items():
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise SelectionError(f"{name} is {value!r}; rtol and atol are zero or more")
     with running(reference, trust=trust) as first, running(candidate, trust=trust) as second, noise_floor(reference) as floor:
         if first.name == second.name:
             first.name, second.name = f"{first.name} (reference)", f"{second.name} (candidate)"
         comparison = _Comparison(first, second, floor, rtol, atol, mask)
+        comparison.by_position = by_position
         report = comparison.run(batches, calls, vary=vary)
     if report:
         return report
     from workbench.verification.causes import Failure, cause_of
 
     names = (report.reference, report.candidate)
-    return replace(report, cause=cause_of(Failure(reference, candidate, trust, mask, names, comparison.answered, *comparison.failures())))
+    failure = Failure(reference, candidate, trust, mask, names, comparison.by_position, comparison.answered, *comparison.failures())
+    return replace(report, cause=cause_of(failure))
 
 
 def agreement(reference: Runner, candidate: Runner, batches: tuple[Call, ...], floor: NoiseFloor) -> ParityReport:
@@ -320,19 +334,20 @@ class _Gathered:
         self.specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.faults: dict[str, str] = {}
         self.undecided: dict[str, int] = {}
-        self.peaks: dict[str, dict[tuple[str, int], tuple[float, float]]] = {}  # output: (batch, call): largest difference and value
+        self.apart: dict[str, dict[tuple[str, int], tuple[bool, Spread]]] = {}  # output: (batch, call): never to be equal, distances
 
 
 class _Comparison:
     """One comparison in progress."""
 
     def __init__(self, reference: Runner, candidate: Runner, floor: NoiseFloor, rtol: float | None, atol: float | None, mask: Any) -> None:
-        self.reference, self.candidate, self.floor = reference, candidate, floor
+        self.reference, self.candidate, self.floor, self.by_position = reference, candidate, floor, False
         self.rtol, self.atol, self.mask = rtol, atol, mask
         self.given, self.made = _Gathered(), dict[str, _Gathered]()
         self.answered: dict[str, Call] = {}
         self.keeps: dict[str, dict[str, torch.Tensor]] = {}
         self.problems: list[str] = []
+        self.notes: list[str] = []
         self.moves, self.finite = False, True
 
     def run(self, batches: tuple[Call, ...], calls: int, *, vary: bool) -> ParityReport:
@@ -351,6 +366,8 @@ class _Comparison:
             if label == "batch 1" or label in self.made:
                 self.floor.add_nearby(self.reference, batch, self.keeps[label], label, made=label in self.made)
         outputs = tuple(self._judge(self.given, name) for name in self.given.specs)
+        if not any(o.problem or (o.figures and o.figures.count) for o in outputs):
+            self.problems.append("no output holds values in any batch, so nothing was compared")
         trials = tuple(trial if trial.left_out else self._tried(trial.inputs) for trial in tried)
         sample = Sample()
         for meter in self.given.meters.values():
@@ -358,42 +375,45 @@ class _Comparison:
                 sample.merge(meter.sample.pairs)
         pairs = None if sample.pairs is None else sample.pairs.numpy()
         names = (self.reference.name, self.candidate.name)
-        return ParityReport(*names, outputs, len(batches), calls, self.rtol, self.atol, tuple(self.problems), trials, sample=pairs)
+        problems, notes = tuple(self.problems), tuple(self.notes)
+        return ParityReport(*names, outputs, len(batches), calls, self.rtol, self.atol, problems, trials, sample=pairs, notes=notes)
 
     def failures(self) -> tuple[dict[str, tuple[int, ...]], dict[str, dict[str, float]]]:
         """({batch: calls on which it failed}, {batch: {output: limit}}), by rounding alone, of what was judged."""
         failing: dict[str, tuple[int, ...]] = {}
         limits: dict[str, dict[str, float]] = {}
         for to in (self.given, *self.made.values()):
-            for name, peaks in to.peaks.items():
-                for (batch, turn), (far, scale) in peaks.items():
-                    limit = self._limit(name, to.specs[name][1], scale, batch).value
-                    limits.setdefault(batch, {})[name] = limit
-                    if (far > limit or name in to.faults) and turn not in failing.get(batch, ()):
+            for name, calls in to.apart.items():
+                for (batch, turn), found in calls.items():
+                    limit = self._limit(name, to.specs[name][1], *found, batch)
+                    limits.setdefault(batch, {})[name] = limit.value
+                    if (limit.ratio > 1 or name in to.faults) and turn not in failing.get(batch, ()):
                         failing[batch] = (*failing.get(batch, ()), turn)
         return failing, limits
 
     def _answers(self, batch: Call, label: str, turn: int) -> _Pair:
         """Run both on one given batch and measure; None when the candidate raised, which is a finding."""
-        where = f"{label}, call {turn}"
-        expected = _run_reference(self.reference, batch, where)
+        where, ours, theirs = f"{label}, call {turn}", batch.fresh(), batch.fresh()
+        expected = _run_reference(self.reference, ours, where)
         self.finite = self.finite and _finite(expected)
         try:
-            found = self.candidate(batch.fresh())
+            found = self.candidate(theirs)
         except Exception as error:  # a candidate that cannot answer is the finding, whatever it raised
             self.problems.append(f"{self.candidate.name} failed on {where} ({_raised(error)})")
             for name, value in expected.items():
                 self.given.specs.setdefault(name, (tuple(value.shape), value.dtype))
                 self.given.faults.setdefault(name, "was not answered")
             return None
+        self._watch_inputs(batch, ours, theirs)
         return self._measure_all(self.given, batch, label, turn, expected, found)
 
     def _vary(self, batch: Call) -> Iterator[Trial]:
         """Run both on each made batch, for `_tried` to judge. What is skipped moves state on one side only, and so ends it."""
         other_sizes = sizes(batch)
         for label, call in (corners(batch) | other_sizes).items():
+            ours, theirs = call.fresh(), call.fresh()
             try:
-                expected = self.reference(call.fresh())
+                expected = self.reference(ours)
                 keep = kept(self.mask, call, expected)
             except Exception as error:  # a stranger's forward: what it does not take proves nothing
                 why = f"{self.reference.name} does not take them ({_raised(error)})"
@@ -402,12 +422,13 @@ class _Comparison:
                 why = "the mask leaves nothing of them" if not why and any(not bool(places.any()) for places in keep.values()) else why
             if not why:
                 try:
-                    found = self.candidate(call.fresh())
+                    found = self.candidate(theirs)
                 except Exception as error:  # likewise
                     why = f"{self.candidate.name} does not take them ({_raised(error)})"
                     if label not in other_sizes:
                         self.problems.append(f"{self.candidate.name} failed on {label} inputs ({_raised(error)})")
                 else:
+                    self._watch_inputs(call, ours, theirs)
                     self._measure_all(self.made.setdefault(label, _Gathered()), call, label, 1, expected, found)
             yield Trial(label, (), why)
             if why and self.moves:
@@ -438,7 +459,8 @@ class _Comparison:
             to.undecided[name] = to.undecided.get(name, 0) + int(places.sum())
             keep[name] = ~places & keep[name] if name in keep else ~places
         shown: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
-        for name, pair in paired(expected, found, by_position=self.candidate.ordered or self.reference.ordered).items():
+        ordered = self.candidate.ordered or self.reference.ordered
+        for name, pair in paired(expected, found, ordered=ordered, by_position=self.by_position).items():
             self._measure(to, name, *pair, label, turn, keep.get(name))
             for side, value in zip(shown, pair, strict=True):
                 if value is not None:
@@ -463,25 +485,47 @@ class _Comparison:
             before = meter.one_sided + (0 if _real(a.dtype) else meter.unequal)
             meter.add(a, b, where=where, keep=keep)
             odd = meter.one_sided + (0 if _real(a.dtype) else meter.unequal) > before
-            far, scale, _ = peak(a, b, keep)
-            to.peaks.setdefault(name, {})[label, turn] = (math.inf if odd else far, scale)
+            to.apart.setdefault(name, {})[label, turn] = (odd, spread(a, b, keep))
             return
         to.faults.setdefault(name, f"{fault} ({where})")
+
+    def _watch_inputs(self, batch: Call, ours: Call, theirs: Call) -> None:
+        """What one side writes into its inputs, the other must write too, but for a graph, which never does."""
+        import torch
+
+        one, two = written(batch, ours), written(batch, theirs)
+        for path in {**one, **two}:
+            writer, other = (self.reference, self.candidate) if path in one else (self.candidate, self.reference)
+            told, to = f"{writer.name} writes into its input {path!r} and {other.name} does not", self.problems
+            if isinstance(other, OnnxRunner):
+                to = self.notes
+            if path in one and path in two:
+                a, b = one[path], two[path]
+                (far, scale), real = peak(a, b) if a.shape == b.shape else (math.inf, 0.0), _real(a.dtype)
+                limit = max(
+                    self.floor.limit(f"written {path}", a.dtype, scale).value if real else 0.0, (self.atol or 0) + (self.rtol or 0) * scale
+                )
+                if far <= limit and (not real or torch.equal(finite(a), finite(b))):
+                    continue
+                told = f"{writer.name} and {other.name} write other values into the input {path!r}: they differ by {far:.2g}"
+            if told not in to:
+                to.append(told)
 
     def _watch_state(self, before: _Pair, pair: tuple[dict[str, torch.Tensor], ...]) -> None:
         if not before:
             return
-        moved = [not _same(old, new) for old, new in zip(before, pair, strict=True)]
+        moved = [not same(old, new) for old, new in zip(before, pair, strict=True)]
         self.moves = self.moves or any(moved)
         if moved[0] != moved[1]:
             mover, other = (self.reference, self.candidate) if moved[0] else (self.candidate, self.reference)
             cause = "it keeps state or draws at random"
             self.problems.append(f"{mover.name} answers the same input differently on the next call and {other.name} does not: {cause}")
 
-    def _limit(self, name: str, dtype: torch.dtype, scale: float, batch: str) -> Limit:
+    def _limit(self, name: str, dtype: torch.dtype, odd: bool, found: Spread, batch: str) -> Limit:
         if not _real(dtype):
-            return Limit(0.0, None, "whole numbers and booleans must be equal")
-        return self.floor.limit(name, dtype, scale, batch)
+            return Limit(0.0, None, "whole numbers and booleans must be equal", far=math.inf if odd else 0.0)
+        limit = self.floor.judge(name, dtype, found, batch)
+        return replace(limit, far=math.inf, places="") if odd else limit
 
     def _judge(self, to: _Gathered, name: str) -> OutputParity:
         shape, dtype = to.specs[name]
@@ -489,23 +533,21 @@ class _Comparison:
         if meter is None:
             return OutputParity(name, shape, _short(dtype), None, None, "", False, None, problem=fault)
         f = meter.figures()
-        judged = []
-        for (batch, _), (far, scale) in to.peaks[name].items():
-            limit = self._limit(name, dtype, scale, batch)
-            judged.append((far / limit.value if limit.value else math.inf if far else 0.0, limit.value, limit))
-        ratio, _, limit = max(judged, key=lambda entry: entry[:2])
-        within = ratio <= 1 and not f.one_sided
+        judged = [self._limit(name, dtype, *found, batch) for (batch, _), found in to.apart[name].items()]
+        limit = max(judged, key=lambda one: (one.ratio, one.value))
+        within = limit.ratio <= 1 and not f.one_sided
         given = None if f.beyond is None else within if not _real(dtype) else f.beyond == 0 and not f.one_sided
-        notes = [_note(f, whole=not _real(dtype), undecided=to.undecided.get(name, 0), calls=max(turn for _, turn in to.peaks[name]))]
+        notes = [_note(f, whole=not _real(dtype), undecided=to.undecided.get(name, 0), calls=max(turn for _, turn in to.apart[name]))]
         notes += ["comes from a model that amplifies rounding"] if limit.amplified else []
         problem = fault or _problem(f, exact=not _real(dtype))
         note = "; ".join(text for text in notes if text)
-        return OutputParity(name, shape, _short(dtype), f, limit.value, limit.reason, within, given, problem, note, limit.amplified)
+        where = f"differs by {limit.far:.2g} in {limit.places}" if limit.places else ""
+        return OutputParity(name, shape, _short(dtype), f, limit.value, limit.reason, within, given, problem, note, limit.amplified, where)
 
 
 def _run_reference(runner: Runner, batch: Call, where: str) -> dict[str, torch.Tensor]:
     try:
-        return runner(batch.fresh())
+        return runner(batch)
     except SelectionError:
         raise
     except Exception as error:  # a stranger's forward: whatever it raises, these inputs cannot serve
@@ -514,7 +556,7 @@ def _run_reference(runner: Runner, batch: Call, where: str) -> dict[str, torch.T
 
 
 def _finite(outputs: dict[str, torch.Tensor]) -> bool:
-    return all(bool(value.isfinite().all()) for value in outputs.values() if _real(value.dtype))
+    return all(bool(finite(value).all()) for value in outputs.values() if _real(value.dtype))
 
 
 def _raised(error: BaseException) -> str:
@@ -525,26 +567,10 @@ def _real(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """The same answer twice, but for the rounding of sums that threads add up in another order."""
-    import torch
-
-    def close(x: torch.Tensor, y: torch.Tensor) -> bool:
-        if not (x.is_floating_point() or x.is_complex()):
-            return torch.equal(x, y)
-        known = x.isfinite()
-        slack = 16 * torch.finfo(x.dtype).eps * float(x[known].abs().max()) if bool(known.any()) else 0.0
-        return torch.allclose(x, y, rtol=0.0, atol=slack, equal_nan=True)
-
-    if a.keys() != b.keys():
-        return False
-    return all(x.shape == y.shape and x.dtype == y.dtype and close(x, y) for x, y in ((a[name], b[name]) for name in a))
-
-
 def _problem(f: Figures, *, exact: bool) -> str:
-    if f.count == 0:
-        return "holds no values in any batch, so nothing was compared" + (", for the mask leaves none" if f.masked else "")
-    if f.both_nan == f.count:
+    if f.count == 0 and f.masked:
+        return "holds no values in any batch, so nothing was compared, for the mask leaves none"
+    if f.both_nan == f.count > 0:
         return "is NaN everywhere on both sides, which proves nothing"
     if f.one_sided:
         return f"has {_counted(f.one_sided, 'value')} that are NaN or infinite on one side only"
@@ -555,7 +581,7 @@ def _problem(f: Figures, *, exact: bool) -> str:
 
 def _note(f: Figures, *, whole: bool, undecided: int, calls: int) -> str:
     """What qualifies the figures. They hold every call; places are counted once."""
-    notes = []
+    notes = [] if f.count or f.masked else ["is empty in every batch, so its shape and dtype alone were compared"]
     if f.masked > undecided:
         notes.append(f"leaves out {_counted((f.masked - undecided) // calls, 'padded value')} of {(f.count + f.masked) // calls}")
     if undecided:

@@ -21,7 +21,7 @@ from workbench.errors import BudgetError, SelectionError, visible
 from workbench.formats import save as save_file
 from workbench.report import Report
 from workbench.tables import Column, Table, format_bytes, table
-from workbench.verification.measures import Figures, Meter
+from workbench.verification.measures import Figures, Meter, Spread, spread
 from workbench.verification.programs import load_program
 from workbench.verification.runners import running
 from workbench.verification.taps import TappedGraph, TappedModule
@@ -241,7 +241,7 @@ class _Search:
             with running(tapped) as reference, noise_floor(tapped) as floor:
                 expected = reference(self.call.fresh())
                 undecided = floor.add(self.call, expected, {}, "1")
-                found, meters = self.answers(chunk), dict[str, Meter]()
+                found, meters, apart = self.answers(chunk), dict[str, Meter](), dict[str, Spread]()
                 for key in [key for key in chunk if key in found]:
                     ours, theirs = expected.pop(key), found.pop(key)
                     if ours.shape != theirs.shape or ours.is_floating_point() != theirs.is_floating_point():
@@ -250,14 +250,15 @@ class _Search:
                         theirs = theirs.where(~undecided[key], ours.to(theirs.dtype))
                     meters[key] = Meter()
                     meters[key].add(ours, theirs)
+                    apart[key] = spread(ours, theirs)
                 floor.add_nearby(reference, self.call, {}, "1")
-            yield from (self._judge(key, meter.figures(), floor) for key, meter in meters.items())
+            yield from (self._judge(key, meter.figures(), apart[key], floor) for key, meter in meters.items())
 
-    def _judge(self, key: str, f: Figures, floor: NoiseFloor) -> Layer:
+    def _judge(self, key: str, f: Figures, apart: Spread, floor: NoiseFloor) -> Layer:
         tap = self.taps[key]
         if tap.dtype.is_floating_point or tap.dtype.is_complex:
-            limit = floor.limit(key, tap.dtype, f.scale, "1")
-            bound, reason, within = limit.value, limit.reason, f.max_abs is None or f.max_abs <= limit.value
+            limit = floor.judge(key, tap.dtype, apart, "1")
+            bound, reason, within = limit.value, limit.reason, limit.ratio <= 1
         else:
             bound, reason, within = 0.0, "whole numbers and booleans must be equal", not f.unequal
         ok, value = within and not f.one_sided, self.paired.get(key, "")

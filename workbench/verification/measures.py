@@ -8,7 +8,7 @@ What a mask leaves out enters nothing but `masked`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 _BLOCK = 1 << 20  # elements compared at once: float64 copies stay under 32 MB
+_GROUPS, _SLICE = 4096, 64  # along an axis of more indices, slices of fewer values are not told apart: 24 bytes each
 _SAMPLE = 20_000
 _K = 5
 
@@ -220,27 +221,126 @@ def _log_probabilities(rows: torch.Tensor) -> torch.Tensor:
     return rows.log_softmax(1)
 
 
-def peak(reference: torch.Tensor, other: torch.Tensor, keep: torch.Tensor | None = None) -> tuple[float, float, int]:
-    """(largest |other - reference|, largest |reference|, how many pairs) over the finite pairs of two CPU tensors of one shape.
+class Spread:
+    """How far two tensors of one shape lie apart, by places of like kind: all of them, those of one binade of |reference|, and those of one
+    index along an axis. Only pairs of finite values enter.
 
-    Cost: as `Meter.add`.
+    Attributes:
+        far, scale, count: float64 [groups]: largest |other - reference|, largest |reference|, how many pairs. Group 0 is the whole, then come
+            512 binades (2**-256 and below first), then each index of each axis.
+        axes: where those of each axis lie; none of a long axis whose slices hold few values.
+    """
+
+    binades = slice(1, 513)
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        import torch
+
+        self.shape = shape
+        self.axes: list[slice] = []
+        size = self.binades.stop
+        for length in shape:
+            apart = length if length <= _GROUPS or length * _SLICE <= math.prod(shape) else 0
+            self.axes.append(slice(size, size + apart))
+            size += apart
+        self.far, self.scale, self.count = (torch.zeros(size, dtype=torch.float64) for _ in range(3))
+
+    def join(self, other: Spread) -> None:
+        """Take another sample of the same places in; of another shape, its whole and its binades alone."""
+        size = self.far.numel() if self.shape == other.shape else self.binades.stop
+        for own, more in ((self.far, other.far), (self.scale, other.scale)):
+            own[:size] = own[:size].maximum(more[:size])
+        self.count[:size] += other.count[:size]
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, keep: torch.Tensor | None, at: tuple[int, ...]) -> None:
+        """Enter a block of both tensors that begins at `at`."""
+        import torch
+
+        known = x.isfinite() & y.isfinite()
+        if keep is not None:
+            known &= keep
+        far, size = ((y - x).abs_().masked_fill_(~known, 0.0), x.abs().masked_fill_(~known, 0.0))
+        binade = ((size.view(torch.int64) >> 52) - 767).clamp_(0, 511).reshape(-1)  # the exponent's bits, which are biased by 1023
+        for total, values in ((self.far, far), (self.scale, size)):
+            total[self.binades].scatter_reduce_(0, binade, values.reshape(-1), "amax")
+        self.count[self.binades] += torch.bincount(binade, known.reshape(-1).double(), 512)
+        for axis, start in enumerate(at):
+            if self.axes[axis].start == self.axes[axis].stop:
+                continue
+            rest = [other for other in range(x.ndim) if other != axis]
+            held = slice(self.axes[axis].start + start, self.axes[axis].start + start + x.shape[axis])
+            for total, values in ((self.far, far), (self.scale, size)):
+                total[held] = total[held].maximum(values.amax(rest) if rest else values)
+            self.count[held] += known.sum(rest) if rest else known
+
+    def whole(self) -> Spread:
+        """Itself, with its first group told from the binades."""
+        self.far[0], self.scale[0], self.count[0] = (
+            self.far[self.binades].max(),
+            self.scale[self.binades].max(),
+            self.count[self.binades].sum(),
+        )
+        return self
+
+
+def spread(reference: torch.Tensor, other: torch.Tensor, keep: torch.Tensor | None = None) -> Spread:
+    """How far `other` lies from `reference`, two CPU tensors of one shape; `keep` as in `Meter.add`.
+
+    Cost: one pass; float64 copies of a block of 1 Mi elements.
     """
     import torch
 
     if reference.is_complex() or other.is_complex():
         reference, other = (torch.view_as_real(t.to(torch.complex128)) for t in (reference, other))
         keep = keep if keep is None else keep[..., None].expand(reference.shape)
-    a, b = (reference, other) if keep is None else (reference[keep], other[keep])
-    a, b = a.reshape(-1), b.reshape(-1)
-    furthest, scale, count = 0.0, 0.0, 0
-    for start in range(0, a.numel(), _BLOCK):
-        x, y = a[start : start + _BLOCK].double(), b[start : start + _BLOCK].double()
-        finite = x.isfinite() & y.isfinite()
-        x, y = x[finite], y[finite]
-        if x.numel():
-            furthest, scale = max(furthest, float((y - x).abs().max())), max(scale, float(x.abs().max()))
-            count += x.numel()
-    return furthest, scale, count
+    found = Spread(tuple(reference.shape))
+    for at in _blocks(found.shape):
+        x, y = reference[at].double(), other[at].double()
+        found.add(x, y, None if keep is None else keep[at], tuple(part.start for part in at))
+    return found.whole()
+
+
+def _blocks(shape: tuple[int, ...], at: tuple[slice, ...] = ()) -> Iterator[tuple[slice, ...]]:
+    """Slices of at most 1 Mi elements that together are the whole; none where it is empty."""
+    at = at or tuple(slice(0, length) for length in shape)
+    lengths = [part.stop - part.start for part in at]
+    if math.prod(lengths) <= _BLOCK:
+        if math.prod(lengths):
+            yield at
+        return
+    longest = lengths.index(max(lengths))
+    start, stop = at[longest].start, at[longest].stop
+    for half in (slice(start, (start + stop) // 2), slice((start + stop) // 2, stop)):
+        yield from _blocks(shape, (*at[:longest], half, *at[longest + 1 :]))
+
+
+def peak(reference: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """(largest |other - reference|, largest |reference|) over the finite pairs of two CPU tensors of one shape."""
+    found = spread(reference, other)
+    return float(found.far[0]), float(found.scale[0])
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """The same answer twice, but for the rounding of sums that threads add up in another order."""
+    import torch
+
+    def close(x: torch.Tensor, y: torch.Tensor) -> bool:
+        if not (x.is_floating_point() or x.is_complex()):
+            return torch.equal(x, y)
+        eps = torch.finfo(x.dtype).eps
+        x, y = (t.float() if t.dtype.itemsize == 1 else t for t in (x, y))
+        known = x.isfinite()
+        slack = 16 * eps * float(x[known].abs().max()) if bool(known.any()) else 0.0
+        return torch.allclose(x, y, rtol=0.0, atol=slack, equal_nan=True)
+
+    if a.keys() != b.keys():
+        return False
+    return all(x.shape == y.shape and x.dtype == y.dtype and close(x, y) for x, y in ((a[name], b[name]) for name in a))
+
+
+def finite(value: torch.Tensor) -> torch.Tensor:
+    """Where a floating tensor is finite; torch cannot tell for 8-bit floats."""
+    return (value.float() if value.dtype.itemsize == 1 else value).isfinite()
 
 
 class Sample:

@@ -10,8 +10,10 @@ tensors, and the next training step would fail on them.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -204,10 +206,10 @@ def _first_line(error: BaseException) -> str:
 def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The module in eval mode inside the `with`, and as it was after: training flags of every submodule, buffers, attributes.
 
-    What forward rebinds (`self.hidden = …`), writes into buffers or tensor attributes, or lazily adds is undone. Containers changed in
-    place (a list appended to) are not. The modules' own `eval()` and `train()` are called, for adapters merge their weights there.
+    What forward rebinds (`self.hidden = …`), writes into buffers, tensor attributes, lists, dicts, sets and deques (and those in them), hooks,
+    or lazily adds is undone. Other objects changed in place are not. The modules' own `eval()` and `train()` are called, for adapters merge their weights there.
 
-    Cost: one copy of the buffers and tensor attributes.
+    Cost: one copy of the buffers and of the tensors in attributes.
     """
     import torch
 
@@ -242,11 +244,30 @@ class _ModuleState:
         self.plain = not isinstance(module, torch.jit.ScriptModule)
         self.attributes = {key: value for key, value in (module.__dict__ if self.plain else _stored(module)).items() if not _internal(key)}
         self.buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
-        held = [t for t in (*self.buffers.values(), *self.attributes.values()) if isinstance(t, torch.Tensor) and not t.is_meta]
+        self.containers: dict[int, tuple[Any, Any]] = {}
+        hooks = {key: value for key, value in module.__dict__.items() if key.endswith("_hooks")} if self.plain else {}
+        found = (*self.buffers.values(), *self._contents([self.attributes, hooks]))
+        held = [t for t in found if isinstance(t, torch.Tensor) and not t.is_meta and not isinstance(t, torch.nn.Parameter)]
         self.copies = [(t, t.detach().clone()) for t in held]
+
+    def _contents(self, things: Iterable[Any]) -> Iterator[Any]:
+        """What lies in lists, dicts, sets, deques and tuples, which are noted with a copy of themselves."""
+        for thing in things:
+            if isinstance(thing, (list, dict, set, deque)) and id(thing) not in self.containers:
+                self.containers[id(thing)] = (thing, copy.copy(thing))
+                yield from self._contents(thing.values() if isinstance(thing, dict) else thing)
+            elif isinstance(thing, tuple):
+                yield from self._contents(thing)
+            else:
+                yield thing
 
     def restore(self) -> None:
         import torch
+
+        for container, contents in self.containers.values():
+            if _ids(container) != _ids(contents):
+                container.clear()
+                container.extend(contents) if isinstance(container, (list, deque)) else container.update(contents)
 
         module = self.module
         if self.plain:
@@ -259,10 +280,14 @@ class _ModuleState:
             cast("Any", module)._c.setattr(key, value)
         if self.training is not None:
             module.training = self.training
-        for tensor, copy in self.copies:
+        for tensor, before in self.copies:
             with torch.no_grad():
-                if not torch.equal(tensor, copy):
-                    tensor.copy_(copy)
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+
+
+def _ids(container: Any) -> list[int]:
+    return [id(item) for item in (*container, *(container.values() if isinstance(container, dict) else ()))]
 
 
 def _stored(module: torch.nn.Module) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 
@@ -55,8 +56,15 @@ class TappedModule(torch.nn.Module):
         super().__init__()
         self.module, self._wanted, self._root = module, frozenset(wanted), root
         self.training = module.training
-        self.taps: dict[str, Tap] = {}
-        self.values: dict[str, torch.Tensor] = {}
+        self._met = SimpleNamespace(taps={}, values={})  # no dict of its own: `running` would put that back
+
+    @property
+    def taps(self) -> dict[str, Tap]:
+        return cast("dict[str, Tap]", self._met.taps)
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        return cast("dict[str, torch.Tensor]", self._met.values)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         self.taps.clear()

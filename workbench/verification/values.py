@@ -6,6 +6,7 @@ is one branch of `_children`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,12 @@ class Call:
         return Call(map_tensors(self.args, change), map_tensors(dict(self.kwargs), change))
 
     def fresh(self) -> Call:
-        """Its own copy of every tensor, so that a model which writes into its input harms nobody."""
-        return self.map(lambda t: t.detach().clone())
+        """Its own copy of every tensor and object, so that a model which writes into its input harms nobody.
+
+        Raises:
+            SelectionError: an object among the arguments cannot be copied.
+        """
+        return Call(*(map_tensors(part, lambda t: t.detach().clone(), _copied) for part in (self.args, dict(self.kwargs))))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Tensors by path, positional ones first: `0`, `0.mask`, `ids`."""
@@ -39,6 +44,17 @@ class Call:
 
         found = {**_named(_walk(self.args)), **_named(_walk(self.kwargs))}
         return {path: leaf for path, leaf in found.items() if isinstance(leaf, torch.Tensor)}
+
+
+def written(before: Call, after: Call) -> dict[str, torch.Tensor]:
+    """What a run left in the tensors it was given: {path: as it is now}, of those that are not as `before` holds them."""
+    now = after.tensors()
+    return {
+        path: now[path]
+        for path, old in before.tensors().items()
+        if path in now
+        and (old.shape != now[path].shape or not bool(((old == now[path]) | ((old != old) & (now[path] != now[path]))).all()))
+    }
 
 
 def calls_from(inputs: Any) -> tuple[Call, ...]:
@@ -72,8 +88,17 @@ def _call(batch: Any, number: int) -> Call:
         )
     call = Call(_arrays_to_tensors(call.args), _arrays_to_tensors(dict(call.kwargs)))
     if not any(t.numel() for t in call.tensors().values()):
-        raise SelectionError(f"batch {number} holds no values: nothing would be compared", hint="pass inputs with at least one element")
+        what = "its tensors are empty" if call.tensors() else "there is no tensor in it"
+        raise SelectionError(f"batch {number} holds no values to compute from: {what}", hint="pass tensors with at least one element")
     return call
+
+
+def _copied(leaf: Any) -> Any:
+    try:
+        return copy.deepcopy(leaf)
+    except Exception as error:  # a lock, a generator, a cache of tensors inside a graph of gradients
+        told = f"a {type(leaf).__name__} among the arguments cannot be copied, and every run would change it: {error}"
+        raise SelectionError(told, hint="pass its tensors, or leave it out") from error
 
 
 def outputs_by_path(value: Any, *, of: str) -> dict[str, torch.Tensor]:
@@ -92,10 +117,10 @@ def outputs_by_path(value: Any, *, of: str) -> dict[str, torch.Tensor]:
 
 
 def paired(
-    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], *, by_position: bool
+    expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], *, ordered: bool, by_position: bool = False
 ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """Outputs by path; by position where a graph has names of its own and as many outputs."""
-    if by_position and set(expected) != set(found) and len(expected) == len(found):
+    """Outputs by path; `by_position` by their order, as where a graph has other names of its own (`ordered`) and as many outputs."""
+    if (by_position or (ordered and set(expected) != set(found))) and len(expected) == len(found):
         return {name: (a, b) for (name, a), b in zip(expected.items(), found.values(), strict=True)}
     return {name: (expected.get(name), found.get(name)) for name in [*expected, *(n for n in found if n not in expected)]}
 
@@ -147,7 +172,10 @@ def _mask(mask: Any, call: Call) -> torch.Tensor:
             raise SelectionError(f"there is no input {mask!r} to mask with", hint=f"the inputs are {', '.join(inputs)}")
         mask = inputs[mask]
     elif callable(mask):
-        mask = mask(*call.args, **call.kwargs)
+        try:
+            mask = mask(*call.args, **call.kwargs)
+        except Exception as error:  # a stranger's function
+            raise SelectionError(f"the mask function fails ({type(error).__name__}: {error})", hint=_MASK_HINT) from error
     keep = torch.as_tensor(mask).detach().cpu()
     if not keep.ndim or not bool(((keep == 0) | (keep == 1)).all()):
         raise SelectionError("a mask holds True or 1 where an output counts, False or 0 where it is padding", hint=_MASK_HINT)
@@ -163,19 +191,19 @@ def leaves(value: Any) -> Iterator[Any]:
     return (leaf for _, leaf in _walk(value))
 
 
-def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` rebuilt with every tensor in its tuples, lists and mappings changed; other leaves are kept."""
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor], other: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """`value` rebuilt with every tensor in its tuples, lists and mappings changed, and every other leaf as `other` gives it."""
     import torch
 
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
+        return {key: map_tensors(item, change, other) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
+        return type(value)(*(map_tensors(item, change, other) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, change) for item in value)
-    return value
+        return type(value)(map_tensors(item, change, other) for item in value)
+    return other(value)
 
 
 def _is_array(value: Any) -> bool:
@@ -259,6 +287,10 @@ def _plain(leaf: Any, path: str, of: str) -> torch.Tensor:
         raise SelectionError(
             f"{of} returned a {type(leaf).__name__} at {path!r}, which holds no numbers to compare",
             hint="wrap the model so that it returns tensors only",
+        )
+    if leaf.is_nested:
+        raise SelectionError(
+            f"{of} returned a nested tensor at {path!r}", hint="return `to_padded_tensor(0)` of it, or its values and offsets"
         )
     if leaf.is_meta:
         raise SelectionError(f"{of} returned a meta tensor at {path!r}: it has a shape and no values")
