@@ -52,14 +52,16 @@ SHARED = {
 }
 FAMILIES = {  # one format in several files
     ("formats", "torch_legacy"): {"torch_zip"},
-    ("formats", "exported_file"): {"torch_zip"},
+    ("formats", "exported_file"): {"torch_zip", "exported_graph"},
+    ("formats", "exported_graph"): {"torchscript_file"},
     ("formats", "sharded"): {"safetensors_file"},
     ("formats", "onnx_file"): {"protobuf_wire"},
     ("formats", "folders"): {"sharded", "strangers"},
     ("formats", "dcp_folder"): {"torch_zip", "safetensors_file"},
     ("formats", "safetensors_writer"): {"safetensors_file"},
     ("formats", "torch_writer"): {"torch_zip"},
-    ("analyses", "scanner"): {"scan_report", "scan_marks", "pickle_runs"},
+    ("analyses", "scanner"): {"scan_report", "scan_marks", "scan_pickles", "pickle_runs"},
+    ("analyses", "scan_pickles"): {"scan_report", "scan_marks", "pickle_runs"},
     ("analyses", "checkup"): {"scan_report", "scanner", "statistics", "sizes", "description"},
     ("widgets", "explorer"): {"explorer_report"},
     ("widgets", "mapper"): {"mapper_report"},
@@ -198,7 +200,7 @@ def test_kernels_are_named_inside_this_package_only():
 
 def test_the_library_stays_small():
     lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert sum(lines.values()) < 31_900
+    assert sum(lines.values()) < 33_750
     assert not [f"{path.name}: {count}" for path, count in lines.items() if count > 600]
 
 

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from jupyter_lab import CHROMIUM, FLAGS, Lab, serving
+from jupyter_lab import CHROMIUM, FLAGS, Lab, enabled, serving
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,8 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    with serving(tmp_path_factory.mktemp("lab")) as served:
-        yield served
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_CONFIG_PATH", enabled(netron=True, folder=folder))
+        with serving(folder) as served:
+            yield served
 
 
 @pytest.fixture(scope="session")

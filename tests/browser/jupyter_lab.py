@@ -162,6 +162,17 @@ def _await_server(url: str, process: subprocess.Popen[bytes], log: Path, seconds
     raise AssertionError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
 
 
+def enabled(*, netron: bool, folder: Path) -> str:
+    """A folder of Jupyter's settings that turns the extension on or off, whatever is installed."""
+    if netron:
+        return str(ROOT / "workbench" / "widgets" / "jupyter")
+    settings = folder / "jupyter_server_config.d"
+    settings.mkdir(parents=True)
+    text = (ROOT / "workbench/widgets/jupyter/jupyter_server_config.d/workbench.json").read_text()
+    (settings / "workbench.json").write_text(text.replace("true", "false"))
+    return str(folder)
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, Path]]:
     """A JupyterLab under a prefix, as on a hub: its address and the folder it serves."""

@@ -7,11 +7,10 @@ import http.client
 import importlib.metadata
 import os
 import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jupyter_lab import ROOT, TOKEN, Lab, serving
+from jupyter_lab import TOKEN, Lab, enabled, serving
 from playwright.sync_api import Browser, FrameLocator, Page, expect
 
 MODEL = """
@@ -29,33 +28,6 @@ make("model.onnx")
 """
 PATIENCE = 30_000  # ms until netron has started, on a busy machine
 SHOW = "view = NetronView('model.onnx')\nview"
-
-
-def enabled(*, netron: bool, folder: Path) -> str:
-    """A folder of Jupyter's settings that turns the extension on or off, whatever is installed."""
-    if netron:
-        return str(ROOT / "workbench" / "widgets" / "jupyter")
-    settings = folder / "jupyter_server_config.d"
-    settings.mkdir(parents=True)
-    text = (ROOT / "workbench/widgets/jupyter/jupyter_server_config.d/workbench.json").read_text()
-    (settings / "workbench.json").write_text(text.replace("true", "false"))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    folder = tmp_path_factory.mktemp("netron")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTER_CONFIG_PATH", enabled(netron=True, folder=folder))
-        with serving(folder) as address:
-            yield address
-
-
-@pytest.fixture
-def lab(served: tuple[str, Path], browser: Browser) -> Iterator[Lab]:
-    lab = Lab(*served, browser)
-    yield lab
-    lab.close_pages()
 
 
 def netron(page: Page) -> FrameLocator:
@@ -172,8 +144,8 @@ def answer(url: str, path: str, *, token: bool = True, method: str = "GET") -> t
         return response.status, response.headers, response.read().decode()
 
 
-def test_what_the_server_gives_and_to_whom(served: tuple[str, Path]) -> None:
-    url, _ = served
+def test_what_the_server_gives_and_to_whom(server: tuple[str, Path]) -> None:
+    url, _ = server
     status, headers, body = answer(url, "wb-netron/")
     assert status == 200
     assert '<meta name="version" content="0.0.0">' in body
@@ -201,14 +173,14 @@ def test_what_the_server_gives_and_to_whom(served: tuple[str, Path]) -> None:
         "view.js%00.css", "__pycache__/", "..\\view.js", "view.js%2f..%2fserver.py",
     ],
 )  # fmt: skip
-def test_no_other_path_is_served(served: tuple[str, Path], path: str) -> None:
-    status, headers, body = answer(served[0], f"wb-netron/{path}")
+def test_no_other_path_is_served(server: tuple[str, Path], path: str) -> None:
+    status, headers, body = answer(server[0], f"wb-netron/{path}")
     assert status in (302, 400, 404), body[:100]
     if status == 302:  # the server's own habit: a path that ends with a stroke is asked for again without
         assert headers["Location"].endswith(path.rstrip("/"))
 
 
-def test_in_voila_on_the_same_server(served: tuple[str, Path], lab: Lab) -> None:
+def test_in_voila_on_the_same_server(server: tuple[str, Path], lab: Lab) -> None:
     page = lab.open(MODEL, SHOW)
     book = max(lab.folder.glob("*.ipynb"), key=os.path.getmtime).name
     voila = lab.browser.new_page(viewport={"width": 1280, "height": 900})

@@ -10,7 +10,7 @@ from render_samples import HOSTILE, XSS, Sample, SampleReport, finding, transfor
 
 from workbench.errors import WriteError, visible
 from workbench.render import html, plots, text
-from workbench.tables import format_cell
+from workbench.tables import Column, format_cell, table
 
 _VOID = {"img", "br", "hr", "input"}
 _ALLOWED = {"style", "div", "span", "bdi", "details", "summary", "section", "h4", "table", "thead", "tbody", "tr", "th", "td", "code"}
@@ -30,7 +30,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in _ALLOWED, f"<{tag}> is not ours"
-        assert {name for name, _ in attrs} <= {"class", "title", "open", "style"}
+        assert {name for name, _ in attrs} <= {"class", "title", "open", "style", "data-of"}
         assert dict(attrs).get("style") in (None, "text-align:left")
         self.attributes += [(tag, name, value) for name, value in attrs]
         self.open.append(tag)
@@ -58,9 +58,9 @@ def test_text_and_html_show_the_same_sections(name: str, extra: int) -> None:
     assert [block.splitlines()[0] for block in shown.split("\n\n")[1:]] == titles
     assert visible(report.headline) in page.text
     assert visible(report.headline) in shown
-    for table in report.tables():
-        for row in table.rows[: text.MAX_ROWS]:
-            for column, value in zip(table.columns, row, strict=True):
+    for one in report.tables():
+        for row in one.rows[: text.MAX_ROWS]:
+            for column, value in zip(one.columns, row, strict=True):
                 cell = format_cell(column.kind, value)
                 assert cell in page.text
                 assert cell in shown
@@ -117,8 +117,21 @@ def test_a_huge_checkpoint_stays_small() -> None:
 def test_words_are_left_and_numbers_right_whatever_the_page_says() -> None:
     source = html.render_report(SampleReport())
     assert '<td style="text-align:left"><bdi>fc.weight</bdi></td>' in source
-    assert '<td style="text-align:left">[10, 512]</td>' in source
-    assert '<td class="wb-right">44.7 MB</td>' in source
+    assert '<td style="text-align:left" data-of="shape">[10, 512]</td>' in source
+    assert '<td class="wb-right" data-of="bytes">44.7 MB</td>' in source
+
+
+def test_a_wide_table_says_how_much_room_it_needs_and_a_narrow_one_nothing() -> None:
+    def widest(columns: int, text: str) -> int:
+        return html.room_for(table("t", [Column(f"c{n}") for n in range(columns)], [[text] * columns]))
+
+    assert [widest(columns, "0.0005693") for columns in (2, 4, 8, 16)] == [0, 360, 720, 2000]
+    assert widest(3, "a sentence of many words that is wrapped " * 9) == 600
+    assert html.room_for(table("t", [Column(f"a long heading {n}") for n in range(9)], [])) == 600
+    source = html.render_table(table("t", [Column(f"c{n}") for n in range(16)], [["0.0005693"] * 16]))
+    assert '<table class="wb-needs-2000">' in source
+    assert "@container (max-width:1999px){.wb-static .wb-needs-2000 thead{display:none}" in html.STYLE
+    assert "data-of" not in html.render_table(table("t", [Column("a"), Column("b")], [["1", "2"]]))
 
 
 def test_a_page_stands_alone_and_holds_the_figures(tmp_path: Path) -> None:
@@ -131,9 +144,17 @@ def test_a_page_stands_alone_and_holds_the_figures(tmp_path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     assert source.startswith("<!DOCTYPE html>")
     assert "default-src 'none'" in source
-    assert source.count('<img src="data:image/png;base64,iVBOR') == 1
-    assert not re.search(r"<script|<link|<[^>]*\son\w+=|https?:|@import|url\(", source)
-    assert all(f"<h4>{html.escape(table.title)}</h4>" in source for table in report.tables())
+    assert source.count('src="data:image/png;base64,iVBOR') == 1
+    assert "<title>Drawn</title>" in source
+    assert "<h1>Drawn</h1>" in source
+    assert "@media (prefers-color-scheme:dark)" in source
+    assert 'alt="&lt;img src=x onerror=&quot;window.__xss=1&quot;&gt; is as it should be"' in source
+    assert not re.search(r"<script|<link|<[^>]*\son\w+=|https?:|@import|url\(", re.sub(' alt="[^"]*"', "", source))
+    assert all(f"<h4>{html.escape(one.title)}</h4>" in source for one in report.tables())
     assert SampleReport().save_html(tmp_path / "plain.html").read_text(encoding="utf-8").count("<img") == 0
     with pytest.raises(WriteError):
         report.save_html(tmp_path / "none" / "page.html")
+
+
+def test_no_line_ends_within_a_number() -> None:
+    assert html.render_report(SampleReport("at most 1.5e-07 apart,")).count('at most <bdi class="wb-number">1.5e-07</bdi> apart,') == 1

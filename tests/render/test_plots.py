@@ -61,6 +61,16 @@ def test_bars_carry_their_values_and_a_dash_for_what_was_not_measured() -> None:
     assert [text.get_text() for text in right.texts] == ["97%", "100%"]
     assert [label.get_text() for label in left.get_yticklabels()] == ["torch", "onnx"]
     assert max(right.get_xticks()) <= 1.0
+    assert len({bar.get_facecolor() for axes in (left, right) for bar in axes.patches}) == 1  # a colour would mean something
+
+
+def test_a_figure_is_never_wider_than_its_letters_can_be_read_and_follows_the_theme() -> None:
+    figure = plots.side_by_side(["a", "b"], {str(n): ([1.0, 2.0], str) for n in range(5)}, "five measures")
+    assert figure.get_figwidth() <= 6.0
+    assert [bool(axes.get_yticklabels()) for axes in figure.axes] == [True, False, False, True, False]
+    shown = figure._repr_html_()  # type: ignore[attr-defined]
+    assert 'body[data-jp-theme-light="false"] .wb-picture' in shown
+    assert 'alt="five measures"' in shown
 
 
 def test_many_layers_are_not_all_named_and_the_first_past_its_limit_is() -> None:
@@ -94,4 +104,4 @@ def test_a_long_title_stays_inside_the_figure(length: int) -> None:
     title = figure.texts[0]
     box = title.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
     assert box.x1 <= figure.bbox.x1
-    assert title.get_text().count("\n") == (length > 93)
+    assert title.get_text().count("\n") == (length > 78)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ X = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
 NAMES = {
     "net": torch.nn.Sequential(torch.nn.Linear(3, 2)), "twice": Twice(), "branch": Branch(), "_hidden": torch.nn.Linear(1, 1), "x": X,
     "pair": (X[:, 0], torch.ones(4, 2, dtype=torch.long)), "named": {"x": X[:, 0], "ids": torch.ones(4, 2, dtype=torch.long)},
-    "weights": {"0.weight": X}, "number": 3, "words": ("a", "b"), "kind": torch.nn.Linear,
+    "weights": {"0.weight": X}, "data": {"data": X, "DESCR": "what the data is"}, "number": 3, "words": ("a", "b"), "kind": torch.nn.Linear,
 }  # fmt: skip
 
 
@@ -109,6 +111,7 @@ def test_made_inputs_have_the_shape_type_and_bound_asked_for() -> None:
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
+        ("", "no example inputs are chosen", "choose them in the menu"),
         ("", "no example inputs are chosen", "1x3x32x32"),
         ("xx", "the notebook has no variable 'xx'", "there is x"),
         ("int64[2,6]", "int64[2,6]: whole numbers need a bound", "int64[2,16] < 100"),
@@ -175,8 +178,9 @@ def test_every_target_is_made_proved_and_reads_back(folder: Path) -> None:
     )
     exec(line.replace("'exported'", "'again'").replace("('onnx', 'torchscript', 'pt2')", "'pt2'"), {**done, "wb": wb}, done)
     assert done["report"]
+    assert view.detail["heading"] == "✓ 3 of 3 made and proved"
+    assert len(view.figures["images"]) == 4  # drawn before anyone asks
     told = json.loads(view.sections)
-    assert told["finding"] == "✓ 3 of 3 made and proved"
     assert [table["title"] for table in told["tables"]] == [table.title for table in view.exported.tables()]
     assert [target for target, _ in told["usage"]] == [*TARGETS]
 
@@ -194,6 +198,11 @@ def test_what_fails_is_told_with_cause_and_cure_beside_what_was_made(folder: Pat
         view.exported["onnx"].cause,
         view.exported["onnx"].cure,
     )
+    assert view.exported.headline == (
+        f"Branch was written to branch.torchscript.pt ({view.exported['torchscript'].nbytes / 1000:.3g} kB); it answers as the model does, "
+        f"without any difference. Branch was not exported to onnx: {view.exported['onnx'].cause}"
+    )
+    assert view.exported["onnx"].cause not in view.exported.tables()[-1].rows[0]  # said once
     assert view.detail["own"]
     assert view.detail["verbs"] == []
     assert [Path(path).name for path in view.files] == ["branch.torchscript.pt"]
@@ -246,12 +255,15 @@ def test_cancel_stops_between_two_targets_and_a_second_export_waits(folder: Path
     assert rows(view) == {"torchscript": ("✓", "made and proved"), "pt2": ("–", "cancelled before it began")}
     assert view.job == {}
     assert len(view.exported.exports) == 1
+    assert json.loads(view.report)["done"] == "net: 1 of 2 made and proved, 1 cancelled"
+    assert view.detail["heading"] == "1 of 2 made and proved, 1 cancelled"
 
 
 @pytest.mark.parametrize(
     ("form", "message"),
     [
         ({"targets": []}, "no target is chosen"),
+        ({"model": "", "inputs": ""}, "no model is chosen"),
         ({"targets": ["coreml"]}, "there is no export target 'coreml'"),
         ({"opset": "new"}, "'new' is no opset"),
         ({"model": "nett"}, "the notebook has no model 'nett'"),
@@ -302,6 +314,14 @@ def test_the_guide_asks_what_advise_asks(option: str) -> None:
     assert view.state["targets"] == (["onnx"] if target in (None, "onnx") else ["onnx", "pt2"])
 
 
+def test_the_guide_tells_the_wish_that_the_file_does_not_serve() -> None:
+    view = Exporter(namespace={})
+    page_sets(view, pane="advice", answers=["strangers", "resume"])
+    facts = dict(view.detail["facts"])
+    assert (view.detail["heading"], facts["does not serve"]) == (KINDS[0].name, "strangers")
+    assert facts["beside it"] == KINDS[1].name
+
+
 def test_a_model_and_inputs_without_a_name_get_one(folder: Path) -> None:
     view = Exporter(Twice(), NAMES["named"], targets=["torchscript"], namespace={})
     assert (view.state["model"], view.state["inputs"]) == ("model", "args")
@@ -311,6 +331,19 @@ def test_a_model_and_inputs_without_a_name_get_one(folder: Path) -> None:
     assert Exporter(NAMES["net"], X, namespace=NAMES).state["model"] == "net"
 
 
+def test_the_line_of_the_view_itself_makes_the_same_view() -> None:
+    view = Exporter("net", "1x3", targets=["pt2"], folder="made", dynamic=True, opset=18, namespace=NAMES)
+    assert view.code == ["Exporter(net, '1x3', targets=['pt2'], folder='made', dynamic=True, opset=18)"]
+    again = eval(view.code[0], {"Exporter": partial(Exporter, namespace=NAMES), **NAMES})
+    assert again.state == view.state
+    assert Exporter("net", "x", namespace=NAMES).code == ["Exporter(net, x)"]
+
+
+def test_help_tells_of_the_view() -> None:
+    assert "the class says" in (inspect.getdoc(Exporter.__init__) or "")
+    assert dict(inspect.getmembers(wb.widgets, inspect.isclass))["Exporter"] is Exporter
+
+
 def test_the_static_form_tells_the_plan_and_then_the_report(folder: Path) -> None:
     view = Exporter("net", "x", targets=["torchscript"], namespace=NAMES)
     assert "Nothing is exported yet: net on x." in view._static_html()
@@ -318,7 +351,7 @@ def test_the_static_form_tells_the_plan_and_then_the_report(folder: Path) -> Non
     assert "Sequential was written to" in view._static_html()
     evil = Exporter(EVIL + ":f", EVIL, namespace={})
     assert EVIL not in evil._static_html()
-    assert exporter_report.overview(None, EVIL, "")["heading"] == "export"
+    assert exporter_report.overview(None, "", EVIL, "")["heading"] == "export"
 
 
 @pytest.mark.parametrize("content", [{"command": "_export_all"}, {"command": "eval"}, None, {"command": ["export"]}])

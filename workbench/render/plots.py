@@ -6,6 +6,7 @@ threads; names are never parsed as mathematics. Every input is numbers that were
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import textwrap
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREY, _INK, _FAINT = "#0072B2", "#E69F00", "#6B6B6B", "#222222", "#DDDDDD"
 _MAX_POINTS = 20_000
+_WIDTH = 6.0  # inches: beside a notebook's file list at 800 pixels the letters are still readable
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], title: str, *, width: float = 6.0) -> Figure:
@@ -45,7 +47,7 @@ def histogram(edges: Sequence[float], counts: Sequence[int], title: str, *, widt
 
 def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title: str) -> Figure:
     """Candidate against reference, and how their differences are spread."""
-    figure, (left, right) = _figure(2, (7.2, 3.2))
+    figure, (left, right) = _figure(2, (_WIDTH, 3.2))
     step = max(1, len(reference) // _MAX_POINTS)
     x, y = [float(v) for v in reference[::step]], [float(v) for v in candidate[::step]]
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
@@ -56,13 +58,14 @@ def parity_scatter(reference: Sequence[float], candidate: Sequence[float], title
         low, high = min(map(min, pairs)), max(map(max, pairs))
         left.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=1)
         left.scatter([a for a, _ in pairs], [b for _, b in pairs], s=8, color=BLUE, alpha=0.6, linewidths=0, zorder=2)
-        left.annotate("on the line: equal", (0.98, 0.04), xycoords="axes fraction", ha="right", color=GREY, fontsize=8)
+        left.annotate("on the line: equal", (0.98, 0.04), xycoords="axes fraction", ha="right", color=GREY, fontsize=9)
         errors = [b - a for a, b in pairs]
         right.hist(errors, bins=min(60, max(10, len(errors) // 20)), color=ORANGE)
         right.locator_params(axis="x", nbins=5)
+        right.margins(y=0.2)
         right.axvline(0, color=GREY, linewidth=1)
         worst = max(errors, key=abs)
-        right.annotate(f"largest {worst:+.2g}", (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8, color=_INK)
+        right.annotate(f"largest {worst:+.2g}", (0.98, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=9, color=_INK)
     _labelled(left, "reference output", "candidate output")
     _labelled(right, "candidate − reference", "elements")
     _headed(figure, title)
@@ -77,11 +80,12 @@ def side_by_side(names: Sequence[str], measures: Mapping[str, tuple[Sequence[flo
     """
     if not names:
         raise SelectionError("there is nothing to draw", hint="measure at least one")
-    figure, panels = _figure(len(measures), (2.2 + 1.8 * len(measures), 1.2 + 0.34 * len(names)))
+    lines = -(-len(measures) // 3)
+    figure, panels = _figure(len(measures), (_WIDTH, 0.5 + lines * (0.6 + 0.3 * len(names))), lines)
     for number, (panel, (label, (values, words))) in enumerate(zip(panels, measures.items(), strict=True)):
-        _bars(panel, values, words, shorten(visible(label), 32), (BLUE, ORANGE)[number % 2])
-        panel.set_yticks([])
-    panels[0].set_yticks(range(len(names)), [shorten(visible(name), 24) for name in names], parse_math=False)
+        _bars(panel, values, words, shorten(visible(label), 32))
+        told = [] if number % -(-len(measures) // lines) else [shorten(visible(name), 24) for name in names]
+        panel.set_yticks(range(len(told)), told, parse_math=False)
     _headed(figure, title)
     return figure
 
@@ -93,7 +97,7 @@ def layer_errors(rows: Sequence[tuple[str, float | None, float, bool]], title: s
     """
     drawn = [value for _, error, limit, _ in rows for value in (error, limit) if value and math.isfinite(value)]
     low, high = (min(drawn) / 3, max(drawn) * 3) if drawn else (0.1, 1.0)
-    figure, (axes,) = _figure(1, (7.2, min(10.0, 1.3 + 0.2 * len(rows))))
+    figure, (axes,) = _figure(1, (_WIDTH, min(10.0, 1.3 + 0.2 * len(rows))))
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
@@ -130,8 +134,8 @@ def diff_heat(rows: Sequence[Any], title: str) -> Figure:
         if len(layers) * len(kinds) <= 200:
             _write_cells(axes, grid, top)
         bar = figure.colorbar(image, ax=axes, fraction=0.05)
-        bar.set_label("relative change", fontsize=8, color=_INK)
-        bar.ax.tick_params(labelsize=8)
+        bar.set_label("relative change", fontsize=9, color=_INK)
+        bar.ax.tick_params(labelsize=9)
     axes.set_title(_wrapped(title, int(11 * figure.get_figwidth())), parse_math=False, fontsize=10, color=_INK, loc="left")
     axes.grid(False)
     return figure
@@ -173,26 +177,36 @@ def to_png(figure: Figure, *, dpi: int = 110) -> bytes:
     return out.getvalue()
 
 
-def _figure(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def title_of(figure: Figure) -> str:
+    """What a figure says of itself, for those who do not see it."""
+    titles = [figure.get_suptitle(), *(axes.get_title(loc=place) for axes in figure.axes for place in ("left", "center"))]
+    return " · ".join(" ".join(title.split()) for title in titles if title)
+
+
+def _figure(panels: int, size: tuple[float, float], lines: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from workbench.render.picture import Picture
 
     figure = Picture(figsize=size, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+    axes = [figure.add_subplot(lines, -(-panels // lines), i + 1) for i in range(panels)]
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(GREY)
-        ax.tick_params(labelsize=8, colors=_INK)
+        ax.tick_params(labelsize=9, colors=_INK)
         ax.grid(axis="y", color=_FAINT, linewidth=0.6)
         ax.set_axisbelow(True)
     return figure, axes
 
 
 def _labelled(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=8, color=_INK, parse_math=False)
-    axes.set_ylabel(y, fontsize=8, color=_INK, parse_math=False)
+    axes.set_xlabel(x, fontsize=9, color=_INK, parse_math=False)
+    axes.set_ylabel(y, fontsize=9, color=_INK, parse_math=False)
 
 
 def _headed(figure: Figure, title: str) -> None:
@@ -209,12 +223,12 @@ def _note(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
 
 
-def _bars(axes: Axes, values: Sequence[float | None], words: Callable[[float], str], label: str, colour: str) -> None:
+def _bars(axes: Axes, values: Sequence[float | None], words: Callable[[float], str], label: str) -> None:
     """A bar for each value, its words beside it; a dash where there is none."""
     longest = max((value or 0.0 for value in values), default=0.0) or 1.0
     for i, value in enumerate(values):
-        axes.barh(i, value or 0.0, color=colour, height=0.6)
-        axes.text((value or 0.0) + 0.02 * longest, i, DASH if value is None else words(value), va="center", fontsize=8, color=_INK)
+        axes.barh(i, value or 0.0, color=BLUE, height=0.6)
+        axes.text((value or 0.0) + 0.02 * longest, i, DASH if value is None else words(value), va="center", fontsize=9, color=_INK)
     axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlim(0, 1.3 * longest)
     axes.locator_params(axis="x", nbins=3)
@@ -232,23 +246,21 @@ def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else _INK)
 
 
-def flowchart(steps: Sequence[tuple[str, str]], answers: Sequence[bool], otherwise: str, title: str) -> Figure:
-    """Questions from top to bottom with what a yes leads to; the way that the answers take is drawn in colour.
+def flowchart(steps: Sequence[tuple[str, str]], answers: Sequence[bool], result: str, title: str) -> Figure:
+    """Questions from top to bottom with what a yes alone leads to; the answers given and their common result are drawn in colour.
 
     Args:
-        steps: (question, where a yes leads). answers: one for each step. otherwise: where all noes lead.
+        steps: (question, where a yes leads). answers: one for each step. result: where all the answers together lead.
     """
-    figure, (axes,) = _figure(1, (7.2, 0.62 * len(steps) + 1.2))
+    figure, (axes,) = _figure(1, (_WIDTH, 0.62 * len(steps) + 1.2))
     axes.set_axis_off()
-    decided = next((n for n, yes in enumerate(answers) if yes), len(steps))
-    for n, (question, leads) in enumerate(steps):
-        y, on_way = -n, n <= decided
-        _box(axes, 0, y, question, BLUE if on_way else _FAINT, strong=on_way)
-        _box(axes, 6.4, y, leads, ORANGE if n == decided else _FAINT, strong=n == decided)
-        _arrow(axes, (2.55, y), (4.35, y), "yes", n == decided)
-        _arrow(axes, (0, y - 0.3), (0, y - 0.7), "no", n < decided)
-    _box(axes, 0, -len(steps), otherwise, ORANGE if decided == len(steps) else _FAINT, strong=decided == len(steps))
-    axes.set_xlim(-2.7, 8.5)
+    for n, ((question, leads), yes) in enumerate(zip(steps, answers, strict=True)):
+        _box(axes, 0, -n, question, BLUE, strong=True)
+        _box(axes, 6.7, -n, leads, ORANGE if yes else _FAINT, strong=yes)
+        _arrow(axes, (3.1, -n), (4.9, -n), "yes", yes)
+        _arrow(axes, (0, -n - 0.3), (0, -n - 0.7), "" if yes else "no", True)
+    _box(axes, 0, -len(steps), result, ORANGE, strong=True)
+    axes.set_xlim(-3.1, 8.5)
     axes.set_ylim(-len(steps) - 0.5, 0.5)
     _headed(figure, title)
     return figure
@@ -256,7 +268,7 @@ def flowchart(steps: Sequence[tuple[str, str]], answers: Sequence[bool], otherwi
 
 def _box(axes: Axes, x: float, y: float, text: str, colour: str, *, strong: bool) -> None:
     style = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": colour, "linewidth": 1.4 if strong else 0.8}
-    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=_INK if strong else GREY, bbox=style, parse_math=False)
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, color=_INK if strong else GREY, bbox=style, parse_math=False)
 
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], label: str, strong: bool) -> None:

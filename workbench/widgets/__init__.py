@@ -36,6 +36,11 @@ def __getattr__(name: str) -> Any:
     return Exporter
 
 
+def __dir__() -> list[str]:
+    """What `help` and completion list: the exporter too, before it is asked for."""
+    return [*globals(), "Exporter"]
+
+
 def register() -> bool:
     """Show checkpoints and differences as live views from now on, in this notebook; True where that is so.
 

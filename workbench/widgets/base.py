@@ -14,7 +14,6 @@ notebook stays usable and cancel is seen at once.
 
 from __future__ import annotations
 
-import base64
 import contextvars
 import json
 import logging
@@ -30,6 +29,7 @@ import anywidget
 import traitlets as t
 
 from workbench.errors import CancelledError, SelectionError, WorkbenchError, visible
+from workbench.render.html import room_for, stacking
 from workbench.render.text import MAX_ROWS
 from workbench.tables import Table, format_cell
 from workbench.widgets.jobs import Job, job_line, memory
@@ -41,8 +41,11 @@ _log = logging.getLogger(__name__)
 
 
 def script(*names: str) -> str:
-    """Plain files of JavaScript joined into the one module that the page loads; the last one exports `render`."""
+    """Plain files joined into the one module that the page loads, whose last one exports `render`, or into its one sheet of styles."""
     return "\n".join((STATIC / name).read_text(encoding="utf-8") for name in names)
+
+
+STYLES = script("workbench.css") + stacking(".wb-frame")
 
 
 def to_json(value: Any) -> bytes:
@@ -53,10 +56,6 @@ def to_json(value: Any) -> bytes:
 def finite(value: Any) -> Any:
     """A number that JSON can hold: NaN and infinities become their text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def finding_dicts(findings: Any) -> list[dict[str, Any]]:
@@ -76,13 +75,14 @@ def table_dict(table: Table) -> dict[str, Any]:
     """A table as the page draws it, every cell in the words of `format_cell`."""
     columns = [{"title": c.title, "right": c.right_aligned, "wraps": c.kind in ("text", "code"), "note": c.note} for c in table.columns]
     rows = [[format_cell(c.kind, cell) for c, cell in zip(table.columns, row, strict=True)] for row in table.rows[:MAX_ROWS]]
-    return {"title": visible(table.title), "columns": columns, "rows": rows, "empty": table.empty, "more": len(table.rows) - len(rows)}
+    told = {"title": visible(table.title), "columns": columns, "rows": rows, "needs": room_for(table)}
+    return {**told, "empty": table.empty, "more": len(table.rows) - len(rows)}
 
 
 class View(anywidget.AnyWidget):
     """Base of every view; a subclass sets `_esm`, `commands`, and fills `report`."""
 
-    _css: Path | str = STATIC / "workbench.css"
+    _css = STYLES
     commands: ClassVar[dict[str, str]] = {"cancel": "cancel"}
 
     report = t.Bytes(b"{}").tag(sync=True)
@@ -176,11 +176,13 @@ class View(anywidget.AnyWidget):
             self.job = {}
 
     def wait(self, seconds: float = 60.0) -> None:
-        """Wait until nothing runs; for scripts and tests."""
+        """Wait until nothing runs, nor what that has started; for scripts and tests."""
         deadline = time.monotonic() + seconds
-        for job in list(self._jobs.values()):
-            if job.thread is not None and job.thread is not threading.current_thread():
-                job.thread.join(max(0.0, deadline - time.monotonic()))
+        while (left := deadline - time.monotonic()) > 0:
+            threads = [job.thread for job in list(self._jobs.values()) if job.thread not in (None, threading.current_thread())]
+            if not threads:
+                return
+            threads[0].join(left)
 
     def _ticker(self, job: Job) -> Callable[[Any], None]:
         """A `progress=` callable that updates the page about ten times a second."""

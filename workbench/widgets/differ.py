@@ -13,7 +13,7 @@ from workbench.errors import SelectionError, TensorNotFoundError, visible
 from workbench.names import natural_key
 from workbench.render import html, plots
 from workbench.tables import format_cell
-from workbench.widgets.base import View, data_uri, finite, script
+from workbench.widgets.base import View, finite, script
 from workbench.widgets.jobs import Job
 
 KINDS = ("changed", "reshaped", "retyped", "unreadable", "added", "removed", "equal")
@@ -134,7 +134,7 @@ class Differ(View):
     def _draw(self, job: Job) -> None:
         png = plots.to_png(self.diff.plot())
         if job.current:
-            self.figure = {"source": data_uri(png), "alt": f"relative change by layer and kind; {visible(self.diff.headline)}"}
+            self.figure = {"source": plots.data_uri(png), "alt": f"relative change by layer and kind; {visible(self.diff.headline)}"}
 
     def _static_html(self) -> str:
         return html.render_report(self.diff)

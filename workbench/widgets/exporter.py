@@ -20,7 +20,7 @@ from workbench.opening import open as open_checkpoint
 from workbench.render import html, plots
 from workbench.verification.comparison import ParityReport, parity
 from workbench.widgets import exporter_report
-from workbench.widgets.base import View, data_uri, script, table_dict, to_json
+from workbench.widgets.base import STYLES, View, script, table_dict, to_json
 from workbench.widgets.exporter_report import TARGETS, Given
 from workbench.widgets.jobs import Job, memory
 from workbench.widgets.netron_report import shown_of, summarize
@@ -44,7 +44,7 @@ class Exporter(View):
     """
 
     _esm = script("grid.js", "frame.js", "netron_page.js", "exporter.js")
-    _css = script("workbench.css", "netron.css", "exporter.css")
+    _css = STYLES + script("netron.css", "exporter.css")
     commands: ClassVar[dict[str, str]] = {
         **View.commands, "look": "_look", "export": "_export", "compare": "_compare", "graph": "_show_graph", "choose": "_choose", "save": "_save",
     }  # fmt: skip
@@ -69,6 +69,7 @@ class Exporter(View):
         opset: int | None = None,
         namespace: Mapping[str, Any] | None = None,
     ) -> None:
+        """Show the form; the class says what each argument is."""
         self._own, self._given = namespace, dict[str, Any]()
         self._status: dict[str, str] = {}
         self._made: tuple[Any, str, Given] | None = None
@@ -81,7 +82,9 @@ class Exporter(View):
         super().__init__({}, state)
         self._look()
         self._ship()
-        self._did(f"Exporter({', '.join(part for part in (state['model'], state['inputs']) if part.isidentifier())})")
+        named = [part if part.isidentifier() else repr(part) for part in (state["model"], state["inputs"]) if part]
+        options = [f"{key}={state[key]!r}" for key in ("targets", "folder", "dynamic") if state[key] != _FORM[key]]
+        self._did(f"Exporter({', '.join([*named, *options, *([f'opset={opset}'] if opset is not None else [])])})")
 
     @property
     def files(self) -> dict[str, int]:
@@ -92,6 +95,10 @@ class Exporter(View):
     def _exports(self) -> dict[str, Exported]:
         """What became of each target so far. A report that found a failure is false, so none is asked whether it is there."""
         return {} if self.exported is None else {one.target: one for one in self.exported.exports}
+
+    @property
+    def _finding(self) -> str:
+        return "" if self.exported is None else exporter_report.finding(self.exported, self._status)
 
     @property
     def advice(self) -> FormatAdvice:
@@ -125,7 +132,7 @@ class Exporter(View):
         exports = self._exports
         named = [target for target in TARGETS if target in self.state["targets"] or target in exports or target in self._status]
         self.rows = [
-            exporter_report.row_of(target, self._status.get(target, "asked"), exports.get(target), self.compared.get(target))
+            exporter_report.row_of(target, self._status.get(target, exporter_report.ASKED), exports.get(target), self.compared.get(target))
             for target in named
         ]
         self._describe()
@@ -139,7 +146,7 @@ class Exporter(View):
         told = {
             "view": "exporter", "title": {"name": visible(name) or "export", "parts": parts}, "findings": [], "columns": exporter_report.COLUMNS,
             "rail": [{"id": pane, "label": label, "count": counts.get(pane)} for pane, label in _RAIL],
-            "done": "" if self.exported is None else f"{visible(self._of[0])}: {exporter_report.finding(self.exported)}",
+            "done": "" if self.exported is None else f"{visible(self._of[0])}: {self._finding}",
             "targets": [{"id": target, "use": kind.use, "lost": kind.lost} for target, kind in TARGETS.items()],
         }  # fmt: skip
         if (report := to_json(told)) != self.report:
@@ -150,11 +157,11 @@ class Exporter(View):
         if state["pane"] == "advice":
             self.detail = exporter_report.of_advice(self.advice)
         elif target in TARGETS:
-            one, told = self._exports.get(target), self._status.get(target, "asked")
+            one, told = self._exports.get(target), self._status.get(target, exporter_report.ASKED)
             self.detail = exporter_report.of_target(target, told, one, self.compared.get(target), is_model=self._made is not None)
         else:
             chosen = (state["model"], state["inputs"])
-            self.detail = exporter_report.overview(self.exported if chosen == self._of else None, *chosen)
+            self.detail = exporter_report.overview(self.exported if chosen == self._of else None, self._finding, *chosen)
 
     @t.observe("state")
     def _set_from_page(self, change: Any) -> None:
@@ -172,10 +179,7 @@ class Exporter(View):
 
     def _open_pane(self, pane: str) -> None:
         """Draw what a pane shows when it is first looked at."""
-        if pane == "parity" and not self.figures and self._exports:
-            self.figures = {"note": "drawing …"}
-            self._start("figures", "figures", self._draw, shown=False)
-        elif pane == "graph" and not self.graph and (made := [target for target, one in self._exports.items() if one.ok]):
+        if pane == "graph" and not self.graph and (made := [target for target, one in self._exports.items() if one.ok]):
             with self._explained():
                 self._load_graph(made[0])
 
@@ -192,13 +196,18 @@ class Exporter(View):
     def _draw_guide(self, job: Job, advice: FormatAdvice) -> None:
         png = plots.to_png(advice.plot())
         if job.current:
-            self.guide = {**self.guide, "source": data_uri(png)}
+            self.guide = {**self.guide, "source": plots.data_uri(png)}
+
+    def _start_drawing(self) -> None:
+        """The figures, beside whatever is looked at, so that they stand there when their pane is opened."""
+        self.figures = {"note": "drawing …"}
+        self._start("figures", "figures", self._draw, shown=False)
 
     def _draw(self, job: Job) -> None:
         """The report's own figures, then those of the comparisons on made inputs."""
         assert self.exported is not None
         drawn = [figure for report in (self.exported, *self.compared.values()) for figure in report.figures()]
-        images = [{"source": data_uri(plots.to_png(figure)), "alt": visible(_title(figure))} for figure in drawn]
+        images = [{"source": plots.data_uri(plots.to_png(figure)), "alt": visible(plots.title_of(figure))} for figure in drawn]
         if job.current:
             self.figures = {"note": "" if images else "Nothing was made that could be compared.", "images": images}
             self._ship()
@@ -230,9 +239,9 @@ class Exporter(View):
         if state["opset"].strip() and not state["opset"].strip().isdecimal():
             raise SelectionError(f"{state['opset']!r} is no opset", hint="a whole number such as 18, or nothing for the exporter's own")
         namespace = self._namespace()
-        given = exporter_report.inputs_of(state["inputs"], namespace)
         if ":" not in state["model"]:
             exporter_report.model_of(state["model"], namespace)
+        given = exporter_report.inputs_of(state["inputs"], namespace)
         self._status, self._of = dict.fromkeys(state["targets"], "waiting"), (state["model"], state["inputs"])
         self.exported, self.compared, self.figures, self.graph, self.sections = None, {}, {}, {}, b"{}"
         self._ship()
@@ -264,13 +273,13 @@ class Exporter(View):
                 del self._status[target]
                 self.sections = to_json(exporter_report.sections(self.exported, {}))
         finally:
-            told = "cancelled before it began" if not job.current else "not made"
+            told = exporter_report.CANCELLED if not job.current else "not made"
             self._status = {target: "not made" if said == "exporting …" else told for target, said in self._status.items()}
             failed = next((target for target, one in self._exports.items() if not one.ok), "")
             self.state = {**self.state, "target": failed}
             self._ship()
-        if self.state["pane"] == "parity":
-            self._open_pane("parity")
+        if self._exports:
+            self._start_drawing()
 
     def cancel(self) -> None:
         """Stop after the target at hand: one call of an exporter cannot be cut short."""
@@ -302,11 +311,10 @@ class Exporter(View):
         report = parity(model, path, given.call, vary=True)
         if job.current:
             self.compared = {**self.compared, target: report}
-            self.figures = {}
             self.sections = to_json(exporter_report.sections(self.exported, self.compared))
             self._did(f"wb.parity({name}, {path!r}, {given.inputs}, vary=True)")
             self._ship()
-            self._open_pane(self.state["pane"])
+            self._start_drawing()
 
     def _show_graph(self) -> None:
         """Go to the graph of one file."""
@@ -342,9 +350,3 @@ class Exporter(View):
     def _static_html(self) -> str:
         plan = exporter_report.Plan(self.state["model"], self.state["inputs"], tuple(self.state["targets"]))
         return html.render_report(plan if self.exported is None else self.exported)
-
-
-def _title(figure: Any) -> str:
-    """What a figure says of itself, for those who do not see it."""
-    titles = [figure.get_suptitle(), *(axes.get_title(loc=place) for axes in figure.axes for place in ("left", "center"))]
-    return " · ".join(" ".join(title.split()) for title in titles if title)

@@ -31,7 +31,8 @@ Detail = dict[str, Any]
 
 _NAMED = {"onnx": "ONNX (.onnx)", "torchscript": "TorchScript (.pt)", "pt2": "torch.export (.pt2)"}
 TARGETS = {target: next(kind for kind in KINDS if kind.name == name) for target, name in _NAMED.items()}
-_MARKS = {"asked": "·", "waiting": "·", "exporting …": "▸"}
+ASKED, CANCELLED = "not made yet", "cancelled before it began"
+_MARKS = {ASKED: "·", "waiting": "·", "exporting …": "▸"}
 _MAX_OFFERED, _MAX_PARTS, _MAX_TEXT = 200, 16, 4000
 _MAX_MADE = 2_000_000_000  # bytes of one input made from a shape
 _MADE = re.compile(r"(?P<dtype>[a-z]+\d*)?\s*(?:\[(?P<sizes>[\d,\s]*)\]|(?P<by>\d+(?:\s*[x×]\s*\d+)*))\s*(?:<\s*(?P<below>\d+))?")
@@ -60,13 +61,14 @@ def of_model(model: torch.nn.Module) -> str:
 
 
 def _is_example(value: Any) -> bool:
-    """A tensor or array, a tuple with one in it, or a dict of keyword arguments with one in it."""
+    """A tensor or array, a tuple with one in it, or a dict of keyword arguments with one in it and no text."""
     import torch
 
     if isinstance(value, (tuple, dict)) and len(value) > _MAX_PARTS:
         return False
     if isinstance(value, dict):
-        return all(isinstance(key, str) and key.isidentifier() for key in value) and any(map(_is_array, value.values()))
+        named = all(isinstance(key, str) and key.isidentifier() for key in value)
+        return named and any(map(_is_array, value.values())) and not any(isinstance(item, str) for item in value.values())
     return any(map(_is_array, value)) if isinstance(value, tuple) else _is_array(value) and not isinstance(value, torch.nn.Parameter)
 
 
@@ -98,7 +100,9 @@ def model_of(text: str, namespace: Mapping[str, Any]) -> tuple[torch.nn.Module, 
     if ":" not in text:
         models = [name for name, value in namespace.items() if isinstance(value, torch.nn.Module)]
         if text not in models:
-            raise SelectionError(f"the notebook has no model {text!r}" if text else "no model is chosen", hint=_close(text, models))
+            if not text:
+                raise SelectionError("no model is chosen", hint="choose one in the menu, or its last entry and write module:function")
+            raise SelectionError(f"the notebook has no model {text!r}", hint=_close(text, models))
         return namespace[text], ""
     module, _, path = text.partition(":")
     try:
@@ -133,7 +137,7 @@ def inputs_of(text: str, namespace: Mapping[str, Any]) -> Given:
         SelectionError: no such variable, or a text that is neither a name nor a shape.
     """
     if not text.strip():
-        raise SelectionError("no example inputs are chosen", hint=_SPELLED)
+        raise SelectionError("no example inputs are chosen", hint=f"choose them in the menu, or its last entry and {_SPELLED}")
     if text in namespace:
         value = namespace[text]
         (call,) = calls_from(value)
@@ -225,15 +229,15 @@ class Plan(Report):
 
 
 COLUMNS = [
-    {"id": "target", "title": "target", "kind": "name", "width": "112px", "least": 112},
+    {"id": "target", "title": "target", "kind": "name", "width": "88px", "least": 88},
     {"id": "mark", "title": "", "kind": "mark", "width": "14px", "lead": True},
     {"id": "state", "title": "state", "kind": "text", "width": "minmax(0, 1fr)", "least": 116},
-    {"id": "checked", "title": "checked", "kind": "mark", "width": "52px", "right": True, "drop": 2, "note": "the format's own checker"},
-    {"id": "apart", "title": "max |Δ|", "kind": "text", "width": "64px", "right": True, "note": "largest difference from the model over every batch tried"},
-    {"id": "size", "title": "size", "kind": "text", "width": "60px", "right": True},
-    {"id": "latency", "title": "latency", "kind": "text", "width": "58px", "right": True, "drop": 1, "note": "the fastest run on the example"},
-    {"id": "seconds", "title": "took", "kind": "text", "width": "50px", "right": True, "drop": 1, "note": "exporting, checking and comparing"},
-    {"id": "opset", "title": "opset", "kind": "text", "width": "40px", "right": True, "drop": 3},
+    {"id": "checked", "title": "checked", "kind": "mark", "width": "52px", "right": True, "drop": 3, "note": "the format's own checker"},
+    {"id": "apart", "title": "max |Δ|", "kind": "text", "width": "76px", "right": True, "note": "largest difference from the model over every batch tried"},
+    {"id": "size", "title": "size", "kind": "text", "width": "60px", "right": True, "drop": 1},
+    {"id": "latency", "title": "latency", "kind": "text", "width": "58px", "right": True, "drop": 2, "note": "the fastest run on the example"},
+    {"id": "seconds", "title": "took", "kind": "text", "width": "50px", "right": True, "drop": 2, "note": "exporting, checking and comparing"},
+    {"id": "opset", "title": "opset", "kind": "text", "width": "40px", "right": True, "drop": 4},
 ]  # fmt: skip
 
 
@@ -256,13 +260,13 @@ def _apart(exported: Exported) -> float | None:
     return None if exported.parity is None else exported.parity.max_abs
 
 
-def overview(exported: ExportReport | None, model: str, inputs: str) -> Detail:
+def overview(exported: ExportReport | None, found: str, model: str, inputs: str) -> Detail:
     """While no target is selected: what this answers and how it starts, or the finding."""
     if exported is not None:
         return {
-            "heading": finding(exported),
+            "heading": found,
             "note": exported.headline,
-            "next": "Select a target for its numbers. exporter.exported is the report.",
+            "next": "Select a target for its numbers. This view's .exported is the report.",
         }
     detail: Detail = {
         "heading": "export",
@@ -276,10 +280,11 @@ def overview(exported: ExportReport | None, model: str, inputs: str) -> Detail:
     return detail
 
 
-def finding(exported: ExportReport) -> str:
-    """How many of the targets were made, with a mark."""
-    made = sum(one.ok for one in exported.exports)
-    return f"{'✓' if exported else '⚠'} {made} of {len(exported.exports)} made and proved"
+def finding(exported: ExportReport, unmade: Mapping[str, str]) -> str:
+    """How many of the targets asked for were made, and what became of the rest; a tick where that is all."""
+    made, cancelled = sum(one.ok for one in exported.exports), sum(said == CANCELLED for said in unmade.values())
+    told = f"{made} of {len(exported.exports) + len(unmade)} made and proved" + (f", {cancelled} cancelled" if cancelled else "")
+    return told if exported and unmade else f"{'✓' if exported else '⚠'} {told}"
 
 
 def of_target(target: str, state: str, exported: Exported | None, compared: ParityReport | None, *, is_model: bool) -> Detail:
@@ -291,7 +296,7 @@ def of_target(target: str, state: str, exported: Exported | None, compared: Pari
     if exported.opset_asked is not None and opset is not None:
         opset += f", asked {exported.opset_asked}"
     facts: list[Sequence[str | None]] = [
-        ["file", os.path.relpath(exported.path)], ["size", format_cell("bytes", exported.nbytes)], ["exporter", exported.exporter], ["opset", opset],
+        ["file", os.path.relpath(exported.path)], ["size", format_cell("bytes", exported.nbytes)], ["exporter", exported.made_by], ["opset", opset],
         *[["input", f"{name} {format_cell('shape', shape)}"] for name, shape in exported.inputs.items()],
         *[["output", f"{name} {format_cell('shape', shape)}"] for name, shape in exported.outputs.items()],
         ["tried on", ", ".join((*exported.tried, *exported.sizes))], ["max |Δ|", format_cell("number", _apart(exported))],
@@ -319,6 +324,7 @@ def of_advice(advice: FormatAdvice) -> Detail:
     """The file to make, why, and what is lost."""
     made = [advice.kind, advice.beside] if advice.beside else [advice.kind]
     facts = [
+        *([["does not serve", ", ".join(advice.missed)]] if advice.missed else []),
         ["lost", advice.kind.lost],
         *([["beside it", advice.beside.name]] if advice.beside else []),
         *[["line", kind.make] for kind in made],
@@ -338,4 +344,4 @@ def sections(exported: ExportReport | None, compared: Mapping[str, ParityReport]
             shown = table_dict(one)
             tables.append({**shown, "title": f"{target} on made inputs: {shown['title']}"})
     usage = [[one.target, one.usage] for one in exported.exports if one.usage]
-    return {"finding": finding(exported), "tables": tables, "usage": usage}
+    return {"tables": tables, "usage": usage}

@@ -17,7 +17,7 @@ from workbench.files import FileRef, Span
 from workbench.opening import open as open_checkpoint
 from workbench.render import html
 from workbench.tables import format_bytes
-from workbench.widgets.base import View, finding_dicts, script, table_dict
+from workbench.widgets.base import STYLES, View, finding_dicts, script, table_dict
 from workbench.widgets.netron_report import shown_of, summarize
 
 _MAX_DOWNLOAD = 512_000_000  # bytes that cross from the kernel to the page in one message
@@ -38,7 +38,7 @@ class NetronView(View):
     """
 
     _esm = script("grid.js", "frame.js", "netron_page.js", "netron.js")
-    _css = script("workbench.css", "netron.css")
+    _css = STYLES + script("netron.css")
     commands: ClassVar[dict[str, str]] = {**View.commands, "download": "_download"}
 
     shown = t.Bytes(b"").tag(sync=True)

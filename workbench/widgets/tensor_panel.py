@@ -15,7 +15,6 @@ from workbench.render import plots
 from workbench.render.outline import Head, origin
 from workbench.tables import format_bytes, format_cell, format_number
 from workbench.tensors import LazyTensor
-from workbench.widgets.base import data_uri
 
 AUTOMATIC_NBYTES = 16_000_000  # statistics of a tensor this small need no request
 _PEEKED = 8
@@ -77,7 +76,7 @@ def with_statistics(detail: Detail, row: TensorStats) -> Detail:
     if not row.counts:
         return detail
     figure = plots.histogram(row.edges, row.counts, f"{facts[0][1]} ± {facts[1][1]}", width=2.8)
-    return {**detail, "image": data_uri(plots.to_png(figure, dpi=180)), "alt": f"histogram of {detail['heading']}"}
+    return {**detail, "image": plots.data_uri(plots.to_png(figure, dpi=180)), "alt": f"histogram of {detail['heading']}"}
 
 
 def _visible(facts: list[list[str]]) -> list[list[str]]:

@@ -230,7 +230,7 @@ class Exporter {
     const focused = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.option : "";
     const list = element("div", "wb-questions");
     list.setAttribute("role", "group");
-    list.setAttribute("aria-label", "questions; the first yes decides");
+    list.setAttribute("aria-label", "questions; every yes counts");
     list.append(...questions.map(([option, question, yes]) => {
       const node = element("label", "wb-check");
       const input = Object.assign(element("input"), { type: "checkbox", checked: yes });
@@ -242,7 +242,7 @@ class Exporter {
       node.append(input, element("span", "", question));
       return node;
     }));
-    const parts = [element("p", "wb-hint", "Tick what is so. The first yes decides."), list];
+    const parts = [element("p", "wb-hint", "Tick what is so. Every yes counts; where no file serves all, the upper ones weigh more."), list];
     if (headline) parts.push(Object.assign(element("p", "wb-finding-line", headline), { role: "status" }));
     if (source) parts.push(this.image({ source, alt: headline }));
     this.panes.advice.replaceChildren(...parts, ...tables.map(drawTable));
@@ -255,12 +255,11 @@ class Exporter {
   }
 
   drawSections() {
-    const { finding, tables = [], usage = [] } = readReport(this.model, "sections");
-    if (!finding) return this.panes.report.replaceChildren(element("p", "wb-hint", "Nothing is exported yet. Here the report will stand: what was made, how it was checked, and how far it is from the model."));
+    const { tables = [], usage = [] } = readReport(this.model, "sections");
+    if (!tables.length) return this.panes.report.replaceChildren(element("p", "wb-hint", "Nothing is exported yet. Here the report will stand: what was made, how it was checked, and how far it is from the model."));
     const code = usage.flatMap(([target, text]) => [element("h4", "wb-usage", `${target} without the workbench`), element("pre", "wb-listing", text)]);
     const save = action("save as one page", "wb-button wb-save", () => this.frame.send("save"));
-    const head = [element("p", "wb-finding-line", finding), save];
-    return this.panes.report.replaceChildren(...head, ...tables.map(drawTable), ...code);
+    return this.panes.report.replaceChildren(save, ...tables.map(drawTable), ...code);
   }
 
   drawFigures() {

@@ -324,13 +324,15 @@ function filterBar(onInput, ...others) {
 }
 
 /** A table of the core, every cell already in words. */
-function drawTable({ title, columns, rows, empty, more }) {
-  const node = element("table", "wb-table");
+function drawTable({ title, columns, rows, needs, empty, more }) {
+  const node = element("table", needs ? `wb-table wb-needs-${needs}` : "wb-table");
+  const head = element("thead");
   const line = (tag, cells) => {
     const row = element("tr");
     row.append(...cells.map((text, i) => {
       const { right, wraps, note } = cells.length === columns.length ? columns[i] : { wraps: true };
-      const cell = element(tag, right ? "wb-right" : wraps ? "wb-wraps" : "");
+      const cell = element(tag, right ? "wb-right" : wraps && text.length > 24 ? "wb-text" : "");
+      if (needs && tag === "td" && i && columns[i].title) cell.dataset.of = columns[i].title;
       const inner = element("bdi", "", wraps ? text : cut(text, 48));
       inner.title = (tag === "th" && note) || text;
       cell.append(inner);
@@ -339,7 +341,8 @@ function drawTable({ title, columns, rows, empty, more }) {
     return row;
   };
   node.append(element("caption", "", title));
-  if (rows.length) node.append(line("th", columns.map((column) => column.title)), ...rows.map((row) => line("td", row)));
+  head.append(line("th", columns.map((column) => column.title)));
+  if (rows.length) node.append(head, ...rows.map((row) => line("td", row)));
   else node.append(line("td", [empty]));
   if (more) node.append(line("td", [`… ${formatCell("count", more)} more`]));
   return node;

@@ -160,7 +160,7 @@ class Grid {
     const last = Math.min(this.items.length, Math.ceil((this.scroller.scrollTop + height) / ROW_HEIGHT) + OVERSCAN);
     const name = this.header.firstChild;
     const character = this.ruler.offsetWidth / 10 || 7;
-    this.characters = Math.floor(((name ? name.clientWidth : 200) - 30) / character);
+    this.characters = Math.floor(((name ? name.clientWidth : 200) - (this.tree ? 30 : 0)) / character);
     this.limits = this.columns.map((column, i) => (column.cut ? Math.floor(this.header.children[i].clientWidth / character) : Infinity));
     while (this.rows.length < last - first) this.rows.push(this.newRow());
     this.rows.forEach((row, i) => (first + i < last ? this.fill(row, first + i) : this.hide(row)));
