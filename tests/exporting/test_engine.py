@@ -67,6 +67,9 @@ def test_a_graph_with_a_fixed_batch_still_takes_any_number_of_items(tmp_path):
     for (x, shift), (y, total) in zip(items, answers, strict=True):
         assert torch.allclose(y, model(x[None], shift[None])[0][0], atol=1e-5)
         assert torch.allclose(total, x.sum(), atol=1e-5)
+    with pytest.raises(SelectionError) as refused:
+        engine(torch.ones(2, 4), torch.ones(2, 3))
+    assert "dynamic_axes={'x': {0: 'n'}}" in refused.value.hint
     named = engine(shift=torch.ones(4, 3), x=torch.ones(4, 4))
     assert torch.allclose(named[0], model(torch.ones(4, 4), torch.ones(4, 3))[0], atol=1e-5)
 

@@ -1,6 +1,7 @@
 """load_into and load_model: coverage, leftovers, ties, dtypes, devices, the meta device, modes. Oracle: torch's load_state_dict."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -534,3 +535,16 @@ def test_sparse_and_conjugate_buffers_load():
         model.register_buffer("w", torch.zeros_like(value) if value.layout is torch.strided else value * 0)
         saved.register_buffer("w", value)
         assert wb.load_into(model, saved), value
+
+
+def test_a_certificate_tells_that_its_file_runs_code(tmp_path):
+    class Program:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    model = nn.Linear(2, 2)
+    torch.save({"model": model.state_dict(), "more": Program()}, tmp_path / "m.pt")
+    certificate = wb.load_into(nn.Linear(2, 2), tmp_path / "m.pt")
+    assert certificate and "may run code" in certificate.headline
+    torch.save({"model": model.state_dict()}, tmp_path / "plain.pt")
+    assert "may run code" not in wb.load_into(nn.Linear(2, 2), tmp_path / "plain.pt").headline

@@ -341,7 +341,12 @@ def _require_fit(port: Port, tensor: torch.Tensor) -> None:
         raise SelectionError(f"the input {port} was given {given} {shape}", hint=hint)
     fits = port.shape is None or (len(port.shape) == len(shape) and all(w in (g, str(w)) for w, g in zip(port.shape, shape, strict=True)))
     if not fits:
-        hint = "one item needs a batch axis: x[None]" if port.shape and len(port.shape) == len(shape) + 1 else "see engine.inputs"
+        hint, lacking = "see engine.inputs", len(port.shape or ()) - len(shape)
+        if lacking == 1:
+            hint = "one item needs a batch axis: x[None]"
+        elif lacking == 0:
+            axis = next(i for i, (w, g) in enumerate(zip(port.shape or (), shape, strict=True)) if isinstance(w, int) and w != g)
+            hint = f"the program fixes axis {axis}: export it with dynamic_axes={{{port.name!r}: {{{axis}: 'n'}}}}, or give it that size"
         raise SelectionError(f"the input {port} was given {given} {shape}", hint=hint)
 
 

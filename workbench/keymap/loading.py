@@ -116,6 +116,8 @@ def load_into(
     except WorkbenchError as error:  # the file changed, or cannot be read any more
         error.hint = "; ".join(filter(None, ["the model holds values that could not be proven: build it anew", error.hint]))
         raise
+    if any(finding.severity == "danger" for finding in opened.findings):
+        told = [*told, Finding("the file", "warning", "torch.load may run code of this file, which was not run here: wb.scan names it")]
     source, verdict = opened.source.url if opened.source is not None else opened.name, _verdict(missing, unexpected, job)
     return LoadCertificate(rows, unused, strict, chosen, verdict, _mode(model), (*told, *findings), type(model).__name__, source)
 
