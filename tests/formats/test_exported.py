@@ -1,10 +1,12 @@
 """torch.export archives, against torch.export.load of files that this test wrote itself."""
 
+import base64
 import collections
 import functools
 import io
 import json
 import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -12,11 +14,14 @@ import zipfile
 
 import hostile_makers as make
 import pytest
+import sympy
 import torch
 from conformance import FULL, SECONDS, FormatTests, state
 from strategies import same
 from torch._export.serde.serialize import serialize
 from torch.export.pt2_archive._package import load_pt2, package_pt2
+from torch.utils._sympy import functions
+from torch.utils._sympy.printers import PythonPrinter
 
 import workbench as wb
 from workbench.errors import CorruptFileError, UnsupportedError
@@ -545,10 +550,11 @@ TEXTS = {"expr_str": RUN, "guards_code": [RUN + " is None"], "name": "x=" + RUN,
 VICTIM = """
 import pathlib, sys, torch
 for path in sys.argv[1:]:
-    try:
-        torch.export.load(path).module()(torch.ones(4), torch.ones(1))
-    except BaseException:
-        pass
+    for given in (torch.ones(1), "abc"):
+        try:
+            torch.export.load(path).module()(torch.ones(4), given)
+        except BaseException:
+            pass
 """
 
 
@@ -568,13 +574,153 @@ def test_texts_of_the_graph_that_torch_runs_are_dangers_and_are_not_run(tmp_path
     assert [key for key in TEXTS if (tmp_path / key).exists()] == [*TEXTS]
 
 
+def letter(code):
+    """A text of one letter as sympy makes it of a polynomial's degree, with nothing but classes that are called and functions that are not."""
+    return f"RootSum(Symbol('x')**{code}+1,Function('F',has=Lambda(Symbol('x'),0),__rmul__=chr))"
+
+
+def spelled(text):
+    return "+".join(f"'{sign}'" if sign.isalnum() or sign == "_" else letter(ord(sign)) for sign in text)
+
+
+def cpp_object(run):
+    """A C++ object that unpickles its state, as an archive that does not begin where its record does."""
+    state = base64.b64encode(pickle.dumps(Run(run), 2))
+    out = io.BytesIO(bytes(64))
+    with zipfile.ZipFile(out, "a") as archive:
+        for name, data in {
+            "data.pkl": b"\x80\x02c__torch__.torch.classes.aten\nOpaqueObject\n)\x81X" + struct.pack("<I", len(state)) + state + b"b.",
+            "version": b"3\n",
+            "byteorder": b"little",
+        }.items():
+            archive.writestr(f"archive/{name}", data)
+    return out.getvalue()
+
+
+class Run:
+    def __init__(self, text):
+        self.text = text
+
+    def __reduce__(self):
+        return eval, (self.text,)
+
+
+def with_constant(records, payload):
+    name = next(name for name in records if name.endswith("constants_config.json"))
+    config = {"config": {"c": {"path_name": "custom_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}}
+    return records | {name: json.dumps(config).encode(), f"{name.rpartition('/')[0]}/custom_obj_0": payload}
+
+
+def with_graph(records, edit):
+    name = next(name for name in records if name.endswith("models/model.json"))
+    return records | {name: json.dumps(edit(json.loads(records[name]))).encode()}
+
+
+def with_samples(records, samples):
+    return {name: torch_file(samples) if name.endswith("sample_inputs/model.pt") else data for name, data in records.items()}
+
+
+def with_text_input(records, run):
+    evil = json.dumps(f"a' + str({run}) + '")
+    return with_graph(records, lambda model: json.loads(json.dumps(model).replace('"abc"', evil)))
+
+
+def of_another_case(records, run):
+    """An archive that torch.load takes as well, and whose mark torch.export finds whatever the case of its letters."""
+    records = {
+        name.replace("archive_format", "ARCHIVE_FORMAT").replace("/model.", "/x.").replace("/model_", "/x_"): b""
+        if "sample_inputs" in name
+        else data
+        for name, data in with_graph(records, lambda model: replaced(model, "expr_str", run)).items()
+    }
+    root = next(iter(records)).partition("/")[0]
+    return {f"{root}/data.pkl": pickle.dumps({"a": 1}, 2)} | records
+
+
+WAYS = {  # what the program is exported with, and how its records are changed
+    "letters of a polynomial": (None, lambda held, run: with_graph(held, lambda model: replaced(model, "expr_str", f"S({spelled(run)})"))),
+    "key of max": (
+        None,
+        lambda held, run: with_graph(held, lambda m: m | {"guards_code": [f"max(('eval({'+'.join(f'chr({ord(c)})' for c in run)})',), key=eval) == 1"]}),
+    ),
+    "text of an input": ("abc", with_text_input),
+    "key of a sample input": (None, lambda held, run: with_samples(held, ((torch.ones(4), {f"+str({run})+": torch.ones(1)}), {}))),
+    "object of C++": (None, lambda held, run: with_constant(held, cpp_object(run))),
+    "case of the mark": (None, of_another_case),
+}  # fmt: skip
+
+
+def test_other_ways_to_have_torch_run_code_are_dangers(tmp_path):
+    files = []
+    for number, (given, change) in enumerate(WAYS.values()):
+        path = tmp_path / f"{number}.pt2"
+        args, sizes = (torch.ones(4), given or torch.ones(1)), ({0: torch.export.Dim("n")}, None)
+        torch.export.save(torch.export.export(Idle(), args, dynamic_shapes=sizes), path)
+        files.append(rewritten(path, change(records_of(path), RUN.replace("{mark!r}", repr(str(tmp_path / str(number)))))))
+    told = [wb.scan(path).ok for path in files]
+    assert not any((tmp_path / str(number)).exists() for number in range(len(files)))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", VICTIM, *files], capture_output=True, check=True, timeout=120, cwd=tmp_path)
+    assert [way for number, way in enumerate(WAYS) if not (tmp_path / str(number)).exists()] == []
+    assert [way for way, ok in zip(WAYS, told, strict=True) if ok] == []
+
+
+def test_sample_inputs_whose_keys_cannot_be_seen_are_a_danger(tmp_path):
+    path = changed(saved(tmp_path / "m.pt2"), {"sample_inputs/model.pt": pickle.dumps(((), {}), 2)})
+    assert [f.where["key"] for f in wb.scan(path).dangers if f.kind == "code in the graph"] == ["sample inputs"]
+
+
+SIZE, OTHER = sympy.Symbol("s0", positive=True, integer=True), sympy.Symbol("s1", integer=True)
+HONEST = [
+    *(SIZE * OTHER - 3, SIZE**2 / 4, sympy.Max(SIZE, 2), sympy.And(SIZE > OTHER, sympy.Ne(SIZE, 9)), sympy.Piecewise((SIZE, SIZE > OTHER), (0, True))),
+    *(sympy.floor(SIZE / 3), sympy.Abs(OTHER), sympy.Float(1e-7) * SIZE, sympy.oo, sympy.true, functions.OpaqueUnaryFn_sqrt(SIZE)),
+    *(getattr(functions, name)(SIZE, OTHER) for name in ("FloorDiv", "PythonMod", "Mod", "CleanDiv", "CeilDiv", "LShift", "IntTrueDiv", "Max")),
+    *(getattr(functions, name)(SIZE * 0.5) for name in ("CeilToInt", "FloorToInt", "TruncToInt", "RoundToInt", "ToFloat", "Identity")),
+    *(functions.ModularIndexing(SIZE, OTHER, 5), functions.Where(SIZE > OTHER, SIZE, OTHER), functions.RoundDecimal(SIZE * 0.5, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", HONEST, ids=str)
+def test_arithmetic_as_torch_spells_it_is_no_danger(expression):
+    texts = exported_graph.Texts()
+    texts.pairs([("expr_str", sympy.srepr(expression))])
+    texts.pairs([("expr_str", str(expression))])  # of older versions
+    if not isinstance(expression, (functions.Where, sympy.core.numbers.Infinity)):
+        guard = PythonPrinter().doprint(expression).replace("s0", "L['x'].size()[0]").replace("s1", "L['a'][0]['k e y'].size()[1]")
+        texts.pairs([("guards_code", [guard])])
+    assert list(texts.findings("m")) == []
+
+
+@pytest.mark.parametrize("key", ["expr_str", "guards_code", "in_spec", "name"])
+def test_very_many_texts_are_a_danger_before_they_take_long(key):
+    texts = exported_graph.Texts()
+    texts.pairs([(key, [f"[{i}]" if key == "in_spec" else f"s{i}" for i in range(500_000)])])
+    began = time.process_time()
+    assert len(list(texts.findings("m"))) == 10
+    assert time.process_time() - began < SECONDS
+
+
 @pytest.mark.parametrize(
     ("key", "text"),
     [
         ("expr_str", "Symbol('s0').is_prime"),
+        ("expr_str", "S('s0')"),
+        ("expr_str", "Max('s0', 1)"),
+        ("expr_str", "Max(1, key=s0)"),
+        ("expr_str", "Max(s0)(1)"),
+        ("expr_str", "(s0)(1)"),
+        ("expr_str", "s0 (1)"),
+        ("expr_str", "s0[0]"),
+        ("expr_str", "Symbol('s0')(1)"),
+        ("expr_str", "not(s0)(1)"),
+        ("guards_code", ["max(L['x'], key=int) == 1"]),
+        ("guards_code", ["(L)('x') == 1"]),
+        ("guards_code", ["[L][0](1) == 1"]),
+        ("guards_code", ["'a'(1) == 1"]),
+        ("guards_code", ["L['x'].size()(1) == 1"]),
+        ("guards_code", ["torch.load('x') == 1"]),
+        ("guards_code", ["f'L' == 1"]),
         ("expr_str", "Mul('f(x)', 2)"),
         ("expr_str", "[Integer(1) for _ in x]"),
-        ("expr_str", "(" * 3000),
         ("expr_str", "preview(Integer(1))"),
         ("expr_str", "Max(1,'a\\\n' # '+f()+'\n)"),
         ("guards_code", ["L['x'].to_bytes()[0] == 1"]),

@@ -10,6 +10,7 @@ import zipfile
 
 import hostile_makers as make
 import numpy as np
+import onnx
 import pytest
 import torch
 from conformance import SECONDS
@@ -347,3 +348,25 @@ class Zeros(torch.nn.Module):
 
     def forward(self, x):
         return x + self.qzeros[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_flatbuffer_behind_another_format_is_a_danger(tmp_path):
+    """An ONNX model whose first eight bytes also are a flatbuffer's: where its root lies, and its mark."""
+    torch.jit.save_jit_module_to_flatbuffer(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "m.ff"))
+    program = (tmp_path / "m.ff").read_bytes()
+    start = int.from_bytes(b"\x08\x08\x12\x04", "little") - int.from_bytes(program[:4], "little")
+
+    def model(skipped):
+        tensor = onnx.TensorProto(
+            name="w", data_type=onnx.TensorProto.INT8, dims=[skipped + len(program)], raw_data=bytes(skipped) + program
+        )
+        graph = onnx.GraphProto(name="g", initializer=[tensor])
+        return onnx.ModelProto(ir_version=8, producer_name="PTMF", graph=graph, opset_import=[onnx.OperatorSetIdProto(version=17)])
+
+    data = model(start - (model(start).SerializeToString().index(program) - start)).SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(data)
+    assert data.startswith(b"\x08\x08\x12\x04PTMF")
+    assert wb.open(tmp_path / "m.onnx")["w"].dtype.name == "int8"
+    assert torch.jit.load(tmp_path / "m.onnx")(torch.ones(1, 2)).shape == (1, 2)
+    assert "polyglot" in {f.kind for f in wb.scan(tmp_path / "m.onnx").dangers}

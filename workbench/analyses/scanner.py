@@ -194,6 +194,8 @@ class _Scan(PickleScan):
         self.content(Piece(Span(file, 0, file.size), file.name), sure=must and form in ("", "pickle", "torch-legacy"))
         if form in _SAFE_FORMATS and any(not found.place.record for found in self.pickles[seen:]):
             self.tell("polyglot", "danger", f"{file.name} is {form} and a pickle as well: what it is depends on who reads it", here)
+        if form and Span(file, 0, file.size).read(4, 8) == b"PTMF":  # where torch.jit.load looks, whatever stands before
+            self.tell("polyglot", "danger", f"{file.name} is {form}, and a TorchScript program in flatbuffer form to torch.jit.load", here)
         if ckpt is not None and (form == "onnx" or ckpt.format.startswith("sharded")):  # their values lie in further files
             spans = (getattr(leaf.source, "storage", None) for tensor in ckpt.values() for leaf in parts(tensor))
             for other in {storage.file for storage in spans if isinstance(storage, Span)} - {file}:

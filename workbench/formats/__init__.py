@@ -69,7 +69,7 @@ def is_tar(head: bytes) -> bool:
 
 
 def _holds(*names: str) -> Callable[[Collection[str]], bool]:
-    return lambda records: any(record.endswith(names) for record in records)
+    return lambda records: any(record.lower().endswith(names) for record in records)  # torch finds them whatever the case
 
 
 def _roots(records: Collection[str]) -> list[str]:

@@ -30,7 +30,7 @@ from typing import Any
 from workbench.checkpoint import Checkpoint, Finding
 from workbench.dtypes import DTYPES
 from workbench.errors import CorruptFileError, FormatError, UnsupportedError, located
-from workbench.files import Span
+from workbench.files import Span, read_span
 from workbench.formats import exported_graph, torch_zip
 from workbench.formats.exported_graph import DTYPES_BY_CODE, at
 from workbench.formats.pickle_blobs import charge, counted_together, inner_archive
@@ -39,7 +39,7 @@ from workbench.formats.torch_objects import TorchObjects, unpickle
 from workbench.formats.zip_index import ZipIndex, read_record
 from workbench.names import unique_pairs
 from workbench.tensors import LazyTensor
-from workbench.tree import Global, is_mapping, with_asides
+from workbench.tree import NOTHING, Global, is_mapping, walk, with_asides
 
 _MAX_JSON = 64 << 20  # of all JSON records of an archive, as are the values
 _MAX_VALUES = 2_000_000
@@ -191,7 +191,9 @@ def _pickled(job: _Job, record: str) -> Any:
     try:
         storage = index.storage(record)
         if (known := _OBJECT.match(record)) and known[1] == "custom":
-            findings.append(Finding("object not read", "warning", "the state of a C++ object is listed nowhere", where))
+            archive = read_span(storage, 0, 4) == b"PK\3\4"  # or one that begins elsewhere, which only its C++ reader finds
+            what = "the state of a C++ object is listed nowhere" + ("" if archive else ", and it is no archive as torch writes them")
+            findings.append(Finding("object not read", "warning" if archive else "danger", what, where))
         elif isinstance(storage, Span) and storage.read(0, 2) == b"PK":
             del job.unpickled[record]
             return _torch_file(job, record)
@@ -218,6 +220,12 @@ def _samples(job: _Job, record: str) -> Any:
         what = "the inputs that the model was exported with are in the file: look at them before you pass it on"
         hint = "where its maker is you: workbench.export_model leaves them out"
         job.findings.append(Finding("sample inputs", "warning", what, {"record": record}, hint))
+    held = record in job.index.records and job.index.records[record].size > 0
+    keys = (key for path, leaf in walk(NOTHING if held and tree is None else tree) for key in (*path, NOTHING if leaf is NOTHING else ""))
+    if (odd := next((key for key in keys if not exported_graph.is_quiet(key)), None)) is not None:
+        why = "not all of them were looked at" if odd is NOTHING else f"this one cannot stand there: {str(odd)[:200]!r}"
+        what = f"torch writes the keys of the sample inputs into source that it runs, and {why}"
+        job.findings.append(Finding("code in the graph", "danger", what, {"record": record, "key": "sample inputs"}))
     return tree
 
 

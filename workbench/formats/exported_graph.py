@@ -1,15 +1,15 @@
 """What a graph of a .pt2 file tells people, and whether its texts are no more than torch.export writes.
 
 torch runs texts of the JSON as Python: `expr_str` goes through sympy's eval, names of nodes and arguments into the source that torch.fx
-generates and executes, `guards_code` likewise when the program is called, `target` is looked up below `torch`, `math` and `_operator`,
-and the tree specs import modules. Each kind has a narrow form here, and anything else is a danger.
+generates and executes, `guards_code`, texts among the inputs and the keys of the sample inputs likewise when the program is called, `target`
+is looked up below `torch`, `math` and `_operator`, and the tree specs import modules. Each kind has a narrow form here, and anything else
+is a danger.
 
 Source: torch 2.13 torch/_export/serde/schema.py and serialize.py, torch/export/_unlift.py, torch/fx/graph.py, torch/utils/_pytree.py.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -76,30 +76,40 @@ class Texts:
         out = unique_pairs(pairs)
         for key in out.keys() & _RULES.keys():
             value = out[key]
-            self._seen[key].update(text for text in (value if type(value) is list else (value,)) if type(text) is str)
+            told = (text.values() if type(text) is dict else (text,) for text in (value if type(value) is list else (value,)))
+            self._seen[key].update(text for text in chain.from_iterable(told) if type(text) is str)
         return out
 
     def findings(self, record: str) -> Iterator[Finding]:
         """A danger for each text that is not as torch writes it; of very many, the first ones."""
+        left = _MOST_READ
         for key, texts in self._seen.items():
-            what, plain = _RULES[key]
-            left = _MOST_PARSED  # what is parsed costs a thousand times as much as what is matched
-            for text in islice((text for text in sorted(texts) if (left := left - len(text)) < 0 or not plain(text)), 10):
+            (what, plain), each = _RULES[key], _TREE if key.endswith("_spec") else 0
+            for text in islice((text for text in sorted(texts) if (left := left - len(text) - each) < 0 or not plain(text)), 10):
                 message = f"torch {what}, and this is not what torch.export writes there: {text[:200]!r}"
                 yield Finding("code in the graph", "danger", message, {"record": record, "key": key})
 
 
-_MOST_PARSED = 4 << 20  # characters of one kind
-_LONGEST = 10_000
-_ARITHMETIC = (
-    *(ast.Expression, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Compare, ast.IfExp, ast.Tuple, ast.Constant, ast.Name, ast.Call, ast.keyword),
-    *(ast.boolop, ast.operator, ast.unaryop, ast.cmpop, ast.expr_context),
+_MOST_READ, _TREE = 3 << 20, 200  # characters; what each tree counts for beside its own
+# what stands in an expression besides; no bracket opens behind a name, a text or a bracket, for that would call or index it
+_SIGNS = r"\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|(?:[<>=!]=|[-+*/%,<>&|^~])+ *\(*|(?<![\w)\]' ])\(+|[ )]"
+_WORDS = r"(?<![\w.])(?:(?:and|or|not|if|else)\b *\(*|(?!\w*__)[^\W\d]\w*+(?![('\"]))"
+_SYMPY = (
+    r"Add|Mul|Pow|Integer|Rational|Max|Min|Abs|And|Xor|Or|Not|Eq|Ne|[LG][te]|(?:Une|E)quality|(?:Strict)?(?:Less|Greater)Than|Piecewise"
+    r"|ExprCondPair|floor|ceiling|sqrt|exp|log|sign|a?(?:sin|cos|tan)h?|(?:Negative)?(?:Int)?Infinity"
+    r"|FloorDiv|ModularIndexing|Where|(?:Python)?Mod|CleanDiv|CeilDiv|[LR]Shift|PowByNatural|FloatPow|(?:Float|Int)TrueDiv|Identity"
+    r"|(?:Ceil|Floor|Trunc|Round)ToInt|(?:TruncTo|To)Float|RoundDecimal|IsNonOverlappingAndDenseIndicator|(?:OpaqueUnary|Bitwise)Fn_\w+"
 )
-_BUILDS = re.compile(r"[A-Z]\w*|floor|ceiling|sqrt|exp|log|a?(?:sin|cos|tan)h?|sign")  # sympy's classes, and its functions of numbers
-_NUMBER_OR_NAME = re.compile(r"[-+.\de]*|[^\W\d]\w*")
-_FOREIGN = re.compile(r"[^ -~]|[\"#\\]")
-_SIZES = {"size", "stride", "storage_offset", "dim"}
-_COUNTS = {"abs", "float", "int", "max", "min", "not_", "round", "trunc"}
+_EXPRESSION = re.compile(  # Max(Integer(1), Symbol('s0', integer=True)): classes that compute on numbers, of numbers and symbols
+    rf"(?:(?<![\w.])(?:{_SYMPY})\(|\bSymbol\('[^\W\d]\w*'(?:, \w+=(?:True|False))*\)|\bFloat\('[-+.\w]*', precision=\d+\)"
+    rf"|{_WORDS}|{_SIGNS})*+",
+    re.ASCII,
+)
+_GUARD = re.compile(  # L['x'].size()[0] % 2 == 0: arithmetic over the sizes of the inputs
+    r"(?:(?<![\w.])(?:abs|float|int|max|min|not_|round|trunc|math\.[a-z]\w*|torch\._?sym_\w+|IsNonOverlappingAndDenseIndicator)\("
+    rf"|\.(?:size|stride|storage_offset|dim)\(|(?<=[\w)\]])\.(?!_)[^\W\d]\w*+(?![('\"])|(?<![\w'])'[ !$-&(-\[\]-~]*'(?![\w'(])|[][]|{_WORDS}|{_SIGNS})*+",
+    re.ASCII,
+)
 _QUIET = re.compile(r"[^\"'\\\x00-\x1f\x7f]*")  # cannot end the string that it stands in
 _IDENTIFIER = re.compile(r"(?:[^\W\d]\w*)?")
 _OPERATOR = re.compile(
@@ -110,52 +120,9 @@ _OPERATOR = re.compile(
 _FACTORIES = {"list", "dict", "set", "tuple", "int", "float", "str", "bool", "OrderedDict", "defaultdict", "deque", "Counter"}
 
 
-def _parsed(text: str) -> list[Any] | None:
-    """The nodes of an expression; None where it is none, or where another reader, which drops its line breaks or quotes it anew, may see another."""
-    if len(text) > _LONGEST or _FOREIGN.search(text):
-        return None
-    try:
-        return list(ast.walk(ast.parse(text, mode="eval")))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _is_expression(text: str) -> bool:
-    """``Max(Integer(1), Symbol('s0', integer=True))``: arithmetic, where what is called builds an expression and strings are names."""
-
-    def plain(node: Any) -> bool:
-        if isinstance(node, ast.Call):
-            return isinstance(node.func, ast.Name) and _BUILDS.fullmatch(node.func.id) is not None
-        if isinstance(node, ast.Name):
-            return "__" not in node.id
-        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
-            return isinstance(node.value, str) and _NUMBER_OR_NAME.fullmatch(node.value) is not None and "__" not in node.value
-        return isinstance(node, _ARITHMETIC)
-
-    nodes = _parsed(text)
-    return nodes is not None and all(map(plain, nodes))
-
-
-def _is_guard(text: str) -> bool:
-    """``L['x'].size()[0] % 2 == 0``: arithmetic over the sizes of the inputs."""
-
-    def plain(node: Any) -> bool:
-        if isinstance(node, ast.Call):
-            func = node.func
-            if isinstance(func, ast.Name):
-                return func.id in _COUNTS
-            of = func.value.id if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) else None
-            return isinstance(func, ast.Attribute) and (
-                of == "math" or func.attr in _SIZES or (of == "torch" and func.attr.startswith("sym_"))
-            )
-        if isinstance(node, ast.Attribute):
-            return not node.attr.startswith("_")
-        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
-            return isinstance(node.value, str) and _QUIET.fullmatch(node.value) is not None
-        return isinstance(node, (*_ARITHMETIC, ast.Subscript)) and not (isinstance(node, ast.Name) and "__" in node.id)
-
-    nodes = _parsed(text)
-    return nodes is not None and all(map(plain, nodes))
+def is_quiet(key: Any) -> bool:
+    """Whether a key, or a text, can be written into a string of source as it is."""
+    return type(key) in (int, bool, float) or (type(key) is str and _QUIET.fullmatch(key) is not None)
 
 
 def _leaves(text: str) -> Iterator[Any]:
@@ -214,8 +181,9 @@ _NAME = ("writes the names of a graph into source that it runs", _fits(_IDENTIFI
 _TARGET = ("writes the names of tensors and modules into source that it runs", _fits(_QUIET))
 _CALLED = ("looks up what a node calls", _fits(_OPERATOR))
 _RULES: dict[str, tuple[str, Callable[[str], bool]]] = {
-    "expr_str": ("evaluates the sizes of a graph as Python", _is_expression),
-    "guards_code": ("makes Python of the conditions on the inputs", _is_guard),
+    "expr_str": ("evaluates the sizes of a graph as Python", _fits(_EXPRESSION)),
+    "guards_code": ("makes Python of the conditions on the inputs", _fits(_GUARD)),
+    "inputs": ("writes the texts that a program was exported with into source that it runs", _fits(_QUIET)),
     **dict.fromkeys(("name", "as_name", "forward_arg_names"), _NAME),
     **dict.fromkeys(("parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name", "user_input_name", "fqn"), _TARGET),
     **dict.fromkeys(("target", "as_operator"), _CALLED),

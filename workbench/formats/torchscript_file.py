@@ -54,9 +54,9 @@ _MARK = re.compile("__(?:parameters|buffers)__")
 _NAMED = re.compile(r"\w+::(_?[a-z]\w*)(?:\..*)?")  # an operator that the code calls by its name, and not by a sign of the language
 _WORD = re.compile(r"\w++")
 _TENSORS = re.compile(rf"__(parameters|buffers)__\s*+=\s*+\[((?:[\s,]|{_TEXT})*+)\]")
-# operators that touch files or the network; `autograd`, by which torch's compiler comes back to all operators and which its printer never
-# writes; then `torch` and `ops` as values, through which any operator can be had
-OPERATORS = r"(?:from|read|write)_file|save|load_tensor|rpc_\w+"
+# operators that touch files or the network, or compile a text; `autograd`, by which torch's compiler comes back to all operators and which
+# its printer never writes; then `torch` and `ops` as values, through which any operator can be had
+OPERATORS = r"(?:from|read|write)_file|save|load_tensor|rpc_\w+|inline_asm\w*"
 # torch's C++ classes whose states are numbers, texts and tensors; aten.OpaqueObject unpickles its own, and another library's may do anything
 _CLASSES = r"(?:quantized|rnn|sparse|mkldnn|mkldnn_prepacked|xnnpack|vulkan|metal|_nnapi|backendutils)"
 _STRANGE = re.compile(rf"__torch__\.torch\.classes\b(?!\.{_CLASSES}\.)")
