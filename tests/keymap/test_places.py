@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import workbench as wb
@@ -149,3 +150,51 @@ def test_a_pair_by_the_end_of_its_name_says_what_becomes_what():
     source = {f"stem.{name}": torch.ones(shape) for name, shape in shapes.items()}
     keymap = wb.match(source, {name.replace("norm", "bn"): shape for name, shape in shapes.items()})
     assert keymap.rules == {"stem.norm becomes bn": 2, 'strip "stem."': 1}
+
+
+def _left_out(state, *parts):
+    return {name: value for name, value in state.items() if not any(part in name for part in parts)}
+
+
+def _drawn(module):
+    return {name: torch.randn(value.shape) for name, value in module.state_dict().items()}
+
+
+BERT = transformers.BertConfig(
+    vocab_size=20, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=12, max_position_embeddings=9
+)
+GPT2 = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=3, n_head=2, n_positions=9)
+
+
+@pytest.mark.parametrize(
+    ("config", "lost", "absent"),
+    [
+        (BERT, ["layer.2.output.dense"], ["layer.0."]),  # the file has all numbers of the model: none has moved
+        (GPT2, ["h.1.ln_2"], ["ln_f"]),  # in the other blocks it is called as in the file
+        (GPT2, ["h.0.mlp"], ["h.1."]),  # the rest of block 0 is in block 0
+    ],
+)
+def test_what_the_file_lost_is_not_made_of_what_the_model_lacks(config, lost, absent):
+    state = _drawn(transformers.AutoModel.from_config(config))
+    assert wrong(wb.match(_left_out(state, *lost), _left_out(state, *absent))) == []
+
+
+def test_a_list_of_one_name_on_both_sides_goes_nowhere_else():
+    blocks = {f"decoder.layers.{i}.{part}.weight": torch.randn(8, 8) for i in range(2) for part in ("fc1", "fc2")}
+    encoder = {name.replace("decoder", "encoder_stack"): torch.randn(8, 8) for name in blocks}
+    assert wrong(wb.match(blocks, encoder | _left_out(blocks, "1.fc2"))) == []
+
+
+def test_keys_get_zeros_for_a_bias_only_where_the_file_has_keys():
+    shapes = {"weight": (8, 8), "bias": (8,)}
+    parts = {f"{i}.attn.{part}_proj.{end}": torch.randn(shape) for i in range(2) for part in "qkv" for end, shape in shapes.items()}
+    target = {f"{i}.attn.in_proj_{end}": (24, *shape[1:]) for i in range(2) for end, shape in shapes.items()}
+    lost = wb.match(_left_out(parts, "1.attn.k_proj"), target)
+    assert not [pair for pair in lost.pairs if pair.target.startswith("1.")]
+    without = wb.match(_left_out(parts, "k_proj.bias"), target)
+    assert {pair.target for pair in without.pairs} == target.keys()
+
+
+def test_one_number_fills_a_tensor_without_axes():
+    keymap = wb.match({"logit_scale": torch.tensor([2.5])}, {"logit_scale": ()})
+    assert keymap.apply({"logit_scale": torch.tensor([2.5])})["logit_scale"].load() == torch.tensor(2.5)

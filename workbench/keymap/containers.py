@@ -116,7 +116,7 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
     sources, targets = search.by_context
     known: dict[Hashable, Layout] = {}
     ours, theirs = (_layouts(blocks, shapes, known) for blocks, shapes in zip(search.by_context, search.shapes, strict=True))
-    compared: dict[tuple[int, int], tuple[dict[Indices, Indices], str, int] | None] = {}
+    compared: dict[tuple[int, int, bool], tuple[dict[Indices, Indices], str, int] | None] = {}
     options: dict[str, list[tuple[tuple[int, ...], Pairing]]] = {}
     many = len(sources) * len(targets) > _MOST_CONTAINERS  # no model: only equal ones are compared
     lists = [[len(blocks) for context, blocks in side.items() if context] for side in (sources, targets)]
@@ -125,9 +125,9 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
         scored, whole = [], sum(map(len, held.values()))
         for source in [target] if many else sources:
             if source and source in sources and (source == target or (target and not opposed(source, target))):
-                key = id(ours[source]), id(theirs[target])
+                key = id(ours[source]), id(theirs[target]), source == target
                 if key not in compared:
-                    compared[key] = _compared(ours[source], theirs[target])
+                    compared[key] = _compared(ours[source], theirs[target], one_name=source == target)
                 p = Pairing(source, target, *read) if (read := compared[key]) else None
                 forms = {*ours[source].values(), *theirs[target].values()} if p and p.reading != SAME_NUMBERS else ()
                 if forms and len(set(map(frozenset, forms))) < 3:  # no shape tells it
@@ -136,6 +136,11 @@ def _options(search: Search) -> dict[str, list[tuple[tuple[int, ...], Pairing]]]
                     shared = len(words_in(source) & words_in(target))
                     scored.append(((p.filled, source == target, shared, -len(sources[source])), p))
         options[target] = sorted(scored, key=lambda entry: entry[0], reverse=True)
+    own = {
+        t for t, scored in options.items() if any(p.source == t and 2 * p.filled >= sum(map(len, targets[t].values())) for _, p in scored)
+    }
+    for target in options:  # what stands under one name on both sides goes nowhere else
+        options[target] = [(score, p) for score, p in options[target] if p.source == target or p.source not in own]
     often = Counter(p.source for scored in options.values() for _, p in scored)
     for target, held in targets.items():
         whole, alone = sum(map(len, held.values())), len(options[target]) == 1
@@ -186,19 +191,21 @@ def _layouts(
     return out
 
 
-def _compared(ours: Layout, theirs: Layout) -> tuple[dict[Indices, Indices], str, int] | None:
-    """How the numbers of one may stand for those of the other, and how many tensors agree then."""
+def _compared(ours: Layout, theirs: Layout, *, one_name: bool) -> tuple[dict[Indices, Indices], str, int] | None:
+    """How the numbers of one may stand for those of the other, and how many tensors agree then; under one name, the same numbers where
+    the file has all of them and no shape speaks against it."""
     numbered: list[tuple[dict[Indices, Indices], str]] = []
+    as_named = one_name and theirs.keys() <= ours.keys() and not any(_clashes(ours[i], form) for i, form in theirs.items())
     depth = {len(i) for i in ours} | {len(i) for i in theirs}
-    if len(depth) == 1:
-        if theirs.keys() & ours.keys():
-            numbered.append(({i: i for i in theirs if i in ours}, SAME_NUMBERS))
+    if len(depth) == 1 and theirs.keys() & ours.keys():
+        numbered.append(({i: i for i in theirs if i in ours}, SAME_NUMBERS))
+    if len(depth) == 1 and not as_named:
         low = [tuple(min(column) for column in zip(*held, strict=True)) for held in (ours, theirs)]
         shift = tuple(a - b for a, b in zip(*low, strict=True))
         moved = {i: tuple(n + d for n, d in zip(i, shift, strict=True)) for i in theirs} if any(shift) else {}
         if moved and all(i in ours for i in moved.values()):
             numbered.append((moved, f"numbers moved by {', '.join(map(str, shift))}"))
-    if ours.keys() != theirs.keys():
+    if ours.keys() != theirs.keys() and not as_named:
         alike = sorted(ours) if len(ours) == len(theirs) else _alike(ours, theirs)
         numbered += [(dict(zip(sorted(theirs), alike, strict=True)), "one after the other")] if len(alike) == len(theirs) else []
     read = [
@@ -215,6 +222,13 @@ def _alike(ours: Layout, theirs: Layout) -> list[Indices]:
     found = sorted(index for index, form in ours.items() if form in fits)
     gaps = any(len(one) == 1 and one[0] + 1 != other[0] for one, other in pairwise(found))  # layers of two kinds: which go is not told
     return [] if gaps else found
+
+
+@lru_cache(maxsize=1 << 14)
+def _clashes(ours: Form, theirs: Form) -> bool:
+    """Whether a role of both has shapes that do not fit."""
+    held = {role: (shape, in_out) for role, shape, in_out in ours}
+    return any(role in held and fit(held[role][0], shape, held[role][1] != in_out) is None for role, shape, in_out in theirs)
 
 
 @lru_cache(maxsize=1 << 14)

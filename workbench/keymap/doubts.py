@@ -17,6 +17,7 @@ from workbench.keymap.conventions import BY_HEADS, EITHER_WAY, IN_OUT, MERGED
 from workbench.keymap.layouts import withdraw
 from workbench.keymap.maps import Regroup
 from workbench.keymap.naming import Name
+from workbench.keymap.places import COUNTED
 
 if TYPE_CHECKING:
     from workbench.keymap.inference import Search
@@ -53,7 +54,7 @@ def equal_names(search: Search) -> None:
     for pair in moved:
         target, mine = pair.target, pair.source
         own, other = ours.get((bare[target], shapes[target])), theirs.get((bare[mine], search.items[mine].shape))
-        if (own or other) and re.sub(r"\d+", "#", bare[mine]) != re.sub(r"\d+", "#", bare[target]):  # else it is counted otherwise
+        if (own or other) and COUNTED.sub("#", bare[mine]) != COUNTED.sub("#", bare[target]):  # else it is counted otherwise
             told = f"the file has {own!r} under the name of the target" if own else f"the model has {other!r} under the name of the source"
             withdraw(search, pair, f"the words around it and the shape agree, but {told}, and of the same shape")
             search.ambiguous[target] = replace(search.ambiguous[target], candidates=(mine, own) if own else (mine,))

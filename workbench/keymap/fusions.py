@@ -58,6 +58,8 @@ def fused_pairs(
         if whole in held and any(part in wanted for part in parts) and not any(part in held for part in parts):
             yield from _taken_apart(held[whole], [wanted.get(part, "") for part in parts], fusion, items, target)
         elif whole in wanted and held.keys() & set(parts) and whole not in held:
+            if param == "bias." and any(part not in held and part.replace("bias.", "weight.") not in held for part in parts):
+                continue  # not a module without a bias: the file has lost it
             yield from _put_together([held.get(part, "") for part in parts], wanted[whole], fusion, items, target)
 
 

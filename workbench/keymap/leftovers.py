@@ -129,8 +129,14 @@ def _apart(one: Unit, other: Unit) -> bool:
         return True
     if one.word == other.word and one.place and one.place.split(".")[-1] == other.place.split(".")[-1]:
         return False
+    parts = [{_PARTS[word] for word in unit.word.lower().split("_") if word in _PARTS} for unit in (one, other)]
+    if all(parts) and not parts[0] & parts[1]:
+        return True
     families = [{"attn", "xattn", "mlp"} & _words(text) for text in roles]
     return len(set(settled)) == 2 or (all(families) and not families[0] & families[1])
+
+
+_PARTS = {"query": "q", "key": "k", "value": "v", "out": "o", "output": "o"} | {letter: letter for letter in "qkvo"}  # of an attention
 
 
 def variants(one: str, other: str) -> bool:

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from workbench.keymap.inference import Search
 
 _NUMBER = re.compile(r"\d+")
+COUNTED = re.compile(r"(?<![^.])\d+(?![^.])")  # a number by itself: `norm2` is a name
 
 
 class Places:
@@ -31,6 +33,8 @@ class Places:
         self.known: set[str] = set()  # targets
         self.modules: tuple[list[str], ...] = ()  # of both sides, sorted
         self.masked: tuple[dict[str, list[str]], ...] = ()
+        self.names: dict[str, list[str]] = defaultdict(list)  # of each module of the model
+        self.ends: tuple[dict[str, set[str]], ...] = (defaultdict(set), defaultdict(set))  # name in all blocks -> the other's
 
     def guard(self, step: Callable[[Search], None]) -> None:
         """One step, less what of it is out of place."""
@@ -52,6 +56,8 @@ class Places:
             self.modules = tuple(
                 sorted({_module(told.bare) for told in names.values()}) for names in (self.search.source_names, self.search.target_names)
             )
+            for name, told in self.search.target_names.items():
+                self.names[_module(told.bare)].append(name)
             self.masked = (defaultdict(list), defaultdict(list))
             for modules, masked in zip(self.modules, self.masked, strict=True):
                 for module in modules:
@@ -61,6 +67,9 @@ class Places:
             for source in self.search.pairs[target].sources:
                 self.partners[0][_module(self._bare(source))].add(other)
                 self.partners[1][other].add(_module(self._bare(source)))
+                mine, its = _counted(_module(self._bare(source))), _counted(other)
+                self.ends[0][mine].add(its)
+                self.ends[1][its].add(mine)
         self.known |= targets
 
     def _speaks(self, source: str, target: str) -> str:
@@ -68,10 +77,22 @@ class Places:
         words = _mask(source), _mask(target)
         if words[0] != words[1] and all(text in side for text, side in zip(words, reversed(self.masked), strict=True)):
             return f"both the file and the model have {words[0]!r} and {words[1]!r}, and one is not the other"
+        held = {name: len(self.search.wanted.shapes[name]) for name in self.names[target]}
+        norm = max(held.values()) < 2 and any(name.endswith(".weight") for name in held)
+        names = _counted(source), _counted(target)
+        for side, own, other in ((1, names[1], names[0]), (0, names[0], names[1])) if norm else ():  # it has one name in all blocks
+            ends = self.ends[side].get(own, set())
+            if len(ends) == 1 and other not in ends:
+                return f"{own!r} of the other blocks is {min(ends)!r} on the other side, and not {other!r}"
         for mine, its in self._views(source, target):
             went, came = self._rest(0, *mine, source), self._rest(1, *its, target)
-            if went and came and not any(_within(its, each) for each in went) and not any(_within(mine, each) for each in came):
-                return f"what else lies in {mine[0]!r} of the file is {min(went)!r} in the model, and not in {its[0]!r}"
+            if (
+                (went or _mask(mine[0]) == _mask(its[0]))
+                and came
+                and not any(_within(its, each) for each in went)
+                and not any(_within(mine, each) for each in came)
+            ):
+                return f"what else lies in {its[0]!r} of the model is {min(came)!r} in the file, and not in {mine[0]!r}"
         return ""
 
     def _views(self, source: str, target: str) -> Iterator[tuple[tuple[str, int], tuple[str, int]]]:
@@ -96,6 +117,11 @@ class Places:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+@lru_cache(maxsize=1 << 14)
+def _counted(name: str) -> str:
+    return COUNTED.sub("#", name)
 
 
 def _mask(name: str, depth: int = 0) -> str:

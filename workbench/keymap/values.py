@@ -80,7 +80,7 @@ def starts_alike(one: LazyTensor, other: LazyTensor) -> bool:
 
 
 def _regrouped(tensor: torch.Tensor, regroup: Regroup | None) -> torch.Tensor:
-    return tensor if regroup is None else tensor.reshape(regroup[0]).permute(*regroup[1]).reshape(regroup[2])
+    return tensor if regroup is None else tensor.reshape(regroup[0]).permute(regroup[1]).reshape(regroup[2])
 
 
 def regroup_code(regroup: Regroup | None, shape: tuple[int, ...] = ()) -> str:
