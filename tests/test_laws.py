@@ -217,7 +217,7 @@ def test_quantize_stays_within_its_bound(tensor, scale):
     """|x - q * scale| <= scale / 2, and a hair for the rounding of the quotient and of the scale itself."""
     tensor = tensor * scale
     assume(torch.isfinite(tensor).all())
-    result = wb.ops.quantize_int8(wb.open({"w": tensor}), names="*")
+    result = wb.ops.quantize(wb.open({"w": tensor}), names="w")
     declared(result)
     q, s = result["w"].load().double(), result["w_scale"].load().double()
     assert result["w"].dtype.name == "int8"
@@ -230,12 +230,12 @@ def test_quantize_stays_within_its_bound(tensor, scale):
     assert torch.allclose(restored["w"].load().double(), q * per_element, rtol=1e-6, atol=0)
 
 
-@given(tensor=weights(), sparsity=st.floats(0, 1, exclude_max=True))
-def test_pruning_zeroes_exactly_the_smallest_and_keeps_the_lower_index_of_ties(tensor, sparsity):
-    result = wb.ops.prune_magnitude(wb.open({"w": tensor}), sparsity=sparsity, names="*")
+@given(tensor=weights(), amount=st.floats(0, 1, exclude_max=True))
+def test_pruning_zeroes_exactly_the_smallest_and_keeps_the_lower_index_of_ties(tensor, amount):
+    result = wb.ops.prune(wb.open({"w": tensor}), amount, names="*")
     declared(result)
     flat, pruned = tensor.reshape(-1), result["w"].load().reshape(-1)
-    count = int(sparsity * flat.numel() + 0.5)
+    count = round(amount * flat.numel())
     order = sorted(range(flat.numel()), key=lambda i: (abs(flat[i].item()), -i))
     expected = flat.clone()
     expected[order[:count]] = 0

@@ -93,7 +93,7 @@ def not_floating(folder):
 
 
 def not_finite(folder):
-    wb.save(wb.ops.quantize_int8(wb.open({"w": torch.full((2, 2), float("nan"))})), folder / "x.pt")
+    wb.save(wb.ops.quantize(wb.open({"w": torch.full((2, 2), float("nan"))})), folder / "x.pt")
 
 
 def two_of_one_name(folder):
@@ -135,8 +135,8 @@ CASES = [
     (no_folder, errors.WriteError, ["No such file", "none", "make the folder"]),
     (small_budget, errors.BudgetError, ["max_ram_mb=1", "16 MB"]),
     (overflow, errors.SelectionError, ["1e+06", "float16", "bfloat16"]),
-    (not_floating, errors.SelectionError, ["int8", "quantize_int8"]),
-    (not_finite, errors.SelectionError, ["NaN", "names="]),
+    (not_floating, errors.SelectionError, ["int8", "quantize"]),
+    (not_finite, errors.SelectionError, ["NaN", "exclude="]),
     (two_of_one_name, errors.SelectionError, ["'b'", "'a'"]),
     (no_container, errors.UnsupportedError, ["int", "nn.Module"]),
     (remote, errors.WorkbenchError, ["https"]),

@@ -225,7 +225,7 @@ def test_a_budget_that_cannot_be_kept_is_refused(options, old):
 
 
 def test_a_row_wider_than_the_budget_is_refused_with_the_budget_that_fits(tmp_path):
-    ckpt = wb.ops.quantize_int8(wb.open({"w": torch.ones(4, 1_000_000)}))
+    ckpt = wb.ops.quantize(wb.open({"w": torch.ones(4, 1_000_000)}))
     try:
         wb.save(ckpt, tmp_path / "wide.pt", max_ram_mb=16)
     except BudgetError as error:
@@ -237,7 +237,7 @@ def test_a_row_wider_than_the_budget_is_refused_with_the_budget_that_fits(tmp_pa
 
 
 def pipeline(source):
-    return wb.ops.prune_magnitude(wb.ops.quantize_int8(source, names="q*"), sparsity=0.3, names="p*")
+    return wb.ops.prune(wb.ops.quantize(source, names="q*"), 0.3, names="p*")
 
 
 @pytest.fixture(scope="module")
@@ -294,9 +294,9 @@ def test_what_is_saved_depends_on_the_tensors_and_not_on_the_clock(source, tmp_p
 
 SMALL = """
 path, out, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
-wb.save(wb.ops.quantize_int8(wb.open({"w": torch.ones(64, 64), "v": torch.ones(100)}), names="*"), out)
+wb.save(wb.ops.quantize(wb.open({"w": torch.ones(64, 64), "v": torch.ones(100)}), names="*"), out)
 """
-QUANTIZED = 'wb.save(wb.ops.quantize_int8(wb.open(path), names="*"), out, max_ram_mb=budget)'
+QUANTIZED = 'wb.save(wb.ops.quantize(wb.open(path), names="w"), out, max_ram_mb=budget)'
 
 
 @pytest.fixture(scope="module")

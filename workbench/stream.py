@@ -7,6 +7,7 @@ of work is (a group of targets, the output path) -> numbers, so a group can run 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -253,12 +254,12 @@ def _keep_freed_blocks() -> None:
 
 
 def _steps(tensors: Sequence[LazyTensor], budget: int) -> tuple[int, int]:
-    """(units, units per step): rows where any block of the group works by rows, else elements."""
+    """(units, units per step): rows where any block of the group works by rows (where theirs differ, parts that are whole rows of each)."""
     blocks = [block for tensor in tensors for block in _blocks(tensor)]
     rows = {block.specs[0].shape[0] for block in blocks if block.reads == "rows"}
-    counts = rows or {tensor.numel for tensor in tensors}
+    counts = {math.gcd(*rows)} if rows else {tensor.numel for tensor in tensors}
     if len(counts) > 1:
-        raise SpecMismatchError(f"tensors that share a block do not have the same number of rows: {sorted(counts)}")
+        raise SpecMismatchError(f"tensors that share a block do not have the same number of elements: {sorted(counts)}")
     units = counts.pop()
     if not units:
         return 0, 1

@@ -93,7 +93,8 @@ class Block:
 
     The kernel is ``(params, whole, blocks, at) -> sequence of torch.Tensor``:
         reads="elements": `blocks` are equal flat ranges of the rowed inputs, `at` their flat start; results are flat and as long.
-        reads="rows": `blocks` are the same rows (along dim 0) of each rowed input, `at` the first row; results are those rows.
+        reads="rows": each rowed input in as many equal parts as `specs[0]` has rows, a part of which need be no row of its own: `blocks` are
+            the same parts of each ([parts, …]), `at` the first; results are those rows. A tensor may give a slot another shape.
         reads="scan": `blocks` are iterators of (flat start, flat chunk); results are whole, and small.
         reads="full": `blocks` are whole tensors; refused where `peak` bytes pass the budget.
     `whole` inputs are always given entire. Identity is equality: one Block is one computation.
@@ -222,7 +223,7 @@ class LazyTensor:
     def chunks(self, max_nbytes: int = HOT_NBYTES, memo: Memo | None = None) -> Iterator[tuple[int, torch.Tensor]]:
         """Every element once, in logical order, as (flat start, flat tensor of at most max(max_nbytes, one row) bytes)."""
         memo = memo or Memo()
-        step = max(1, max_nbytes // self.dtype.itemsize)
+        step = max(1, max_nbytes * self.numel // max(_read_nbytes(self), 1))
         if (row := _row_numel(self)) > 1:
             step = max(row, step // row * row)
         self._require_unlocked()
@@ -341,8 +342,19 @@ def _row_numel(tensor: LazyTensor) -> int:
     if not isinstance(tensor.source, Derived) or tensor.source.block.reads not in ("elements", "rows"):
         return 1
     block = tensor.source.block
-    own = math.prod(tensor.shape[1:]) if block.reads == "rows" else 1
-    return max([own, *(_row_numel(t) for t in block.rowed)]) if block.reads == "elements" else own
+    return _per_row(tensor, block) if block.reads == "rows" else max([1, *(_row_numel(t) for t in block.rowed)])
+
+
+def _per_row(tensor: LazyTensor, block: Block) -> int:
+    """Elements of an input or a result of `block` for each of its rows."""
+    return max(1, tensor.numel // max(1, block.specs[0].shape[0]))
+
+
+def _read_nbytes(tensor: LazyTensor) -> int:
+    """Bytes of the largest tensor that is read in step with this one: a column of scales takes the whole matrix."""
+    if not isinstance(tensor.source, Derived) or tensor.source.block.reads not in ("elements", "rows"):
+        return tensor.nbytes
+    return max([tensor.nbytes, *(_read_nbytes(t) for t in tensor.source.block.rowed)])
 
 
 def _read_derived(tensor: LazyTensor, source: Derived, start: int, stop: int, memo: Memo) -> torch.Tensor:
@@ -351,7 +363,7 @@ def _read_derived(tensor: LazyTensor, source: Derived, start: int, stop: int, me
         return _plain_values(_whole(source, memo)).reshape(-1)[start:stop]
     if block.reads == "elements":
         return _results(block, start, stop, memo)[source.slot]
-    row = max(1, math.prod(tensor.shape[1:]))
+    row = _per_row(tensor, block)
     first, last = start // row, -(-stop // row)
     return _results(block, first, last, memo)[source.slot].reshape(-1)[start - first * row : stop - first * row]
 
@@ -408,9 +420,10 @@ def _results(block: Block, first: int, last: int, memo: Memo) -> tuple[torch.Ten
     if key not in memo.step:
         inputs = []
         for t in block.rowed:
-            row = max(1, math.prod(t.shape[1:])) if block.reads == "rows" else 1
+            row = _per_row(t, block) if block.reads == "rows" else 1
             data = t.read(first * row, last * row, memo)
-            inputs.append(data.reshape(last - first, *t.shape[1:]) if block.reads == "rows" else data)
+            part = t.shape[1:] if t.shape[:1] == block.specs[0].shape[:1] else (row,)
+            inputs.append(data.reshape(last - first, *part) if block.reads == "rows" else data)
         shapes = [(last - first, *(s.shape[1:] if block.reads == "rows" else ())) for s in block.specs]
         results = kernel(block.op)(block.params, [_entire(t, memo) for t in block.whole], inputs, first)
         memo.step[key] = _checked(block, results, shapes)

@@ -100,7 +100,7 @@ def naive_int8(source: Path, target: Path) -> None:
 def our_int8(source: Path, target: Path) -> None:
     import workbench as wb
 
-    wb.save(wb.ops.quantize_int8(wb.open(source)), target)
+    wb.save(wb.ops.quantize(wb.open(source)), target)
 
 
 def side_by_side(peer: Callable[[], None], ours: Callable[[], None], rounds: int) -> dict[str, float]:
@@ -136,7 +136,7 @@ def peak(folder: Path, name: str, max_ram_mb: int) -> dict[str, float]:
     import workbench as wb
 
     torch.set_num_threads(1)
-    wb.save(wb.ops.quantize_int8(wb.open({"weight": torch.randn(64, 64)})), folder / "warm.pt")
+    wb.save(wb.ops.quantize(wb.open({"weight": torch.randn(64, 64)})), folder / "warm.pt")
     base, highest, stop = resident_mb(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -147,7 +147,7 @@ def peak(folder: Path, name: str, max_ram_mb: int) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    wb.save(wb.ops.quantize_int8(wb.open(folder / f"{name}.pt"), names="*"), folder / "peak.pt", max_ram_mb=max_ram_mb)
+    wb.save(wb.ops.quantize(wb.open(folder / f"{name}.pt"), names="weight"), folder / "peak.pt", max_ram_mb=max_ram_mb)
     seconds = time.perf_counter() - start
     stop.set()
     watcher.join()

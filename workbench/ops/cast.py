@@ -42,7 +42,7 @@ def cast(
     """
     wanted = dtypes.dtype(dtype)
     if not wanted.is_floating or wanted.name == "float8_e8m0fnu":
-        raise SelectionError(f"{wanted} is not a floating type that holds weights", hint="for int8 use wb.ops.quantize_int8")
+        raise SelectionError(f"{wanted} is not a floating type that holds weights", hint="for int8 use wb.ops.quantize")
     if overflow not in ("raise", "allow"):
         raise SelectionError(f'overflow={overflow!r}: it can be "raise" or "allow"')
     params = {"dtype": wanted.name, "overflow": overflow}

@@ -86,7 +86,7 @@ def head(ckpt: Any) -> Head:
 
 
 def origin(ckpt: Any) -> str:
-    """`not saved · quantize_int8` for what an op made; empty for what was opened."""
+    """`not saved · quantize` for what an op made; empty for what was opened."""
     history = getattr(ckpt, "history", ())
     return f"not saved · {history[-1].op}" if history and ckpt.source is None else ""
 
