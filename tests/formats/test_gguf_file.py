@@ -10,56 +10,15 @@ from contextlib import nullcontext
 import gguf
 import numpy as np
 import pytest
-import torch
 from conformance import FormatTests
+from gguf_makers import DECODED, TYPES, Hand, by_gguf, hand, packed, u32, u64, write, write_split
 from strategies import bits, same
 
 import workbench as wb
 from workbench.errors import CorruptFileError, MissingDependencyError, UnsupportedError, WorkbenchError
 from workbench.formats import gguf_file
-from workbench.formats.gguf_file import _BLOCKS, _OPAQUE
+from workbench.formats.gguf_file import _OPAQUE, BLOCKS
 from workbench.formats.packed import Packed
-
-TYPES = gguf.GGMLQuantizationType
-DECODED = [t for t in TYPES if t in gguf.quants._type_traits and t is not TYPES.BF16]
-
-
-def packed(kind, rows, blocks, seed=0):
-    """Rows of blocks with arbitrary bits, small enough that no 16-bit scale among them is infinite."""
-    return np.random.default_rng(seed).integers(0, 60, (rows, blocks * gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-
-
-def write(path, tensors, *, endian=gguf.GGUFEndian.LITTLE, **metadata):
-    """A file by the official writer; tensors are arrays, or (type, packed bytes)."""
-    writer = gguf.GGUFWriter(path, "llama", endianess=endian)
-    for key, value in metadata.items():
-        writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
-    for name, tensor in tensors.items():
-        if isinstance(tensor, tuple):
-            writer.add_tensor(name, tensor[1], raw_dtype=tensor[0])
-        else:
-            writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def by_gguf(path):
-    """name -> values, by the official reader and dequantizer."""
-    out = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        if tensor.tensor_type == TYPES.BF16:
-            out[tensor.name] = torch.from_numpy(np.array(tensor.data).view(np.int16)).view(torch.bfloat16).reshape(shape)
-        elif tensor.tensor_type in DECODED:
-            with np.errstate(all="ignore"):
-                out[tensor.name] = torch.from_numpy(gguf.quants.dequantize(np.array(tensor.data), tensor.tensor_type)).reshape(shape)
-        else:
-            data = np.array(tensor.data)
-            out[tensor.name] = torch.from_numpy(data.astype(data.dtype.newbyteorder("="))).reshape(shape)
-    return out
 
 
 def plain():
@@ -164,19 +123,6 @@ class TestGgufSplit(TestGguf):
             wb.open(built[0])
 
 
-def write_split(path, tensors, number, count, total):
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.no", number)
-    writer.add_uint16("split.count", count)
-    writer.add_int32("split.tensors.count", total)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor[1], raw_dtype=tensor[0]) if isinstance(tensor, tuple) else writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
 def test_each_packing_has_the_values_the_library_gives_it(kind, tmp_path):
     path = write(tmp_path / "q.gguf", {"q": (kind, packed(kind, 3, 4)), "row": (kind, packed(kind, 1, 5, 1).reshape(-1))})
@@ -198,10 +144,10 @@ def test_a_tensor_of_many_steps(tmp_path):
 
 
 def test_the_table_of_types_is_the_librarys():
-    table = {TYPES(code).name: sizes for code, (_, *sizes) in _BLOCKS.items() if code in TYPES.__members__.values()}
+    table = {TYPES(code).name: sizes for code, (_, *sizes) in BLOCKS.items() if code in TYPES.__members__.values()}
     assert table == {t.name: list(gguf.GGML_QUANT_SIZES[t]) for t in TYPES if gguf.GGML_QUANT_SIZES[t][0] > 1}
-    assert all(TYPES(code).name == name for code, (name, *_) in _BLOCKS.items() if code in TYPES.__members__.values())
-    assert {name for name, *_ in _BLOCKS.values()} - _OPAQUE == {t.name for t in DECODED}
+    assert all(TYPES(code).name == name for code, (name, *_) in BLOCKS.items() if code in TYPES.__members__.values())
+    assert {name for name, *_ in BLOCKS.values()} - _OPAQUE == {t.name for t in DECODED}
 
 
 @pytest.mark.parametrize("kind", [TYPES.Q8_1, TYPES.Q8_K, TYPES.Q1_0], ids=lambda kind: kind.name)
@@ -264,48 +210,6 @@ def test_templates_and_long_texts_are_kept_as_text_and_bounded(tmp_path):
 
 
 # by hand, from the specification
-
-
-class Hand:
-    """A file as the specification lays it out, field by field."""
-
-    def __init__(self, order="<", version=3):
-        self.order, self.version = order, version
-        self.pairs, self.infos = [], []
-
-    def text(self, data):
-        data = data.encode() if isinstance(data, str) else data
-        return struct.pack(self.order + "Q", len(data)) + data
-
-    def pair(self, key, kind, value):
-        self.pairs.append(self.text(key) + struct.pack(self.order + "I", kind) + value)
-        return self
-
-    def info(self, name, dims, kind=0, offset=0):
-        self.infos.append(self.text(name) + struct.pack(f"{self.order}I{len(dims)}QIQ", len(dims), *dims, kind, offset))
-        return self
-
-    def bytes(self, data=b"", *, tensors=None, pairs=None, alignment=32):
-        counts = (len(self.infos) if tensors is None else tensors, len(self.pairs) if pairs is None else pairs)
-        head = b"GGUF" + struct.pack(self.order + "IQQ", self.version, *counts) + b"".join(self.pairs) + b"".join(self.infos)
-        return head + bytes(-len(head) % alignment) + data
-
-    def write(self, folder, data=b"", **options):
-        path = folder / "hand.gguf"
-        path.write_bytes(self.bytes(data, **options))
-        return path
-
-
-def u32(value):
-    return struct.pack("<I", value)
-
-
-def u64(value):
-    return struct.pack("<Q", value)
-
-
-def hand():
-    return Hand()
 
 
 BROKEN = {

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from workbench.checkpoint import Checkpoint
@@ -182,7 +183,7 @@ def open_folder(folder: Folder) -> Checkpoint:
 
 _EXTENSIONS = {
     "pt": "torch-zip", "pth": "torch-zip", "bin": "torch-zip", "ckpt": "torch-zip", "tar": "torch-zip",
-    "safetensors": "safetensors",
+    "safetensors": "safetensors", "gguf": "gguf",
 }  # fmt: skip
 
 
@@ -192,6 +193,8 @@ def save(
     *,
     format: str | None = None,
     unsafe: Literal["refuse", "drop"] = "refuse",
+    types: str | Mapping[str, str] | None = None,
+    dry_run: bool = False,
     max_ram_mb: int = 256,
     threads: int = 1,
     executor: Executor | None = None,
@@ -202,8 +205,11 @@ def save(
 
     Args:
         ckpt: a Checkpoint, or anything `wb.open` takes.
-        path: the extension chooses the format (.pt .pth .bin .ckpt or .safetensors) unless `format` names it.
+        path: the extension chooses the format (.pt .pth .bin .ckpt, .safetensors or .gguf) unless `format` names it.
         unsafe: "refuse" objects that are not plain data, or "drop" them and list them in the report.
+        types: what GGUF stores floating matrices as: a ggml type (F32 F16 BF16 Q8_0 Q4_0 …), or {glob: type}, of which a later one counts;
+            the report lists what became of each kind. Without it every tensor keeps its type, and the very bytes of blocks of a GGUF.
+        dry_run: lay the file out and write nothing; the report's bytes are those that would be written.
         max_ram_mb: memory budget in MB for what is held at once.
         threads, executor: where the work runs; see `workbench.stream.stream`.
     Returns:
@@ -212,7 +218,7 @@ def save(
         SelectionError: the format would lose something. UntrustedError: unsafe objects. WriteError: the disk refused.
     Cost: one read and one write of each tensor, and one read of the result.
     """
-    from workbench.formats import safetensors_writer, torch_writer
+    from workbench.formats import gguf_writer, safetensors_writer, torch_writer
     from workbench.formats.memory import open_object
     from workbench.formats.torch_pickle import drop_unsafe
     from workbench.formats.writing import Job
@@ -224,18 +230,24 @@ def save(
         raise WriteError("only local files are written", path=where, hint="save it here, and copy it there")
     target = os.path.abspath(os.fspath(path))
     chosen = format or _EXTENSIONS.get(target.rpartition(".")[2].lower())
-    job = Job(max_ram_mb, threads, executor, progress, cancel)
+    job = Job(max_ram_mb, threads, executor, progress, cancel, dry_run)
     if unsafe not in ("refuse", "drop"):
         raise SelectionError(f'unsafe={unsafe!r}: it can be "refuse" or "drop"')
-    if chosen in ("torch-zip", "safetensors"):
+    if types is not None and chosen != "gguf":
+        raise SelectionError("types= chooses how GGUF packs values", hint="name a .gguf file, or quantize the checkpoint before: wb.ops")
+    writers: dict[str | None, Callable[[Checkpoint, str, Job], SaveReport]] = {
+        "torch-zip": torch_writer.write,
+        "safetensors": safetensors_writer.write,
+        "gguf": partial(gguf_writer.write, types=types),
+    }
+    if chosen in writers:
         asides = [name for name, node in items_of(ckpt.tree).items() if isinstance(node, Aside)] if is_mapping(ckpt.tree) else []
         kept = replace(ckpt, tree=without_asides(ckpt.tree)) if asides else ckpt
         tree, left = drop_unsafe(kept.tree) if unsafe == "drop" else (kept.tree, [])
         if left:
             kept = Checkpoint({} if tree is NOTHING else tree, name=kept.name)
-        write = torch_writer.write if chosen == "torch-zip" else safetensors_writer.write
-        return replace(write(kept, target, job), left_behind=(*left, *asides))
+        return replace(writers[chosen](kept, target, job), left_behind=(*left, *asides))
     raise SelectionError(
         f"the format to write is not clear from {os.path.basename(target)!r}",
-        hint="use .pt or .safetensors, or say format='torch-zip' or 'safetensors'",
+        hint="use .pt, .safetensors or .gguf, or say format='torch-zip', 'safetensors' or 'gguf'",
     )

@@ -34,9 +34,9 @@ from workbench.formats.window import Window, require_shape
 from workbench.strided import row_major
 from workbench.tensors import LazyTensor, Stored, TensorSpec, made, stored_tensors
 
-_PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
+PLAIN = {0: "float32", 1: "float16", 24: "int8", 25: "int16", 26: "int32", 27: "int64", 28: "float64", 30: "bfloat16"}
 # type -> name, elements a block, bytes a block
-_BLOCKS = {
+BLOCKS = {
     2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40),
     10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
     16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110),
@@ -50,15 +50,25 @@ _KINDS = (
     ("u8", "B"), ("i8", "b"), ("u16", "H"), ("i16", "h"), ("u32", "I"), ("i32", "i"), ("f32", "f"), ("bool", "B"), ("text", ""), ("array", ""),
     ("u64", "Q"), ("i64", "q"), ("f64", "d"),
 )  # fmt: skip
-_U32, _BOOL, _TEXT, _ARRAY = 4, 7, 8, 9
+U32, _BOOL, TEXT, ARRAY = 4, 7, 8, 9
 _MAX_PAIRS, _MAX_TENSORS, _MAX_NAMES = 1 << 14, 1 << 19, 64 << 20  # bytes of all names
 _MAX_ITEMS, _DEAR = 4_000_000, 32  # texts in arrays; what an array in an array, and each element that is told, count for
 _MAX_TEXT, _MAX_ALL_TEXT = 1 << 16, 16 << 20  # bytes that are shown
 _HEAD, _MAX_KNOWN = 256, 4096  # bytes, most infos are shorter; dimensions and types of tensors that are kept at once
 _SHOWN, _MAX_PARTS = 16, 1000  # elements of an array, or missing parts, that are named one by one
 
+DECODER = f"{__name__}:dequantize"
+
 Tensors = dict[str, LazyTensor]
 Kind = tuple[tuple[int, ...], int]  # dimensions as stored, and element type
+
+
+class Value(str):
+    """The value of a pair, in words, and how the file has it: its type, its bytes and their order."""
+
+    kind: int
+    span: Span
+    order: str
 
 
 def open_file(file: FileRef) -> Checkpoint:
@@ -111,7 +121,7 @@ def _all_parts(file: FileRef, own: Tensors, metadata: dict[str, str]) -> tuple[T
 
 def _read_part(file: FileRef) -> tuple[Tensors, dict[str, str], list[Finding]]:
     with located(path=file.url), file.open() as source:
-        index = _Index(Window(source.pread, file.size))
+        index = _Index(Window(source.pread, file.size), file)
         if index.take(4) != b"GGUF":
             raise CorruptFileError("a GGUF file starts with 'GGUF'", offset=0)
         version = index.number("I")
@@ -193,26 +203,32 @@ def _form(dims: tuple[int, ...], code: int, byteorder: str) -> tuple[TensorSpec,
     """What tensors of one type and shape share: spec, strides, bytes in the file, how these are packed, byte order, and why locked."""
     shape, row = dims[::-1], dims[0] if dims else 1  # the file's first dimension moves fastest
     numel, locked = require_shape(shape), None
-    if code not in _PLAIN and code not in _BLOCKS:
+    if code not in PLAIN and code not in BLOCKS:
         raise UnsupportedError(f"element type {code} is not read; 4 and 5 were Q4_2 and Q4_3, which ggml has removed")
-    dtype = DTYPES[_PLAIN.get(code, "float32")]
-    packing, elements, narrow = _BLOCKS.get(code, ("", 1, dtype.itemsize))
+    dtype = DTYPES[PLAIN.get(code, "float32")]
+    packing, elements, narrow = BLOCKS.get(code, ("", 1, dtype.itemsize))
     if row % elements:
         raise CorruptFileError(f"rows of {row} elements do not fill {packing} blocks of {elements}")
     if packing and (byteorder == "big" or packing in _OPAQUE):
         locked = f"{byteorder}-endian {packing} is not decoded by the gguf library"
-    packed = (4 * numel, packing, narrow, 4 * elements, f"{__name__}:dequantize", (packing,)) if packing else ()
+    packed = (4 * numel, packing, narrow, 4 * elements, DECODER, (packing,)) if packing else ()
     return TensorSpec(dtype, shape), row_major(shape), numel // elements * narrow, packed, "little" if packing else byteorder, locked
+
+
+def library(what: str) -> Any:
+    """The gguf package, which `what` needs."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependencyError(f"{what} need the gguf library", hint="pip install 'checkpoint-workbench[gguf]'") from error
+    return gguf
 
 
 def dequantize(stored: bytearray, packing: str) -> Any:
     """Whole blocks as little-endian float32."""
-    try:
-        import gguf
-        import numpy as np
-    except ImportError as error:
-        hint = "pip install 'checkpoint-workbench[gguf]'"
-        raise MissingDependencyError(f"values of {packing} need the gguf library", hint=hint) from error
+    gguf = library(f"values of {packing}")
+    import numpy as np
+
     try:
         with np.errstate(all="ignore"):  # a stranger's scale may be infinite
             values = gguf.quants.dequantize(np.frombuffer(stored, np.uint8), gguf.GGMLQuantizationType[packing])
@@ -224,8 +240,8 @@ def dequantize(stored: bytearray, packing: str) -> Any:
 class _Index:
     """A cursor over the index; `order` is struct's word for the byte order."""
 
-    def __init__(self, window: Window) -> None:
-        self.window, self.at, self.order = window, 0, "<"
+    def __init__(self, window: Window, file: FileRef) -> None:
+        self.window, self.file, self.at, self.order = window, file, 0, "<"
         self.kinds: list[Kind] = []
         self._items, self._room, self._names = _MAX_ITEMS, _MAX_ALL_TEXT, _MAX_NAMES
 
@@ -257,19 +273,20 @@ class _Index:
             raise UnsupportedError(f"{pairs} pairs; at most {_MAX_PAIRS} are read", offset=16)
         out: dict[str, str] = {}
         for _ in range(pairs):
-            start, key, kind = self.at, self.name(), self.number("I")
+            start, key, kind, at = self.at, self.name(), self.number("I"), self.at
             if key in out:
                 raise CorruptFileError(f"the key {key!r} stands twice: which of the two counts is ambiguous", offset=start)
-            if key == "general.alignment" and kind != _U32:
+            if key == "general.alignment" and kind != U32:
                 raise CorruptFileError(f"general.alignment must be u32, and is of type {kind}", offset=start)
-            out[key] = self.value(kind)
+            out[key] = value = Value(self.value(kind))
+            value.kind, value.span, value.order = kind, Span(self.file, at, self.at - at), self.order
         return out
 
     def value(self, kind: int) -> str:
         """A value in words, cut where it is long."""
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array()
-        if kind == _TEXT:
+        if kind == TEXT:
             length = self.count(1)
             shown = min(length, _MAX_TEXT, self._room)
             self._room -= shown
@@ -290,19 +307,19 @@ class _Index:
     def array(self) -> str:
         """An array in words: its elements where they are few and flat."""
         kind, length = self.header()
-        if kind != _ARRAY and length <= _SHOWN:
+        if kind != ARRAY and length <= _SHOWN:
             self._charge(_DEAR * length)
             return "[" + ", ".join(self.value(kind) for _ in range(length)) + "]"
         pending = [(kind, length)]
         while pending:
             inner, left = pending.pop()
-            if inner == _TEXT:
+            if inner == TEXT:
                 self._pass_texts(left)
-            elif inner != _ARRAY:
+            elif inner != ARRAY:
                 self.at += left * struct.calcsize("=" + _KINDS[inner][1])
             elif left:
                 self._charge(_DEAR)
-                pending += [(_ARRAY, left - 1), self.header()]
+                pending += [(ARRAY, left - 1), self.header()]
         return f"array of {length:,} × {_KINDS[kind][0]}"
 
     def _charge(self, items: int) -> None:
@@ -325,7 +342,7 @@ class _Index:
     def header(self) -> tuple[int, int]:
         """(element type, length) of an array."""
         kind = self.number("I")
-        return kind, self.count(struct.calcsize("=" + self.kind(kind)[1]) or (8 if kind == _TEXT else 12))
+        return kind, self.count(struct.calcsize("=" + self.kind(kind)[1]) or (8 if kind == TEXT else 12))
 
     def infos(self, count: int) -> dict[str, int]:
         """name -> offset; `kinds` has the dimensions as stored and the element type of each."""

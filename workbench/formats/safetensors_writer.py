@@ -6,7 +6,6 @@ Header entries stand in the checkpoint's order; the data is laid out by falling 
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from workbench.checkpoint import Checkpoint
@@ -56,7 +55,7 @@ def write(ckpt: Checkpoint, path: str, job: Job) -> SaveReport:
     layout = Layout(start + at, [(0, len(text).to_bytes(8, "little") + text)], targets)
     seconds, verify_seconds = write_layout(path, layout, {n: t.spec for n, t in ckpt.items()}, safetensors_file.open_file, job)
     notes = tuple(f"{alias} is stored as an alias of {name}" for alias, name in list(aliases.items())[:20])
-    return SaveReport(path, "safetensors", len(ckpt), os.path.getsize(path), seconds, verify_seconds, notes)
+    return SaveReport(path, "safetensors", len(ckpt), layout.nbytes, seconds, verify_seconds, notes, layout=layout if job.dry_run else None)
 
 
 def _distinct(ckpt: Checkpoint) -> tuple[dict[str, LazyTensor], dict[str, str]]:

@@ -41,8 +41,9 @@ def write(ckpt: Checkpoint, path: str, job: Job) -> SaveReport:
     records: list[tuple[str, Any, str]] = [(f"{root}/{name}", data, "") for name, data in small]
     records += [(f"{root}/data/{key}", source, tensor_name) for key, source, tensor_name in storages.sources()]
     records.append((f"{root}/version", b"3\n", ""))
-    seconds, verify_seconds = write_layout(path, _layout(records), {n: t.spec for n, t in ckpt.items()}, torch_zip.open_file, job)
-    return SaveReport(path, "torch-zip", len(ckpt), os.path.getsize(path), seconds, verify_seconds)
+    layout = _layout(records)
+    seconds, verify_seconds = write_layout(path, layout, {n: t.spec for n, t in ckpt.items()}, torch_zip.open_file, job)
+    return SaveReport(path, "torch-zip", len(ckpt), layout.nbytes, seconds, verify_seconds, layout=layout if job.dry_run else None)
 
 
 def _root(path: str) -> str:

@@ -28,6 +28,7 @@ class Job:
     executor: Executor | None = None
     progress: ProgressFunction | None = None
     cancel: threading.Event | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Layout:
 
 @dataclass(frozen=True, repr=False)
 class SaveReport(Report):
-    """What was written, and that it was read back equal."""
+    """What was written, and that it was read back equal; or, of a dry run, what would be, and its `layout`."""
 
     path: str
     format: str
@@ -52,11 +53,14 @@ class SaveReport(Report):
     verify_seconds: float
     notes: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = field(default=())
+    layout: Layout | None = field(default=None, repr=False)
 
     @property
     def headline(self) -> str:
         left = f"; left behind: {len(self.left_behind)}" if self.left_behind else ""
-        return f"{self.tensors} tensors, {format_bytes(self.nbytes)}, written to {visible(os.path.basename(self.path))} and read back equal{left}"
+        done = "would be written to" if self.layout else "written to"
+        proof = "" if self.layout else " and read back equal"
+        return f"{self.tensors} tensors, {format_bytes(self.nbytes)}, {done} {visible(os.path.basename(self.path))}{proof}{left}"
 
     def tables(self) -> tuple[Table, ...]:
         facts: list[tuple[str, str]] = [
@@ -72,12 +76,14 @@ class SaveReport(Report):
 def write_layout(
     path: str, layout: Layout, specs: dict[str, TensorSpec], reader: Callable[[FileRef], Checkpoint], job: Job
 ) -> tuple[float, float]:
-    """Write the layout as the file at `path`, or leave everything as it was.
+    """Write the layout as the file at `path`, or leave everything as it was; a dry run does no more.
 
     Returns: (seconds to write, seconds to read back).
     Raises:
         CorruptFileError: the file read back differs from what was meant; the old file is untouched.
     """
+    if job.dry_run:
+        return 0.0, 0.0
     timing = [time.monotonic(), 0.0]
     written: list[Written] = []
 
