@@ -6,4 +6,5 @@ wb.describe(ckpt)                    # which network it holds, with the evidence
 wb.archive("model.pt")               # the container's own pieces
 wb.stats(ckpt, names="*.weight")     # min, max, mean, std, zeros, NaN, Inf, histogram per tensor
 wb.ledger(ckpt)                      # what every byte of the file is for
+wb.sparsity(ckpt)                    # zeros, 2:4, and which way of storing them is smallest
 """
