@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import SelectionError, visible
 from workbench.names import natural_key
-from workbench.tables import DASH, shorten
+from workbench.tables import DASH, format_bytes, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,21 +123,56 @@ def layer_errors(rows: Sequence[tuple[str, float | None, float, bool]], title: s
 def diff_heat(rows: Sequence[Any], title: str) -> Figure:
     """Relative change by layer and kind of tensor, from rows with a `name` and a `relative`; a dash where there is none."""
     layers, kinds, grid = roll_up(rows)
-    figure, (axes,) = _figure(1, (max(4.6, 1.6 + 0.9 * len(kinds)), 1.1 + 0.24 * max(len(layers), 2)))
-    if not layers:
+    return heat_map(layers, kinds, grid, "relative change", title)
+
+
+def heat_map(lines: Sequence[str], columns: Sequence[str], grid: list[list[float]], quantity: str, title: str) -> Figure:
+    """A number for each line and column, by colour and where there is room in figures; NaN is a dash."""
+    figure, (axes,) = _figure(1, (max(4.6, 1.6 + 0.9 * len(columns)), 1.1 + 0.24 * max(len(lines), 2)))
+    if not lines:
         _note(axes, "no tensor was measured")
     else:
-        top = max(value for row in grid for value in row if math.isfinite(value)) or 1.0
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, vmax=top)
-        axes.set_yticks(range(len(layers)), [shorten(visible(layer), 32) for layer in layers], parse_math=False)
-        axes.set_xticks(range(len(kinds)), [shorten(visible(kind), 14) for kind in kinds], parse_math=False)
-        if len(layers) * len(kinds) <= 200:
+        known = [value for row in grid for value in row if math.isfinite(value)]
+        low, top = min([0.0, *known]), max(known, default=0.0) or 1.0
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=low, vmax=top)
+        axes.set_yticks(range(len(lines)), [shorten(visible(line), 32) for line in lines], parse_math=False)
+        axes.set_xticks(range(len(columns)), [textwrap.fill(shorten(visible(column), 28), 14) for column in columns], parse_math=False)
+        if len(lines) * len(columns) <= 200:
             _write_cells(axes, grid, top)
         bar = figure.colorbar(image, ax=axes, fraction=0.05)
-        bar.set_label("relative change", fontsize=9, color=_INK)
+        bar.set_label(quantity, fontsize=9, color=_INK, parse_math=False)
         bar.ax.tick_params(labelsize=9)
     axes.set_title(_wrapped(title, int(11 * figure.get_figwidth())), parse_math=False, fontsize=10, color=_INK, loc="left")
     axes.grid(False)
+    return figure
+
+
+def by_size(
+    points: Sequence[tuple[int, float]],
+    marks: Sequence[tuple[str, int, float]],
+    quantity: str,
+    title: str,
+    across: str,
+    *,
+    log: bool = True,
+) -> Figure:
+    """A quantity by bytes: a line through `points`, and `marks` (name, bytes, quantity); where `log`, what is not above zero is left out."""
+    figure, (axes,) = _figure(1, (_WIDTH, 3.4))
+    drawn = [(size, value) for size, value in points if value > 0 or not log]
+    axes.set_yscale("log" if log else "linear")
+    axes.plot([size for size, _ in drawn], [value for _, value in drawn], "o-", color=BLUE, markersize=3, linewidth=1.4)
+    for i, (name, size, value) in enumerate(marks):
+        if value > 0 or not log:
+            axes.plot(size, value, "X", color=ORANGE, markersize=8)
+            text = shorten(visible(name), 24)
+            axes.annotate(
+                text, (size, value), xytext=(7, -12 if i % 2 else 5), textcoords="offset points", fontsize=9, color=_INK, parse_math=False
+            )
+    axes.margins(x=0.12, y=0.15)
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter(lambda value, _: format_bytes(value))
+    _labelled(axes, across, quantity)
+    _headed(figure, title)
     return figure
 
 
@@ -241,7 +276,7 @@ def _bars(axes: Axes, values: Sequence[float | None], words: Callable[[float], s
 def _write_cells(axes: Axes, grid: list[list[float]], top: float) -> None:
     for i, row in enumerate(grid):
         for j, value in enumerate(row):
-            text = f"{value:.2g}" if math.isfinite(value) else "–"
+            text = f"{value:.2g}" if math.isfinite(value) else "∞" if value == math.inf else DASH
             dark = math.isfinite(value) and value < 0.6 * top
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else _INK)
 

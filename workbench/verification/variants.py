@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class Variant:
         disk_nbytes: of its file, external data included; for a bare module, of its state dict as `torch.save` writes it.
         ram_nbytes: parameters, buffers and constants, shared storage once; for `.onnx`, its weights.
         accuracy: of the metric over all data.
-        seconds_one, seconds_many: median latency of a batch of 1, and of `batch`.
+        seconds: median latency by batch size.
         parity: its answers to all data against the first variant's, by the first one's own rounding.
         problem: why it did not run, or "".
         note: why a latency is missing although it ran, or "".
@@ -57,11 +57,15 @@ class Variant:
     disk_nbytes: int | None = None
     ram_nbytes: int | None = None
     accuracy: float | None = None
-    seconds_one: float | None = None
-    seconds_many: float | None = None
+    seconds: Mapping[int, float] = field(default_factory=dict)
     parity: ParityReport | None = None
     problem: str = ""
     note: str = ""
+
+    @property
+    def seconds_one(self) -> float | None:
+        """Median latency of one item."""
+        return self.seconds.get(1)
 
     @property
     def max_abs(self) -> float | None:
@@ -86,14 +90,14 @@ class CompareReport(Report):
 
     Attributes:
         metric: what `accuracy` holds: the metric's name.
-        batch, rounds, threads: items in the large batch, timings per variant (the median is shown), and threads used.
+        batches, rounds, threads: sizes that were timed, timings of each per variant (the median is shown), and threads used.
         items: how many items of data.
     """
 
     variants: tuple[Variant, ...]
     metric: str
     items: int
-    batch: int
+    batches: tuple[int, ...]
     rounds: int
     threads: int
 
@@ -134,14 +138,13 @@ class CompareReport(Report):
             Column("disk", "bytes"),
             Column("RAM", "bytes", "parameters, buffers and constants"),
             Column(self.metric, "percent" if self.metric == "accuracy" else "number", f"over {self.items} items"),
-            Column("batch 1", "seconds", f"median of {self.rounds}, {self.threads} threads"),
-            Column(f"batch {self.batch}", "seconds", f"median of {self.rounds}, {self.threads} threads"),
+            *(Column(f"batch {size}", "seconds", f"median of {self.rounds}, {self.threads} threads") for size in self.batches),
             Column("parity", "text", f"with {self.variants[0].name}, by its own rounding"),
             Column("max abs", "number", f"largest difference from {self.variants[0].name}"),
             Column("top-1", "percent", f"same largest class as {self.variants[0].name}"),
         )
         rows = [
-            (v.name, v.disk_nbytes, v.ram_nbytes, v.accuracy, v.seconds_one, v.seconds_many, v.verdict, v.max_abs, v.top1)
+            (v.name, v.disk_nbytes, v.ram_nbytes, v.accuracy, *map(v.seconds.get, self.batches), v.verdict, v.max_abs, v.top1)
             for v in self.variants
         ]
         remarks = [
@@ -175,10 +178,10 @@ def _score(report: CompareReport, value: float) -> str:
 
 def compare(
     variants: Mapping[str, Any],
-    data: Any,
+    data: Any = None,
     *,
     metric: str | Metric = "accuracy",
-    batch: int = 32,
+    batch: int | Sequence[int] = 32,
     rounds: int = 11,
     threads: int | None = None,
     trust: bool = False,
@@ -189,9 +192,10 @@ def compare(
         variants: {name: a module, a callable, the path of an `.onnx`, TorchScript or `.pt2` file, (module, path of its file), a
             Checkpoint, or the path of any other file}. The first is what the others are held against. Checkpoints and other files are
             only weighed.
-        data: (inputs, labels). Inputs as one batch: a tensor [n, …], or a tuple or dict of tensors [n, …]. Labels [n], or None.
+        data: (inputs, labels). Inputs as one batch: a tensor [n, …], or a tuple or dict of tensors [n, …]. Labels [n], or None. Without
+            data the variants are only weighed.
         metric: `accuracy` (the first output's largest class against labels), or a function (outputs [n, …], labels [n]) -> float.
-        batch: items per run, also of the second latency; fewer where there is less data.
+        batch: items per run, timed beside a batch of 1; fewer where there is less data. Several sizes: all are timed, the largest runs the data.
         rounds: timings per variant and batch size, interleaved between variants so that a busy machine troubles all alike; at least 11.
         threads: threads for torch and ONNX Runtime alike; by default torch's present number.
         trust: run stored programs that this process did not write, once a scan finds nothing dangerous in them.
@@ -200,7 +204,7 @@ def compare(
         and makes nothing false: a quantized one should.
     Raises:
         SelectionError: no variants, no items, inputs and labels of unlike length, or a metric there is not.
-    Cost: every variant runs over all data once, the first three times, and `2 × (rounds + 2)` times for latency; the outputs of two are
+    Cost: every variant runs over all data once, the first three times, and `rounds + 2` times per batch size for latency; the outputs of two are
         held at once.
     """
     import torch
@@ -210,15 +214,16 @@ def compare(
     if rounds < 11:
         raise SelectionError(f"{rounds} rounds are too few for a median", hint="use at least 11")
     score, metric_name = _metric(metric)
-    call, labels, items = _data(data)
-    size = max(1, min(batch, items))
+    call, labels, items = _data(data) if data is not None else (Call(), None, 0)
+    sizes = sorted({1, *(max(1, min(one, items)) for one in ([batch] if isinstance(batch, int) else batch))}) if items else []
     used = threads or torch.get_num_threads()
     with _torch_threads(used), ExitStack() as stack:
         entries = [_Entry(name, thing, stack, used, trust=trust) for name, thing in variants.items()]
-        _answer(entries, call, labels, items, size, score)
-        for count, field in ((1, "seconds_one"), (size, "seconds_many")):
-            _time(entries, _slice(call, 0, count), rounds, field)
-    return CompareReport(tuple(e.variant for e in entries), metric_name, items, size, rounds, used)
+        if items:
+            _answer(entries, call, labels, items, sizes[-1], score)
+        for size in sizes:
+            _time(entries, _slice(call, 0, size), rounds, size)
+    return CompareReport(tuple(e.variant for e in entries), metric_name, items, tuple(sizes), rounds, used)
 
 
 class _Entry:
@@ -312,7 +317,7 @@ class _Replay:
         return next(self._answers)
 
 
-def _time(entries: list[_Entry], call: Call, rounds: int, field: str) -> None:
+def _time(entries: list[_Entry], call: Call, rounds: int, size: int) -> None:
     """Median seconds per variant; each round runs every variant once."""
     taken: dict[int, list[float]] = {id(entry): [] for entry in entries if entry.runner is not None}
     for turn in range(-_WARM_UP, rounds):
@@ -331,7 +336,7 @@ def _time(entries: list[_Entry], call: Call, rounds: int, field: str) -> None:
                 taken[id(entry)].append(time.perf_counter() - started)
     for entry in entries:
         if id(entry) in taken:
-            entry.note(**{field: statistics.median(taken[id(entry)])})
+            entry.note(seconds={**entry.variant.seconds, size: statistics.median(taken[id(entry)])})
 
 
 def _metric(metric: str | Metric) -> tuple[Metric, str]:
