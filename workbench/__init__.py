@@ -3,7 +3,7 @@
     import workbench as wb
     ckpt = wb.open("epoch_12.ckpt")            # listed, not loaded; nothing in the file is executed
     wb.load_into(model, ckpt).check()          # loaded with a certificate
-    wb.save(wb.ops.quantize_int8(ckpt), "small.pt")
+    wb.save(wb.ops.quantize(ckpt), "small.pt")
 
 Three promises: nothing in a file is ever executed; nothing is silently wrong; memory stays under its budget.
 """
@@ -24,6 +24,7 @@ _FACE = {
     "archive": "workbench.analyses.archive:archive",
     "stats": "workbench.analyses.statistics:stats",
     "ledger": "workbench.analyses.sizes:ledger",
+    "sparsity": "workbench.analyses.sparsity:sparsity",
     "diff": "workbench.differ:diff",
     "match": "workbench.keymap.inference:match",
     "load_into": "workbench.keymap.loading:load_into",
@@ -34,7 +35,7 @@ _FACE = {
     "InferenceEngine": "workbench.exporting:InferenceEngine",
     "Checkpoint": "workbench.checkpoint:Checkpoint",
 }
-_ROOMS = ("ops", "models", "verification", "exporting", "errors", "widgets")
+_ROOMS = ("ops", "models", "compression", "verification", "exporting", "errors", "widgets")
 
 __all__ = [
     "Checkpoint",
@@ -42,6 +43,7 @@ __all__ = [
     "archive",
     "checkup",
     "compare",
+    "compression",
     "describe",
     "diff",
     "errors",
@@ -57,18 +59,20 @@ __all__ = [
     "parity",
     "save",
     "scan",
+    "sparsity",
     "stats",
     "verification",
     "widgets",
 ]
 
 if TYPE_CHECKING:
-    from workbench import errors, exporting, models, ops, verification, widgets
+    from workbench import compression, errors, exporting, models, ops, verification, widgets
     from workbench.analyses.archive import archive
     from workbench.analyses.checkup import checkup
     from workbench.analyses.description import describe
     from workbench.analyses.scanner import scan
     from workbench.analyses.sizes import ledger
+    from workbench.analyses.sparsity import sparsity
     from workbench.analyses.statistics import stats
     from workbench.checkpoint import Checkpoint
     from workbench.differ import diff

@@ -61,7 +61,7 @@ def test_int8_is_a_quarter_of_the_bytes_and_keeps_the_accuracy(tour: Any) -> Non
     assert variants["ONNX"][1] == variants["float32"][1]
 
 
-@pytest.mark.parametrize("cell", ["ckpt = wb.open", "wb.diff(parallel, ckpt)", "int8 = wb.ops.quantize_int8(weights)"])
+@pytest.mark.parametrize("cell", ["ckpt = wb.open", "wb.diff(parallel, ckpt)", "int8 = wb.ops.quantize(weights)"])
 def test_checkpoints_and_differences_are_live_views_with_a_static_form(tour: Any, cell: str) -> None:
     (output,) = tour.outputs(cell)
     assert {"application/vnd.jupyter.widget-view+json", "text/html", "text/plain"} <= set(output.data)

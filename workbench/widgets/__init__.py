@@ -1,9 +1,10 @@
 """Live views for notebooks. Everything they show comes from the core; delete this package and every step has its line of Python.
 
-    from workbench.widgets import Explorer, Differ, KeyMapper, Exporter, NetronView
+    from workbench.widgets import Explorer, Differ, KeyMapper, Compressor, Exporter, NetronView
     Explorer(ckpt)                        # the same view that ckpt shows at the end of a cell
     Differ(wb.diff(a, b))
     KeyMapper(ckpt, model)                # settle what wb.match leaves open; KeyMapper(…).keymap reads it back
+    Compressor(ckpt)                      # how small it shall be, what that costs each tensor; Compressor(…).plan reads it back
     Exporter(model, x)                    # every file asked for, proved; Exporter(…).exported is the report
     NetronView("model.onnx")              # the graph, in the page: offline, without its weights
 
@@ -12,6 +13,7 @@ This is the only room that imports anywidget, traitlets and IPython.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from workbench.widgets.differ import Differ
@@ -20,25 +22,27 @@ from workbench.widgets.mapper import KeyMapper
 from workbench.widgets.netron import NetronView
 
 if TYPE_CHECKING:
+    from workbench.widgets.compressor import Compressor
     from workbench.widgets.exporter import Exporter
 
-__all__ = ["Differ", "Explorer", "Exporter", "KeyMapper", "NetronView", "register"]
+__all__ = ["Compressor", "Differ", "Explorer", "Exporter", "KeyMapper", "NetronView", "register"]
 
 _VIEWS = {("workbench.checkpoint", "Checkpoint"): Explorer, ("workbench.differ", "DiffReport"): Differ}
 
 
-def __getattr__(name: str) -> Any:
-    """The exporter comes when it is asked for: it needs torch, and looking through a file does not."""
-    if name != "Exporter":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from workbench.widgets.exporter import Exporter
+_LATER = {"Compressor": "compressor", "Exporter": "exporter"}
 
-    return Exporter
+
+def __getattr__(name: str) -> Any:
+    """Some views come when they are asked for: they need torch, and looking through a file does not."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"workbench.widgets.{_LATER[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """What `help` and completion list: the exporter too, before it is asked for."""
-    return [*globals(), "Exporter"]
+    """What `help` and completion list: those too, before they are asked for."""
+    return [*globals(), *_LATER]
 
 
 def register() -> bool:

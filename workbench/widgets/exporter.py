@@ -44,7 +44,7 @@ class Exporter(View):
     """
 
     _esm = script("grid.js", "frame.js", "netron_page.js", "exporter.js")
-    _css = STYLES + script("netron.css", "exporter.css")
+    _css = STYLES + script("netron.css", "form.css", "exporter.css")
     commands: ClassVar[dict[str, str]] = {
         **View.commands, "look": "_look", "export": "_export", "compare": "_compare", "graph": "_show_graph", "choose": "_choose", "save": "_save",
     }  # fmt: skip
