@@ -57,7 +57,7 @@ def test_what_is_selected_can_stay_as_it_is_and_a_refusal_is_told(lab: Lab) -> N
     page.get_by_role("button", name="Measure").click()
     rows = page.locator(".wb-grid-row:visible .wb-label")
     rows.filter(has_text="4.weight").click()
-    expect(page.locator(".wb-panel")).to_contain_text("int8 per channel")
+    expect(page.locator(".wb-panel")).to_contain_text("int8 g32")
     page.get_by_role("button", name="leave as it is").click()
     expect(rows).to_have_count(2)
     assert lab.read("compress.json", lambda told: told["state"]["exclude"])["state"]["exclude"] == "4.weight"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import traitlets as t
@@ -26,10 +26,11 @@ from workbench.render import html
 from workbench.tables import format_bytes
 from workbench.widgets import compressor_report
 from workbench.widgets.base import STYLES, View, script, to_json
+from workbench.widgets.compressor_report import label
 from workbench.widgets.jobs import Job
 
-OFFERED = ("float16", "bfloat16", "int8", "float8_e4m3fn", "int4")
-_FORM: dict[str, Any] = {"schemes": list(SCHEMES), "names": "", "exclude": ""}
+_OFFERED = tuple(dict.fromkeys(map(Scheme.of, (*SCHEMES, "bfloat16", "float8_e4m3fn", "int4"))))
+_FORM: dict[str, Any] = {"schemes": [label(Scheme.of(told)) for told in SCHEMES], "names": "", "exclude": ""}
 
 
 class Compressor(View):
@@ -47,7 +48,13 @@ class Compressor(View):
 
     _esm = script("grid.js", "frame.js", "compressor.js")
     _css = STYLES + script("form.css", "compressor.css")
-    commands: ClassVar[dict[str, str]] = {**View.commands, "measure": "measure", "leave": "_leave", "evaluate": "_evaluate", "save": "_save"}
+    commands: ClassVar[dict[str, str]] = {
+        **View.commands,
+        "measure": "measure",
+        "leave": "_leave",
+        "evaluate": "_evaluate",
+        "save": "_save",
+    }
 
     rows = t.Bytes(b"{}").tag(sync=True)
     curve = t.Dict().tag(sync=True)
@@ -61,13 +68,15 @@ class Compressor(View):
         model: Any = None,
         evaluate: Callable[[Any], float] | None = None,
         *,
-        schemes: Sequence[str] = SCHEMES,
+        schemes: Sequence[str | Mapping[str, Any] | Scheme] = SCHEMES,
         names: str = "",
         exclude: str | Sequence[str] = "",
     ) -> None:
         """Show the form; nothing is read before Measure is pressed or `measure` is called."""
         if (model is None) != (evaluate is None):
-            raise SelectionError("model and evaluate go together", hint="Compressor(ckpt, model, evaluate) measures accuracy before and after")
+            raise SelectionError(
+                "model and evaluate go together", hint="Compressor(ckpt, model, evaluate) measures accuracy before and after"
+            )
         self.source = open_checkpoint(source)
         self._model, self._evaluated = model, evaluate
         self.measured: SensitivityReport | None = None
@@ -75,9 +84,15 @@ class Compressor(View):
         self.scores: tuple[float, float] | None = None
         self._saved: dict[str, Any] = {}
         self._names: list[str] = []
-        form = {"schemes": [str(s) for s in schemes], "names": names, "exclude": exclude if isinstance(exclude, str) else " ".join(exclude)}
+        chosen = [Scheme.of(told) for told in schemes]
+        self._offered = {label(scheme): scheme for scheme in (*_OFFERED, *chosen)}
+        form = {
+            "schemes": [label(scheme) for scheme in chosen],
+            "names": names,
+            "exclude": exclude if isinstance(exclude, str) else " ".join(exclude),
+        }
         state = {**_FORM, **form, "filter": "", "selected": [], "sort": [], "pane": "plan", "point": 0, "path": "smaller.safetensors"}
-        super().__init__(compressor_report.fixed_report(self.source, OFFERED, can_score=evaluate is not None), state)
+        super().__init__(compressor_report.fixed_report(self.source, [*self._offered], can_score=evaluate is not None), state)
         self._show()
         self._did("Compressor(ckpt)")
 
@@ -118,16 +133,19 @@ class Compressor(View):
         """Try every scheme on every weight, in a thread; the plan follows."""
         told = self._asked if self._asked.get("command") == "measure" else {}
         form = {key: type(default)(told[key]) for key, default in _FORM.items() if key in told}
-        schemes = [str(Scheme.of(name).name) for name in form.get("schemes", self.state["schemes"])]
-        if not schemes:
-            raise SelectionError("no scheme is chosen", hint="tick one, such as int8")
+        schemes = form.get("schemes", self.state["schemes"])
+        if not schemes or not self._offered.keys() >= set(schemes):
+            raise SelectionError(
+                "no scheme is chosen" if not schemes else "there is no such scheme", hint=f"tick one of {', '.join(self._offered)}"
+            )
         self.state = {**self.state, **form}
         self._start("work", "measuring", lambda job: self._measure(job, self._options()), shown=True)
 
     def _options(self) -> dict[str, Any]:
         state = self.state
         globs = {key: state[key].split() for key in ("names", "exclude") if state[key].split()}
-        return {"schemes": tuple(state["schemes"]), **globs}
+        told = [self._offered[name].to_dict() for name in state["schemes"]]
+        return {"schemes": [one["scheme"] if len(one) == 1 else one for one in told], **globs}
 
     def _measure(self, job: Job, options: dict[str, Any]) -> None:
         report = sensitivity(self.source, **options, progress=self._ticker(job), cancel=job.cancel)
@@ -136,7 +154,7 @@ class Compressor(View):
             return
         self.measured, self._frontier, self.scores, self._saved = report, found, None, {}
         self._did(f"report = wb.compression.sensitivity(ckpt, {', '.join(f'{key}={value!r}' for key, value in options.items())})")
-        point = compressor_report.knee(found)
+        point = compressor_report.start(found)
         self._names = []  # rows of another plan
         self.state = {**self.state, "point": point, "selected": []}
         self._choose()

@@ -19,9 +19,17 @@ Detail = dict[str, Any]
 
 _COLUMNS = [
     {"id": "name", "title": "name", "kind": "name", "width": "minmax(0, 1fr)"},
-    {"id": "scheme", "title": "scheme", "kind": "text", "width": "150px", "least": 118, "cut": True},
+    {"id": "scheme", "title": "scheme", "kind": "text", "width": "112px"},
     {"id": "error", "title": "error", "kind": "bar", "bar": True, "width": "90px", "note": "share of the plan's whole error", "drop": 3},
-    {"id": "sqnr", "title": "SQNR", "kind": "number", "width": "62px", "right": True, "note": "signal over quantization noise, in dB", "drop": 1},
+    {
+        "id": "sqnr",
+        "title": "SQNR",
+        "kind": "number",
+        "width": "62px",
+        "right": True,
+        "note": "signal over quantization noise, in dB",
+        "drop": 1,
+    },
     {"id": "before", "title": "now", "kind": "bytes", "width": "70px", "right": True, "drop": 2, "note": "bytes as they are"},
     {"id": "then", "title": "then", "kind": "bytes", "width": "70px", "right": True, "note": "bytes under the plan, predicted"},
     {"id": "real", "title": "in the file", "kind": "bytes", "width": "76px", "right": True, "note": "bytes in the file that was saved"},
@@ -56,14 +64,10 @@ def fixed_report(source: Checkpoint, offered: Sequence[str], *, can_score: bool)
     }
 
 
-def knee(frontier: FrontierReport) -> int:
-    """Where the slider stands first: the point farthest below the line from the smallest to the largest, bytes against the logarithm of the error."""
-    drawn = [(i, size, math.log(error)) for i, (size, error) in enumerate(frontier.points) if error > 0]
-    if len(drawn) < 3:
-        return 0
-    (_, left, top), (_, right, bottom) = drawn[0], drawn[-1]
-    slope = (bottom - top) / (right - left) if right > left else 0.0
-    return max(drawn, key=lambda at: top + slope * (at[1] - left) - at[2])[0]
+def start(frontier: FrontierReport) -> int:
+    """Where the handle stands first: the point nearest to a quarter of the bytes, which is what int8 comes to."""
+    whole = frontier.points[-1][0]
+    return min(range(len(frontier.points)), key=lambda i: abs(frontier.points[i][0] - whole / 4))
 
 
 def parts_of(saved: Checkpoint) -> dict[str, int]:
@@ -101,7 +105,8 @@ def sizes_of(plan: CompressionPlan | None, saved: Mapping[str, Any], scores: tup
 
 
 def label(scheme: Scheme | None) -> str:
-    return "as it is" if scheme is None else str(scheme)
+    """A scheme in a few letters: `int8`, `int4 g32`."""
+    return "as it is" if scheme is None else str(scheme).replace(" per group of ", " g").replace(" per channel", "")
 
 
 def empty(source: Checkpoint) -> Detail:
@@ -129,7 +134,11 @@ def of_tensor(report: SensitivityReport, plan: CompressionPlan, name: str) -> De
     choice = next(choice for choice in plan.choices if choice.names[0] == name)
     facts = [["chosen", label(choice.scheme)], ["now", format_bytes(choice.before)], ["then", format_bytes(choice.nbytes)]]
     more = [
-        [label(row.scheme), f"{format_bytes(row.nbytes)}, " + ("exact" if row.sqnr == math.inf else f"{row.sqnr:.3g} dB" if row.sqnr is not None else f"{row.error:.3g}")]
+        [
+            label(row.scheme),
+            f"{format_bytes(row.nbytes)}, "
+            + ("exact" if row.sqnr == math.inf else f"{row.sqnr:.3g} dB" if row.sqnr is not None else f"{row.error:.3g}"),
+        ]
         for row in report.rows
         if row.name == name
     ]
