@@ -108,6 +108,7 @@ def run(model, example):
 REBUILD = """
 import sys, torch
 sys.modules["torch_pruning"] = None  # loading needs no pruner
+torch.set_num_threads(1)  # as in the tests: threads add up in another order
 sys.path.insert(0, sys.argv[1])
 import workbench as wb
 from test_slimming import MODELS, run
