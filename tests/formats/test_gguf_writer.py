@@ -421,6 +421,7 @@ def test_a_pair_of_a_file_that_changed_is_refused(tmp_path):
 SMALL = 'path, out, kind = sys.argv[1:]; wb.save({"w": torch.ones(64, 64)}, out, types=kind)'
 
 
+@pytest.mark.slow
 def test_a_row_of_1_gib_is_encoded_within_256_mb(tmp_path):
     source = tmp_path / "big.gguf"
     header = Hand().pair("general.architecture", 8, u64(7) + b"unknown").info("w", [2**28, 1]).bytes(bits(torch.arange(32.0)))

@@ -51,23 +51,15 @@ class Compressor {
       group.append(node);
     }
     this.measure = action("Measure", "wb-button wb-primary", () => this.frame.send("measure", this.values()));
-    form.append(this.line("try", [group, this.measure]));
+    form.append(formLine("try", [group, this.measure]));
     this.names = this.text("names", "all matrices, or globs such as *.attn.*");
     this.exclude = this.text("exclude", "globs of what stays, e.g. lm_head.*");
-    form.append(this.line("names", [this.names, element("span", "wb-hint", "exclude"), this.exclude]));
+    form.append(formLine("names", [this.names, element("span", "wb-hint", "exclude"), this.exclude]));
     return form;
   }
 
   text(key, placeholder) {
     return Object.assign(element("input", "wb-filter"), { type: "text", placeholder, spellcheck: false, ariaLabel: key });
-  }
-
-  line(label, nodes) {
-    const node = element("div", "wb-form-line");
-    const name = element("span", "wb-form-label", label);
-    name.setAttribute("aria-hidden", "true"); // every control has a name of its own
-    node.append(name, ...nodes);
-    return node;
   }
 
   values() {

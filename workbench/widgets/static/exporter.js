@@ -90,7 +90,7 @@ class Exporter {
       new Field(this, "model", { empty: "choose a model", other: "module:function", placeholder: "package.module:function" }),
       new Field(this, "inputs", { empty: "choose example inputs", other: "shapes, or several", placeholder: "1x3x32x32 or int64[2,16] < 100" }),
     ];
-    for (const field of this.fields) form.append(this.line(field.key, field.nodes));
+    for (const field of this.fields) form.append(formLine(field.key, field.nodes));
     const box = (label, run) => {
       const node = element("label", "wb-check");
       const input = Object.assign(element("input"), { type: "checkbox" });
@@ -123,23 +123,15 @@ class Exporter {
     this.folder = text("folder", "folder", "exported");
     const opset = element("label", "wb-check");
     opset.append(element("span", "", "opset"), this.opset);
-    form.append(this.line("to", [group, any, opset]));
+    form.append(formLine("to", [group, any, opset]));
     this.start = action("Export", "wb-button wb-primary", () => this.frame.send("export", this.values()));
     this.status = element("span", "wb-hint wb-status");
     this.status.setAttribute("role", "status");
-    form.append(this.line("folder", [this.folder, this.start, this.status]));
+    form.append(formLine("folder", [this.folder, this.start, this.status]));
     const look = (event) => form.contains(event.relatedTarget) || this.frame.send("look");
     form.addEventListener("focusin", look);
     form.addEventListener("pointerenter", look);
     return form;
-  }
-
-  line(label, nodes) {
-    const node = element("div", "wb-form-line");
-    const name = element("span", "wb-form-label", label);
-    name.setAttribute("aria-hidden", "true"); // every control has a name of its own
-    node.append(name, ...nodes);
-    return node;
   }
 
   targets() {

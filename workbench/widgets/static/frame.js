@@ -323,6 +323,15 @@ function filterBar(onInput, ...others) {
   return { node, input, count };
 }
 
+/** A line of a form: its name at the left, and the controls. */
+function formLine(label, nodes) {
+  const node = element("div", "wb-form-line");
+  const name = element("span", "wb-form-label", label);
+  name.setAttribute("aria-hidden", "true"); // every control has a name of its own
+  node.append(name, ...nodes);
+  return node;
+}
+
 /** A table of the core, every cell already in words. */
 function drawTable({ title, columns, rows, needs, empty, more }) {
   const node = element("table", needs ? `wb-table wb-needs-${needs}` : "wb-table");
